@@ -1,0 +1,86 @@
+// Where a thread stands, what it waits for, and how it reaches memory: thin wrappers, each named after what it does.
+// A run on the CPU replaces this file; tile.cuh, which builds on it, stays.
+#pragma once
+
+// Blocks and grids have one dimension.
+__device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int block_index() { return static_cast<int>(blockIdx.x); }
+
+// What threads of the block (of the warp) wrote before is seen by all of them after. Reached by every thread.
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
+// The value of lane (own lane ^ mask). Reached by all 32 lanes.
+__device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+__device__ __forceinline__ double shuffle_xor(double x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+// The block's dynamic shared memory as one struct: DYNAMIC_SHARED(Smem, smem); declares `Smem& smem`. Its size at
+// launch is sizeof(Smem); 16-byte aligned; its first content is undefined.
+#define DYNAMIC_SHARED(Type, name)                                \
+  extern __shared__ __align__(16) unsigned char name##_bytes[]; \
+  Type& name = *reinterpret_cast<Type*>(name##_bytes)
+
+// N neighbours, loaded and stored as one: N * sizeof(T) is 2, 4, 8 or 16 bytes, and so is the address's alignment.
+template <typename T, int N>
+struct alignas(N * sizeof(T)) Vector {
+  T at[N];
+};
+
+template <int BYTES>
+struct Bits;
+template <>
+struct Bits<2> {
+  using Type = unsigned short;
+};
+template <>
+struct Bits<4> {
+  using Type = unsigned int;
+};
+template <>
+struct Bits<8> {
+  using Type = uint2;
+};
+template <>
+struct Bits<16> {
+  using Type = uint4;
+};
+
+template <typename T, int N>
+union Pun {  // the same bits as numbers and as the hardware moves them
+  typename Bits<N * sizeof(T)>::Type bits;
+  Vector<T, N> vector;
+};
+
+template <typename T>
+__device__ __forceinline__ bool is_aligned(const T* address, int bytes) {
+  return reinterpret_cast<unsigned long long>(address) % bytes == 0;
+}
+
+// From global memory that no thread writes during the kernel (through the read-only path).
+template <int N, typename T>
+__device__ __forceinline__ Vector<T, N> load_global(const T* address) {
+  Pun<T, N> pun;
+  pun.bits = __ldg(reinterpret_cast<const typename Bits<N * sizeof(T)>::Type*>(address));
+  return pun.vector;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store_global(T* address, const Vector<T, N>& vector) {
+  Pun<T, N> pun;
+  pun.vector = vector;
+  *reinterpret_cast<typename Bits<N * sizeof(T)>::Type*>(address) = pun.bits;
+}
+
+template <int N, typename T>
+__device__ __forceinline__ Vector<T, N> load_shared(const T* address) {
+  Pun<T, N> pun;
+  pun.bits = *reinterpret_cast<const typename Bits<N * sizeof(T)>::Type*>(address);
+  return pun.vector;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store_shared(T* address, const Vector<T, N>& vector) {
+  Pun<T, N> pun;
+  pun.vector = vector;
+  *reinterpret_cast<typename Bits<N * sizeof(T)>::Type*>(address) = pun.bits;
+}

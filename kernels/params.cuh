@@ -1,0 +1,27 @@
+// What a launch carries: one struct by value for every kernel, mirrored by cupyflash/_params.py. A kernel reads
+// the fields it needs; a tensor that a call does not have is nullptr.
+#pragma once
+
+// A view of one array: (batch axes, head, row, column). Strides count elements; 0 along a broadcast axis, negative
+// allowed. lse, dlse and delta are (batch axes, head, row): their col_stride is not read.
+struct Tensor {
+  void* data;
+  long long batch_stride[4];  // of the axes of batch_shape
+  long long head_stride, row_stride, col_stride;
+};
+
+struct Params {
+  Tensor q, k, v, out, lse;
+  Tensor dout, dlse, delta, dq, dk, dv;
+  Tensor partial;       // bwd_finish: a gradient before its sum over broadcast axes
+  Tensor q_offsets;     // int64, one for each batch entry; nullptr: q_offset below holds for all
+  long long q_offset;   // query row i sits on key i + q_offset
+  double softmax_scale;
+  int batch_shape[4];   // leading axes, collapsed, right-aligned, filled up with 1; bwd_finish: the gradient's own
+  int reduce_shape[4];  // bwd_finish: how many partials each axis has; 1 where the gradient is not broadcast
+  int num_heads, num_heads_k;
+  int seqlen_q, seqlen_k;
+  int head_dim, head_dim_v;
+};
+
+static_assert(sizeof(Params) == PARAMS_BYTES, "kernels/params.cuh and cupyflash/_params.py have drifted apart");
