@@ -1,0 +1,26 @@
+"""cupyflash: exact attention with gradients for NumPy and CuPy arrays, without PyTorch."""
+
+from ._plan import Plan, Tile
+from ._version import __version__
+from .attention import (
+    AttentionGradients,
+    AttentionResult,
+    attention,
+    attention_backward,
+    attention_vjp,
+    explain,
+    prepare,
+)
+
+__all__ = [
+    "AttentionGradients",
+    "AttentionResult",
+    "Plan",
+    "Tile",
+    "__version__",
+    "attention",
+    "attention_backward",
+    "attention_vjp",
+    "explain",
+    "prepare",
+]

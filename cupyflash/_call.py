@@ -1,0 +1,142 @@
+"""One call's arrays: taken in, checked to lie together, handed on as canonical views to the CPU path or the GPU.
+
+Between the public functions, which speak the user's shapes, and the computing modules, which speak
+``(*leading, heads, rows, columns)``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from . import _cpu
+from ._arrays import Array, import_cupy, is_cupy, on_device, place, same_place, take
+from ._plan import DEVICES, Device, Plan, plan_cpu, plan_gpu
+from ._problem import Problem, read_problem
+
+
+class Call:
+    """q, k, v and what lies beside them, with the Problem they make.
+
+    Attributes
+    ----------
+    problem : Problem
+    place : int or None
+        The CUDA device that holds the arrays; None for host memory.
+    device : Device or None
+        What to plan for: the device of ``place``, or the one that ``explain`` names.
+    inputs : dict of str to array
+        Every array that the call reads, by its argument's name.
+    """
+
+    def __init__(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        scale: object,
+        causal: object,
+        q_offset: Any,
+        layout: object,
+        precision: object,
+        beside: dict[str, Array] | None = None,
+        out: Array | None = None,
+        device: object = None,
+    ) -> None:
+        q, k, v = take("q", q), take("k", k), take("v", v)
+        self.inputs: dict[str, Array] = {"q": q, "k": k, "v": v}
+        if beside is not None:
+            self.inputs.update(beside)
+        self.place = same_place(self.inputs)
+        self.problem: Problem = read_problem(
+            q, k, v, scale=scale, causal=causal, q_offset=q_offset, layout=layout, precision=precision,
+            out_dtype=None if out is None else out.dtype,
+        )  # fmt: skip
+        if self.problem.q_offset is None:
+            self.inputs["q_offset"] = _offsets(q_offset, self.place)
+        self.device = _device(self.place) if device is None else _named_device(device)
+
+    @property
+    def xp(self) -> Any:
+        """The array library of the call."""
+        return np if self.place is None else import_cupy()
+
+    def plan(self, family: object, tile: object, wrt: frozenset[str] | None = None) -> Plan:
+        """The plan of the forward, or of the backward for the gradients in ``wrt``."""
+        if self.device is None:
+            return plan_cpu(self.problem, family, tile, wrt)
+        from ._launch import must_copy
+
+        copies = tuple(f"{name}: {why}" for name, x in self.inputs.items() if (why := must_copy(x)))
+        return plan_gpu(self.problem, self.device, family, tile, wrt, copies)
+
+    def allocate(self, out: Array | None, lse: Array | None) -> tuple[Array, Array]:
+        """Out and lse, where the user gave none."""
+        with on_device(self.place):
+            xp, problem = self.xp, self.problem
+            out = xp.empty(problem.out_shape, problem.out_dtype) if out is None else out
+            lse = xp.empty(problem.lse_shape, problem.accumulator) if lse is None else lse
+        return out, lse
+
+    def forward(self, plan: Plan, out: Array, lse: Array) -> None:
+        """Compute out and lse."""
+        problem, inputs = self.problem, self.inputs
+        q, k, v, o = (problem.canonical(x) for x in (inputs["q"], inputs["k"], inputs["v"], out))
+        offsets, log_sum = inputs.get("q_offset"), problem.canonical_lse(lse)
+        if self.place is None:
+            _cpu.forward(problem, q, k, v, offsets, o, log_sum, plan.block_m, plan.block_n)
+            return
+        from . import _launch
+
+        tensors = {"q": q, "k": k, "v": v, "out": o, "lse": log_sum, "q_offsets": offsets}
+        _launch.forward(problem, plan, self.place, tensors)
+
+    def backward(self, plan: Plan, gradients: dict[str, Array]) -> None:
+        """Compute the gradients, keyed "dq", "dk", "dv", from ``inputs``, which holds dout, out, lse too."""
+        problem, inputs = self.problem, self.inputs
+        tensors = {name: problem.canonical(inputs[name]) for name in ("q", "k", "v", "dout", "out")}
+        tensors |= {name: problem.canonical_lse(inputs[name]) for name in ("lse", "dlse") if name in inputs}
+        grads = {name: problem.canonical(x) for name, x in gradients.items()}
+        offsets = inputs.get("q_offset")
+        if self.place is None:
+            _cpu.backward(
+                problem, *(tensors[name] for name in ("dout", "q", "k", "v", "out", "lse")), tensors.get("dlse"),
+                offsets, grads.get("dq"), grads.get("dk"), grads.get("dv"), plan.block_m, plan.block_n,
+            )  # fmt: skip
+            return
+        from . import _launch
+
+        tensors["q_offsets"] = offsets
+        _launch.backward(problem, plan, self.place, tensors, grads)
+
+
+def _offsets(q_offset: Any, where: int | None) -> Array:
+    """One int64 offset for each batch entry, where the call's arrays lie; host offsets are copied to a device."""
+    if is_cupy(q_offset):
+        if where is None:
+            raise TypeError("q_offset is a CuPy array, q a NumPy array: one call stays on one side")
+        if place(q_offset) != where:
+            raise ValueError(f"q_offset lies on CUDA device {place(q_offset)}, q on {where}: one device for a call")
+    with on_device(where):
+        return (np if where is None else import_cupy()).asarray(q_offset, np.int64)
+
+
+@lru_cache(maxsize=64)
+def _device(where: int | None) -> Device | None:
+    """The GPU with this number, as a plan knows it."""
+    if where is None:
+        return None
+    runtime = import_cupy().cuda.runtime
+    properties = runtime.getDeviceProperties(where)
+    name = properties["name"].decode()
+    arch = 10 * properties["major"] + properties["minor"]
+    return Device(name, arch, properties["sharedMemPerBlockOptin"])
+
+
+def _named_device(name: object) -> Device:
+    if isinstance(name, str) and name in DEVICES:
+        return DEVICES[name]
+    raise ValueError(f"device={name!r}: device is None or one of {', '.join(DEVICES)}")

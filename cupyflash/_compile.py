@@ -1,0 +1,125 @@
+"""From a Spec to a loaded kernel: a prelude of named constants, the kernel's text with its words inlined, NVRTC.
+
+CuPy keys its disk cache by the text it compiles, not by included files; so includes are inlined here, under
+``#line`` marks that make compiler messages point at the real file.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ._arrays import import_cupy
+from ._params import PARAMS_BYTES
+from ._problem import BFLOAT16
+
+_INCLUDE = re.compile(r'^\s*#include "([\w.]+)"\s*$')
+_C_TYPES = {
+    np.dtype(np.float16): "Float16",
+    BFLOAT16: "Bfloat16",
+    np.dtype(np.float32): "float",
+    np.dtype(np.float64): "double",
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a kernel is compiled for. Each field is one named line of the prelude.
+
+    Lengths, strides, head counts and the unpadded widths are run-time values in Params, so that few kernels
+    serve all problems.
+    """
+
+    kernel: str
+    element: np.dtype  # q, k, v, dout
+    output: np.dtype  # out
+    accumulator: np.dtype  # products, softmax, lse, delta
+    gradient: np.dtype  # dq, dk, dv as the kernel stores them
+    head_dim: int  # padded
+    head_dim_v: int  # padded
+    dim_chunk: int
+    block_m: int
+    block_n: int
+    num_stages: int
+    num_warps: int
+    causal: bool
+
+    def prelude(self) -> str:
+        """The constants as C++, one line each; also the debug dump."""
+        lines = ["struct Float16;", "struct Bfloat16;"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.dtype):
+                lines.append(f"using {field.name.capitalize()} = {_C_TYPES[value]};")
+            elif isinstance(value, bool):
+                lines.append(f"constexpr bool {field.name.upper()} = {str(value).lower()};")
+            elif isinstance(value, int):
+                lines.append(f"constexpr int {field.name.upper()} = {value};")
+        lines.append(f"constexpr int PARAMS_BYTES = {PARAMS_BYTES};")
+        return "\n".join(lines) + "\n"
+
+
+def kernels_dir() -> Path:
+    """The folder of the CUDA sources: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "kernels", here.parent / "kernels"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"no kernels folder in {here} or {here.parent}: the installation is incomplete")
+
+
+@lru_cache(maxsize=64)
+def kernel_text(kernel: str) -> str:
+    """The text of kernels/<kernel>.cu with every word it includes inlined once."""
+    lines: list[str] = []
+    seen: set[str] = set()
+
+    def inline(name: str) -> None:
+        seen.add(name)
+        lines.append(f'#line 1 "kernels/{name}"')
+        for number, line in enumerate((kernels_dir() / name).read_text(encoding="utf-8").splitlines(), 1):
+            include = _INCLUDE.match(line)
+            if include:
+                if include[1] not in seen:
+                    inline(include[1])
+                lines.append(f'#line {number + 1} "kernels/{name}"')
+            elif line.strip() != "#pragma once":
+                lines.append(line)
+            else:
+                lines.append("")
+
+    inline(f"{kernel}.cu")
+    return "\n".join(lines) + "\n"
+
+
+def source(spec: Spec) -> str:
+    """All that is compiled for a Spec."""
+    return spec.prelude() + kernel_text(spec.kernel)
+
+
+OPTIONS = ("-std=c++17",)
+
+_loaded: dict[tuple[int, Spec], Any] = {}
+_lock = threading.Lock()
+
+
+def load(spec: Spec, smem: int, device: int) -> Any:
+    """The kernel of a Spec on a device (which is current), compiled at first use; any thread may ask."""
+    function = _loaded.get((device, spec))
+    if function is not None:
+        return function
+    with _lock:
+        function = _loaded.get((device, spec))
+        if function is None:
+            module = import_cupy().RawModule(code=source(spec), options=OPTIONS)
+            function = module.get_function(spec.kernel)
+            if smem > 48 * 1024:  # beyond what every launch may have, a kernel opts in
+                function.max_dynamic_shared_size_bytes = smem
+            _loaded[device, spec] = function
+    return function

@@ -1,0 +1,172 @@
+"""GPU launches: workspace, Params, kernels in the plan's order, on CuPy's current stream.
+
+What depends on shapes, strides and options alone is prepared once and found again; a launch then costs the
+look-up, the addresses, and CuPy's own launch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from . import _compile
+from ._arrays import Array, address_twin, import_cupy, on_device
+from ._params import TAIL_AXES, Template, element_strides, make_template, scalars
+from ._plan import KernelPlan, Plan
+from ._problem import Problem
+
+Tensors = dict[str, Array | None]
+Layout = tuple[str, tuple[int, ...], tuple[int, ...], int]  # name, shape, strides in bytes, itemsize
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel, ready but for its addresses."""
+
+    kernel: Any
+    grid: tuple[int]
+    block: tuple[int]
+    smem: int
+    template: Template
+
+    def run(self, tensors: Tensors) -> None:
+        """Launch on the current stream: once, or once for each index of leading axes beyond the struct's."""
+        addresses = {name: x.data.ptr for name, x in tensors.items() if x is not None}
+        for i in range(len(self.template.offsets)):
+            self.kernel(self.grid, self.block, (self.template.fill(i, addresses),), shared_mem=self.smem)
+
+
+def forward(problem: Problem, plan: Plan, device: int, tensors: Tensors) -> None:
+    """Run a forward plan: q, k, v, q_offsets (canonical views, or None) to out and lse."""
+    with on_device(device):
+        (step,) = plan.kernels
+        _run(problem, step, device, _readable(tensors, ("q", "k", "v")))
+
+
+def backward(problem: Problem, plan: Plan, device: int, tensors: Tensors, gradients: dict[str, Array]) -> None:
+    """Run a backward plan: q, k, v, out, lse, dout, dlse, q_offsets to the gradients dq, dk, dv that are given.
+
+    A gradient whose input several batch entries share is written for each of them first, in the accumulator
+    type, and then summed over them in a fixed order.
+    """
+    with on_device(device):
+        tensors = _readable(tensors, ("q", "k", "v", "dout", "out", "lse", "dlse"))
+        tensors["delta"] = workspace((*problem.batch_shape, problem.num_heads, problem.seqlen_q), problem.accumulator)
+        partials = {f"d{n}": Partial(problem, gradients[f"d{n}"]) for n in problem.broadcast if f"d{n}" in gradients}
+        stored = {name: partials[name].by_entry if name in partials else x for name, x in gradients.items()}
+        for step in plan.kernels:
+            if step.name == "bwd_finish":
+                (name,) = step.writes
+                partials[name].finish(step, device)
+            else:
+                _run(problem, step, device, tensors | {name: stored[name] for name in step.writes if name in stored})
+
+
+def compile_plan(plan: Plan, device: int) -> None:
+    """Compile and load every kernel of a plan."""
+    with on_device(device):
+        for step in plan.kernels:
+            _compile.load(step.spec, step.smem, device)
+
+
+def _run(problem: Problem, step: KernelPlan, device: int, tensors: Tensors) -> None:
+    if step.grid:
+        layouts = tuple((name, x.shape, x.strides, x.itemsize) for name, x in tensors.items() if x is not None)
+        _prepared(problem, step, device, layouts).run(tensors)
+
+
+@lru_cache(maxsize=4096)
+def _prepared(problem: Problem, step: KernelPlan, device: int, layouts: tuple[Layout, ...]) -> Launch:
+    ndim = len(problem.batch_shape)
+    packed = tuple(
+        (name, element_strides(shape, strides, itemsize, ndim, TAIL_AXES.get(name, 3)), itemsize)
+        for name, shape, strides, itemsize in layouts
+    )
+    kernel = _compile.load(step.spec, step.smem, device)
+    template = make_template(scalars(problem), problem.batch_shape, packed)
+    return Launch(kernel, (step.grid,), (step.threads,), step.smem, template)
+
+
+class Partial:
+    """A gradient before its sum over the batch entries that share the input, and that sum.
+
+    Attributes
+    ----------
+    by_entry : array, shape (*batch_shape, heads, rows, columns)
+        One gradient for each batch entry, in the accumulator type: what the main kernels write. In memory the
+        shared axes come after the others, so that the sum walks one axis.
+    """
+
+    def __init__(self, problem: Problem, gradient: Array) -> None:
+        shape, ndim = problem.batch_shape, len(problem.batch_shape)
+        missing = ndim + 3 - gradient.ndim
+        own = (1,) * missing + gradient.shape[:-3]
+        kept = [i for i in range(ndim) if own[i] == shape[i]]
+        shared = [i for i in range(ndim) if own[i] != shape[i]]
+        order, tail = kept + shared, gradient.shape[-3:]
+        memory = workspace((*(shape[i] for i in order), *tail), problem.accumulator)
+        self.by_entry = memory.transpose(*(order.index(i) for i in range(ndim)), ndim, ndim + 1, ndim + 2)
+
+        count = math.prod(shape[i] for i in shared)
+        self._partial = memory.reshape(*(shape[i] for i in kept), count, *tail)
+        self._gradient = gradient
+        strides = (0,) * missing + gradient.strides
+        strides = (*(strides[i] for i in kept), 0, *strides[-3:])
+        tensors = (
+            ("partial", self._partial.shape, self._partial.strides, self._partial.itemsize),
+            ("dq", (*(own[i] for i in kept), 1, *tail), strides, gradient.itemsize),
+        )
+        heads, rows, columns = tail
+        self._template = make_template(
+            replace(scalars(problem), num_heads=heads, seqlen_q=rows, head_dim=columns),
+            (*(own[i] for i in kept), 1),
+            tuple((name, element_strides(*rest, len(kept) + 1, 3), rest[-1]) for name, *rest in tensors),
+            (1,) * len(kept) + (count,),
+        )
+
+    def finish(self, step: KernelPlan, device: int) -> None:
+        """Sum over the shared axes into the gradient; in Params, ``dq`` stands for whichever gradient it is."""
+        if step.grid:
+            kernel = _compile.load(step.spec, step.smem, device)
+            launch = Launch(kernel, (step.grid,), (step.threads,), step.smem, self._template)
+            launch.run({"partial": self._partial, "dq": self._gradient})
+
+
+def workspace(shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """Uninitialised temporary memory on the current device and stream.
+
+    While a stream is being captured the memory is a node of the graph (cudaMallocAsync), so that a replay owns it;
+    memory of CuPy's pool would go back to the pool, and to others, before the replay.
+    """
+    cupy = import_cupy()
+    size = math.prod(shape) * dtype.itemsize
+    stream = cupy.cuda.get_current_stream()
+    if size and cupy.cuda.runtime.streamIsCapturing(stream.ptr):
+        return cupy.ndarray(shape, dtype, cupy.cuda.malloc_async(size))
+    return cupy.empty(shape, dtype)
+
+
+def must_copy(x: Array) -> str | None:
+    """Why kernels can't read x in place: they count strides and addresses in elements. None where they can."""
+    if any(s % x.itemsize for s in x.strides):
+        return f"strides {x.strides} are not multiples of the {x.itemsize}-byte elements"
+    if x.size and address_twin(x).ctypes.data % x.itemsize:
+        return f"its address is not a multiple of the {x.itemsize}-byte elements"
+    return None
+
+
+def _readable(tensors: Tensors, names: tuple[str, ...]) -> Tensors:
+    return tensors | {n: _copy(x) for n in names if (x := tensors.get(n)) is not None and must_copy(x)}
+
+
+def _copy(x: Array) -> Array:
+    """A contiguous copy, read byte by byte: the GPU does not load elements that are not aligned."""
+    cupy = import_cupy()
+    each_byte = cupy.ndarray((*x.shape, x.itemsize), np.uint8, x.data, (*x.strides, 1))
+    bytes_ = workspace(each_byte.shape, np.dtype(np.uint8))
+    bytes_[...] = each_byte
+    return cupy.ndarray(x.shape, x.dtype, bytes_.data)

@@ -1,0 +1,153 @@
+"""What a launch carries: the by-value ``Params`` struct of kernels/params.cuh, packed.
+
+Leading axes are collapsed first: neighbours that every array walks as one become one. The struct has room for
+``BATCH_AXES`` axes; where more remain (broadcasting that alternates from axis to axis), the outermost are walked
+by the host, one launch for each index. All strides are counted in elements, 0 along a broadcast axis.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ._problem import Problem
+
+BATCH_AXES = 4
+TENSORS = (
+    "q", "k", "v", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "partial", "q_offsets",
+)  # fmt: skip
+_TENSOR = struct.Struct(f"<{1 + BATCH_AXES + 3}q")  # data, batch_stride[], head_stride, row_stride, col_stride
+_SCALARS = struct.Struct(f"<qd{2 * BATCH_AXES + 6}i")  # see Scalars
+TAIL_AXES = {"lse": 2, "dlse": 2, "delta": 2, "q_offsets": 0}  # axes after the leading ones, where not 3
+PARAMS_BYTES = -(-(len(TENSORS) * _TENSOR.size + _SCALARS.size) // 8) * 8
+_DTYPE = np.dtype([("bytes", np.uint8, (PARAMS_BYTES,))])
+
+Strides = tuple[int, ...]  # one for each leading axis, then head, row, column
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """The struct's numbers behind its tensors; the order is the struct's."""
+
+    q_offset: int
+    scale: float
+    num_heads: int
+    num_heads_k: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+
+
+def scalars(problem: Problem) -> Scalars:
+    """The numbers of a problem as kernels read them."""
+    return Scalars(
+        q_offset=0 if problem.q_offset is None else problem.q_offset,
+        scale=problem.scale,
+        num_heads=problem.num_heads,
+        num_heads_k=problem.num_heads_k,
+        seqlen_q=problem.seqlen_q,
+        seqlen_k=problem.seqlen_k,
+        head_dim=problem.head_dim,
+        head_dim_v=problem.head_dim_v,
+    )
+
+
+def element_strides(shape: tuple[int, ...], strides: Strides, itemsize: int, batch_ndim: int, tail: int) -> Strides:
+    """Byte strides as element strides, leading axes filled up to batch_ndim with 0, 0 where an axis has length 1.
+
+    ``tail`` axes follow the leading ones: 3 for (head, row, column), 2 for lse, 0 for offsets; filled up to 3.
+    """
+    elements = tuple(s // itemsize for s in strides)
+    lead = len(shape) - tail
+    batch = tuple(0 if n == 1 else s for n, s in zip(shape[:lead], elements[:lead], strict=True))
+    return (0,) * (batch_ndim - lead) + batch + elements[lead:] + (0,) * (3 - tail)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A Params struct without its addresses, for every launch that one call makes."""
+
+    packed: bytes
+    offsets: tuple[tuple[int, ...], ...]  # for each launch: bytes to add to each named tensor's address
+    names: tuple[str, ...]
+
+    def fill(self, launch: int, addresses: Mapping[str, int]) -> np.ndarray:
+        """The struct of one launch, as the one-element array that a RawKernel passes by value."""
+        buffer = bytearray(self.packed)
+        for name, offset in zip(self.names, self.offsets[launch], strict=True):
+            struct.pack_into("<Q", buffer, TENSORS.index(name) * _TENSOR.size, addresses[name] + offset)
+        return np.frombuffer(buffer, _DTYPE)
+
+
+@lru_cache(maxsize=4096)
+def make_template(
+    numbers: Scalars,
+    batch_shape: tuple[int, ...],
+    tensors: tuple[tuple[str, Strides, int], ...],
+    reduce_shape: tuple[int, ...] | None = None,
+) -> Template:
+    """Pack everything but addresses.
+
+    Parameters
+    ----------
+    tensors : tuple of (name, element strides, itemsize)
+        Strides as ``element_strides`` gives them, with len(batch_shape) leading entries.
+    reduce_shape : tuple of int, optional
+        For bwd_finish: how many partials are summed along each leading axis.
+    """
+    strides = {name: s for name, s, _ in tensors}
+    reduce_shape = (1,) * len(batch_shape) if reduce_shape is None else reduce_shape
+    shape, reduce, strides = collapse(batch_shape, reduce_shape, strides)
+    outer = max(0, len(shape) - BATCH_AXES)
+    pad = BATCH_AXES - (len(shape) - outer)
+    packed = bytearray(PARAMS_BYTES)
+    for name, s in strides.items():
+        inner = (0,) * pad + s[outer:]
+        _TENSOR.pack_into(packed, TENSORS.index(name) * _TENSOR.size, 0, *inner)
+    _SCALARS.pack_into(
+        packed, len(TENSORS) * _TENSOR.size, numbers.q_offset, numbers.scale,
+        *(1,) * pad, *shape[outer:], *(1,) * pad, *reduce[outer:],
+        numbers.num_heads, numbers.num_heads_k, numbers.seqlen_q, numbers.seqlen_k,
+        numbers.head_dim, numbers.head_dim_v,
+    )  # fmt: skip
+    walks = itertools.product(*(range(n) for n in shape[:outer]))
+    offsets = tuple(
+        tuple(itemsize * sum(i * s for i, s in zip(index, strides[name], strict=False)) for name, _, itemsize in tensors)
+        for index in walks
+    )
+    return Template(bytes(packed), offsets, tuple(name for name, _, _ in tensors))
+
+
+def collapse(
+    batch_shape: tuple[int, ...], reduce_shape: tuple[int, ...], strides: Mapping[str, Strides]
+) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Strides]]:
+    """Merge neighbouring leading axes that every tensor walks as one, and drop axes of length 1."""
+    axes = [i for i, (n, r) in enumerate(zip(batch_shape, reduce_shape, strict=True)) if n * r != 1]
+    merged: list[list[int]] = []
+    for axis in axes:
+        before = merged[-1][-1] if merged else None
+        if before is not None and _one_walk(before, axis, batch_shape, reduce_shape, strides):
+            merged[-1].append(axis)
+        else:
+            merged.append([axis])
+    shape = tuple(math.prod(batch_shape[i] for i in group) for group in merged)
+    reduce = tuple(math.prod(reduce_shape[i] for i in group) for group in merged)
+    tail = len(batch_shape)
+    kept = {name: tuple(s[group[-1]] for group in merged) + s[tail:] for name, s in strides.items()}
+    return shape, reduce, kept
+
+
+def _one_walk(
+    i: int, j: int, shape: tuple[int, ...], reduce: tuple[int, ...], strides: Mapping[str, Strides]
+) -> bool:
+    """Whether axes i and j = i's successor act as one axis: strides nest, and both are kept or both summed."""
+    if reduce[i] == reduce[j] == 1:
+        return all(s[i] == s[j] * shape[j] for s in strides.values())
+    return False

@@ -1,0 +1,214 @@
+"""From a Problem and a Device to a Plan: which family, which tile, which kernels, how large. Pure: nothing runs.
+
+Tiles are chosen without batch or heads, so that an entry's bits do not depend on its batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+
+from . import _cpu, _tiles
+from ._compile import Spec
+from ._problem import Problem
+
+GPU_FAMILIES = ("simt",)  # fastest first
+CPU_FAMILY = "cpu"
+MAX_HEAD_DIM = 256
+MAX_SEQLEN = 2**31 - 1  # rows are counted in 32 bits inside kernels
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes for one call, in place of the planner's; None leaves a field to the planner.
+
+    Parameters
+    ----------
+    block_m, block_n : int, optional
+        Query rows and keys of one tile.
+    stages, warps : int, optional
+        GPU only: buffers that loads run ahead in, and warps of a thread block.
+    """
+
+    block_m: int | None = None
+    block_n: int | None = None
+    stages: int | None = None
+    warps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "stages", "warps"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"Tile({name}={value!r}): {name} is an integer or None")
+            if value < 1:
+                raise ValueError(f"Tile({name}={value}): {name} is at least 1")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan needs to know of a GPU."""
+
+    name: str
+    arch: int  # 90 for compute capability 9.0
+    smem: int  # bytes of shared memory that one thread block may have, opted in
+
+
+_KB = 1024
+DEVICES = {
+    f"sm_{arch}": Device(f"sm_{arch}", arch, smem * _KB)
+    for arch, smem in (
+        (60, 48), (61, 48), (62, 48), (70, 96), (72, 96), (75, 64), (80, 163), (86, 99), (87, 163), (89, 99),
+        (90, 227), (100, 227), (103, 227), (110, 227), (120, 99), (121, 99),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """One kernel of a plan."""
+
+    spec: Spec
+    grid: int
+    threads: int
+    smem: int
+    writes: tuple[str, ...]
+    remark: str = ""
+
+    @property
+    def name(self) -> str:
+        """The kernel's name: that of its file and entry point."""
+        return self.spec.kernel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call will run.
+
+    Attributes
+    ----------
+    family : str
+        "cpu", or the kernel family.
+    device : str
+    kernels : tuple of KernelPlan
+        In launch order; empty on the CPU.
+    block_m, block_n : int
+        Query rows and keys of a tile.
+    workspace : int
+        Bytes of temporary device memory.
+    copies : tuple of str
+        Inputs that the family can't read in place, with the reason.
+    declined : tuple of (str, str)
+        Faster families, and why they were passed over.
+    chain_d, chain_k, chain_q : int
+        Longest chains of dependent additions over head width, keys and queries, for error bounds.
+    """
+
+    family: str
+    device: str
+    direction: str
+    block_m: int
+    block_n: int
+    kernels: tuple[KernelPlan, ...] = ()
+    workspace: int = 0
+    copies: tuple[str, ...] = ()
+    declined: tuple[tuple[str, str], ...] = ()
+    chain_d: int = 0
+    chain_k: int = 0
+    chain_q: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.direction} on {self.device}, family {self.family}",
+            f"  tile        {self.block_m} queries x {self.block_n} keys",
+        ]
+        for step in self.kernels:
+            spec = step.spec
+            lines.append(
+                f"  kernel      {step.name}: {step.grid} blocks of {step.threads} threads, "
+                f"tile {spec.block_m} x {spec.block_n}, widths {spec.head_dim}/{spec.head_dim_v} in chunks of "
+                f"{spec.dim_chunk}, {step.smem} bytes of shared memory, writes {', '.join(step.writes)}"
+            )
+        lines.append(f"  workspace   {self.workspace} bytes")
+        lines += [f"  copy        {text}" for text in self.copies] or ["  copies      none"]
+        lines += [f"  not {name:<7} {why}" for name, why in self.declined]
+        lines.append(
+            f"  chains      {self.chain_d} additions over the head width, {self.chain_k} over keys"
+            + (f", {self.chain_q} over queries" if self.chain_q else "")
+        )
+        lines += [f"  note        {text}" for text in self.notes]
+        return "\n".join(lines)
+
+
+def check_family(family: object, on_gpu: bool) -> None:
+    """ValueError unless ``family`` can run where the arrays lie."""
+    here = GPU_FAMILIES if on_gpu else (CPU_FAMILY,)
+    if family is None or family in here:
+        return
+    arrays = "CuPy arrays" if on_gpu else "NumPy arrays"
+    if family in (*GPU_FAMILIES, CPU_FAMILY):
+        raise ValueError(f"family={family!r} with {arrays}: {arrays} run on {' or '.join(map(repr, here))}")
+    raise ValueError(f"family={family!r}: families are {', '.join(map(repr, (*GPU_FAMILIES, CPU_FAMILY)))}")
+
+
+def check_tile(tile: object) -> Tile:
+    """The tile of ``tile=``, all None where there is none; TypeError if it is no Tile."""
+    if tile is None:
+        return _PLANNERS_TILE
+    if isinstance(tile, Tile):
+        return tile
+    raise TypeError(f"tile={tile!r}: tile is a cupyflash.Tile or None")
+
+
+_PLANNERS_TILE = Tile()
+
+
+def plan_cpu(problem: Problem, family: object, tile: object, wrt: frozenset[str] | None) -> Plan:
+    """The plan of a NumPy call: forward where ``wrt`` is None, else the backward for these gradients."""
+    check_family(family, on_gpu=False)
+    return _plan_cpu(problem, check_tile(tile), wrt is not None)
+
+
+@lru_cache(maxsize=4096)
+def _plan_cpu(problem: Problem, tile: Tile, backward: bool) -> Plan:
+    for name in ("stages", "warps"):
+        if getattr(tile, name) is not None:
+            raise ValueError(f"Tile({name}={getattr(tile, name)}) with NumPy arrays: the CPU has block sizes only")
+    block_m, block_n = _cpu.tile(problem, backward)
+    chain_d, chain_k, chain_q = _chains(problem, backward)
+    return Plan(
+        family=CPU_FAMILY,
+        device="cpu",
+        direction="backward" if backward else "forward",
+        block_m=tile.block_m or block_m,
+        block_n=tile.block_n or block_n,
+        chain_d=chain_d,
+        chain_k=chain_k,
+        chain_q=chain_q,
+    )
+
+
+def _chains(problem: Problem, backward: bool) -> tuple[int, int, int]:
+    """Longest chains of dependent additions over the head width, keys and queries; no zero padding is counted."""
+    if not backward:
+        return problem.head_dim, problem.seqlen_k, 0
+    sharers = problem.batch if problem.broadcast else 1
+    queries = problem.seqlen_q * (problem.num_heads // problem.num_heads_k) * sharers
+    return max(problem.head_dim, problem.head_dim_v), problem.seqlen_k * sharers, queries
+
+
+def plan_gpu(
+    problem: Problem,
+    device: Device,
+    family: object,
+    tile: object,
+    wrt: frozenset[str] | None,
+    copies: tuple[str, ...] = (),
+) -> Plan:
+    """The plan of a GPU call: forward where ``wrt`` is None, else the backward for these gradients."""
+    raise NotImplementedError

@@ -1,0 +1,405 @@
+"""The public functions. Each one checks, plans and launches; the work is in the modules of those names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._arrays import Array, on_device, same_place, take
+from ._call import Call
+from ._plan import Plan, Tile
+from ._problem import GRADIENTS, check_gradient_out, check_out, check_results, read_wrt
+
+
+class AttentionResult(NamedTuple):
+    """What ``attention(..., return_lse=True)`` returns: the output and its log-sum-exp."""
+
+    out: Any
+    lse: Any
+
+
+class AttentionGradients(NamedTuple):
+    """Gradients by name, None where not asked for. Use the names: later versions may add fields at the end."""
+
+    dq: Any = None
+    dk: Any = None
+    dv: Any = None
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float | None = None,
+    causal: bool | str = False,
+    q_offset: Any = None,
+    layout: str = "hsd",
+    precision: str | None = None,
+    family: str | None = None,
+    tile: Tile | None = None,
+    out: Any = None,
+    return_lse: bool = False,
+) -> Any:
+    """Exact attention: out = softmax(scale * q k^T) v, in memory that grows with the sequence, not its square.
+
+    NumPy arrays are computed on the CPU, CuPy arrays on their device and CuPy's current stream. Objects with
+    ``__dlpack__`` or ``__cuda_array_interface__`` are read in place.
+
+    Parameters
+    ----------
+    q : array, shape (..., Hq, Sq, D)
+        Queries: float16, bfloat16 (ml_dtypes), float32 or float64. A 2-D array is one head.
+    k : array, shape (..., Hk, Sk, D)
+        Keys, of q's dtype. Query head h reads head h // (Hq // Hk), so Hk divides Hq.
+    v : array, shape (..., Hk, Sk, Dv)
+        Values, of q's dtype. The leading axes of q, k, v broadcast as in ``numpy.matmul``, without a copy.
+    scale : float, optional
+        Factor on q k^T; any finite number. None is 1/sqrt(D).
+    causal : bool or "top_left"
+        True: query row i sees keys j <= i + Sk - Sq (bottom-right). "top_left": j <= i.
+    q_offset : int or integer array over the leading axes, optional
+        Places the diagonal instead: causal rows see j <= i + q_offset. An array may hold one offset for each
+        batch entry; it lies where q lies, or is a NumPy array, which is copied to the device.
+    layout : "hsd" or "shd"
+        Order of the last three axes of q, k, v and out: (heads, seqlen, head_dim) or (seqlen, heads, head_dim).
+    precision : None, "highest" or "ieee"
+        Arithmetic of products. float64 takes None, 16-bit types None or "highest". Everything that is accepted
+        here computes with IEEE fused multiply-adds of the accumulation type (float64 for float64, else float32).
+    family : str, optional
+        Kernel family to insist on: "simt" for CuPy arrays, "cpu" for NumPy arrays. None lets the planner choose.
+    tile : Tile, optional
+        Block sizes for this call instead of the planner's.
+    out : array or pair of arrays, optional
+        Where to write: out, or (out, lse), which implies ``return_lse``. out has q's dtype, or float32 for
+        16-bit q, which then leaves the result unrounded. Any strides, but no element shared with an input.
+    return_lse : bool
+        Return the log-sum-exp too.
+
+    Returns
+    -------
+    array, shape (..., Hq, Sq, Dv), or AttentionResult
+        In q's layout and dtype. With ``return_lse``, (out, lse) where lse has shape (..., Hq, Sq) in every layout
+        and is the natural logarithm of sum_j exp(scale q.k_j) over visible keys: float32, float64 for float64.
+        A row that sees no key has out 0 and lse -inf.
+
+    Raises
+    ------
+    ValueError
+        Shapes, values or options that do not fit, before anything is compiled or launched.
+    TypeError
+        Dtypes and objects that are not supported, likewise.
+
+    Notes
+    -----
+    The online softmax of Milakov and Gimelshein (2018), arXiv:1805.02867, over blocks as in FlashAttention-2,
+    Dao (2023), arXiv:2307.08691, algorithm 1. Inputs are never written. The same call gives the same bits,
+    whatever the batch, strides or layout.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupyflash import attention
+    >>> q = k = v = np.ones((2, 4, 8), np.float32)
+    >>> attention(q, k, v).shape
+    (2, 4, 8)
+    """
+    _check_flag("return_lse", return_lse)
+    out, lse = _split_out(out)
+    call = Call(
+        q, k, v, scale=scale, causal=causal, q_offset=q_offset, layout=layout, precision=precision, out=out
+    )  # fmt: skip
+    if out is not None:
+        _check_out(call, out, lse)
+    plan = call.plan(family, tile)
+    pair = return_lse or lse is not None
+    out, lse = call.allocate(out, lse)
+    call.forward(plan, out, lse)
+    return AttentionResult(out, lse) if pair else out
+
+
+def attention_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    *,
+    dlse: Any = None,
+    wrt: Iterable[str] | None = None,
+    grads_out: AttentionGradients | None = None,
+    scale: float | None = None,
+    causal: bool | str = False,
+    q_offset: Any = None,
+    layout: str = "hsd",
+    precision: str | None = None,
+    family: str | None = None,
+    tile: Tile | None = None,
+    deterministic: bool = True,
+) -> AttentionGradients:
+    """Gradients of attention: the vector-Jacobian product with dout, and with dlse where given.
+
+    The attention matrix is computed again, block by block, from q, k and lse; nothing of size Sq x Sk is stored.
+
+    Parameters
+    ----------
+    dout : array, shape of out
+        Gradient of a scalar with respect to out, in q's dtype.
+    q, k, v : array
+        What ``attention`` was called with; likewise scale, causal, q_offset, layout, precision.
+    out, lse : array
+        What ``attention(..., return_lse=True)`` returned. out may be float32 for 16-bit q.
+    dlse : array, shape of lse, optional
+        Gradient of the scalar with respect to lse. It is not read where lse is -inf.
+    wrt : tuple of {"q", "k", "v"}, optional
+        Which gradients to compute; None is all three.
+    grads_out : AttentionGradients, optional
+        Arrays to write into; None entries are allocated. Each has its input's shape and dtype.
+    family, tile : optional
+        As for ``attention``, for this call's kernels.
+    deterministic : bool
+        True: the same bits on every run. False permits results to differ from run to run where that is faster;
+        the families that exist so far are deterministic at full speed.
+
+    Returns
+    -------
+    AttentionGradients
+        dq, dk, dv: shape, layout and dtype of q, k, v, summed over broadcast leading axes and over the query heads
+        of a group in the accumulation type, in a fixed order. None where ``wrt`` leaves one out.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for ``attention``.
+
+    Notes
+    -----
+    With p = exp(s - lse), dp = dout v^T, delta = sum_d dout out - dlse and ds = p (dp - delta): dv = p^T dout,
+    dq = scale ds k, dk = scale ds^T q. FlashAttention-2, Dao (2023), arXiv:2307.08691, algorithm 2.
+    """
+    _check_flag("deterministic", deterministic)
+    names = read_wrt(wrt)
+    beside = {"dout": take("dout", dout), "out": take("out", out), "lse": take("lse", lse)}
+    if dlse is not None:
+        beside["dlse"] = take("dlse", dlse)
+    call = Call(
+        q, k, v, scale=scale, causal=causal, q_offset=q_offset, layout=layout, precision=precision,
+        beside=beside, out=beside["out"],
+    )  # fmt: skip
+    check_results(call.problem, call.inputs)
+    given = _check_grads_out(call, names, grads_out)
+    plan = call.plan(family, tile, names)
+    gradients = {f"d{name}": _gradient(call, name, given) for name in GRADIENTS if name in names}
+    call.backward(plan, gradients)
+    return AttentionGradients(**gradients)
+
+
+def attention_vjp(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float | None = None,
+    causal: bool | str = False,
+    q_offset: Any = None,
+    layout: str = "hsd",
+    precision: str | None = None,
+    family: str | None = None,
+    tile: Tile | None = None,
+    return_lse: bool = False,
+    deterministic: bool = True,
+) -> tuple[Any, Callable[..., AttentionGradients]]:
+    """Attention and the function that pulls gradients back through it.
+
+    Parameters
+    ----------
+    q, k, v, scale, causal, q_offset, layout, precision, family, tile, return_lse
+        As for ``attention``.
+    deterministic
+        As for ``attention_backward``.
+
+    Returns
+    -------
+    out : array, or AttentionResult with ``return_lse``
+    vjp : callable
+        ``vjp(dout, dlse=None, wrt=None)`` returns AttentionGradients. It holds q, k, v, q_offset, out and lse by
+        reference: do not change them before the last call.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for ``attention``.
+    """
+    _check_flag("deterministic", deterministic)
+    options: dict[str, Any] = {
+        "scale": scale, "causal": causal, "q_offset": q_offset, "layout": layout, "precision": precision,
+        "family": family, "tile": tile,
+    }  # fmt: skip
+    result = attention(q, k, v, return_lse=True, **options)
+
+    def vjp(dout: Any, dlse: Any = None, wrt: Iterable[str] | None = None) -> AttentionGradients:
+        return attention_backward(
+            dout, q, k, v, *result, dlse=dlse, wrt=wrt, deterministic=deterministic, **options
+        )
+
+    return (result if return_lse else result.out), vjp
+
+
+def explain(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float | None = None,
+    causal: bool | str = False,
+    q_offset: Any = None,
+    layout: str = "hsd",
+    precision: str | None = None,
+    family: str | None = None,
+    tile: Tile | None = None,
+    out: Any = None,
+    backward: bool = False,
+    wrt: Iterable[str] | None = None,
+    device: str | None = None,
+) -> Plan:
+    """How a call would run: family, tile, grid, shared memory, workspace, copies. Nothing runs or is compiled.
+
+    Parameters
+    ----------
+    q, k, v, scale, causal, q_offset, layout, precision, family, tile, out
+        As for ``attention``.
+    backward : bool
+        Explain ``attention_backward`` instead.
+    wrt : tuple of str, optional
+        As for ``attention_backward``; needs ``backward=True``.
+    device : str, optional
+        Plan for a GPU of this architecture, such as "sm_90", instead of where the arrays lie. It needs no GPU, and
+        NumPy arrays do.
+
+    Returns
+    -------
+    Plan
+        Prints as a table.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for ``attention``; ValueError for an unknown ``device``, and for a tile that does not fit it.
+    """
+    call = _unrun(q, k, v, scale, causal, q_offset, layout, precision, out, device)
+    if backward:
+        return call.plan(family, tile, read_wrt(wrt))
+    if wrt is not None:
+        raise ValueError(f"wrt={wrt!r} without backward=True: the forward has no gradients")
+    return call.plan(family, tile)
+
+
+def prepare(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float | None = None,
+    causal: bool | str = False,
+    q_offset: Any = None,
+    layout: str = "hsd",
+    precision: str | None = None,
+    family: str | None = None,
+    tile: Tile | None = None,
+    out: Any = None,
+    backward: bool = True,
+    wrt: Iterable[str] | None = None,
+) -> None:
+    """Compile what a call needs, without running it: for latency, and before a CUDA graph is captured.
+
+    Parameters
+    ----------
+    q, k, v, scale, causal, q_offset, layout, precision, family, tile, out
+        As for ``attention``.
+    backward : bool
+        Prepare ``attention_backward`` too, for the gradients in ``wrt``.
+    wrt : tuple of str, optional
+        As for ``attention_backward``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for ``attention``.
+    """
+    call = _unrun(q, k, v, scale, causal, q_offset, layout, precision, out, None)
+    plans = [call.plan(family, tile)]
+    if backward:
+        plans.append(call.plan(family, tile, read_wrt(wrt)))
+    if call.place is not None:
+        from ._launch import compile_plan
+
+        for plan in plans:
+            compile_plan(plan, call.place)
+
+
+def _unrun(
+    q: Any, k: Any, v: Any, scale: Any, causal: Any, q_offset: Any, layout: Any, precision: Any, out: Any, device: Any
+) -> Call:
+    """The Call that explain and prepare plan for, checked as attention would check it."""
+    out, lse = _split_out(out)
+    call = Call(
+        q, k, v, scale=scale, causal=causal, q_offset=q_offset, layout=layout, precision=precision, out=out,
+        device=device,
+    )  # fmt: skip
+    if out is not None:
+        _check_out(call, out, lse)
+    return call
+
+
+def _split_out(out: Any) -> tuple[Array | None, Array | None]:
+    """The arrays of ``out=``: neither, out alone, or out and lse."""
+    if out is None:
+        return None, None
+    if not isinstance(out, tuple):
+        return take("out", out), None
+    if len(out) != 2:
+        raise ValueError(f"out is a tuple of {len(out)}: out= is an array or the pair (out, lse)")
+    return take("out[0]", out[0]), take("out[1]", out[1])
+
+
+def _check_out(call: Call, out: Array, lse: Array | None) -> None:
+    same_place({"q": call.inputs["q"], "out": out} | ({} if lse is None else {"out[1]": lse}))
+    check_out(call.problem, out, lse, call.inputs)
+
+
+def _check_grads_out(
+    call: Call, names: frozenset[str], grads_out: AttentionGradients | None
+) -> dict[str, Array]:
+    """The arrays of ``grads_out=`` by input name."""
+    if grads_out is None:
+        return {}
+    if not isinstance(grads_out, AttentionGradients):
+        raise TypeError(f"grads_out is a {type(grads_out).__name__}: pass cupyflash.AttentionGradients(dq=..., ...)")
+    given: dict[str, Array] = {}
+    taken = dict(call.inputs)
+    for name, x in zip(GRADIENTS, grads_out, strict=True):
+        if x is None:
+            continue
+        if name not in names:
+            raise ValueError(f"grads_out.d{name} is given, but wrt={tuple(sorted(names))} leaves {name!r} out")
+        x = take(f"grads_out.d{name}", x)
+        same_place({"q": call.inputs["q"], f"grads_out.d{name}": x})
+        check_gradient_out(name, x, call.inputs[name], taken)
+        given[name] = taken[f"grads_out.d{name}"] = x
+    return given
+
+
+def _gradient(call: Call, name: str, given: dict[str, Array]) -> Array:
+    if name in given:
+        return given[name]
+    with on_device(call.place):
+        like = call.inputs[name]
+        return call.xp.empty(like.shape, like.dtype)
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}={value!r}: {name} is True or False")

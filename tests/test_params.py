@@ -1,0 +1,122 @@
+"""The launch struct: that Python and C++ agree on it, and that collapsing leading axes loses no address."""
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cupyflash import _params
+from cupyflash._compile import kernels_dir
+
+
+def decode(packed: bytes) -> dict[str, tuple[int, ...]]:
+    """The struct's tensors: (data, batch strides..., head, row, column strides)."""
+    size = _params._TENSOR.size
+    return {
+        name: _params._TENSOR.unpack_from(packed, i * size) for i, name in enumerate(_params.TENSORS)
+    }
+
+
+def decode_shapes(packed: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """batch_shape and reduce_shape."""
+    numbers = _params._SCALARS.unpack_from(packed, len(_params.TENSORS) * _params._TENSOR.size)[2:]
+    n = _params.BATCH_AXES
+    return numbers[:n], numbers[n : 2 * n]
+
+
+def test_fields_lie_where_the_kernels_read_them(tmp_path):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        if os.environ.get("CI"):
+            pytest.fail("g++ is missing")
+        pytest.skip("g++ is missing")
+    numbers = ("q_offset", "softmax_scale", "batch_shape", "reduce_shape", "num_heads", "num_heads_k")
+    numbers += ("seqlen_q", "seqlen_k", "head_dim", "head_dim_v")
+    lines = [f'printf("%zu ", offsetof(Params, {name}));' for name in _params.TENSORS + numbers]
+    lines.append('printf("%zu ", offsetof(Tensor, batch_stride)); printf("%zu ", offsetof(Tensor, col_stride));')
+    main = tmp_path / "main.cpp"
+    main.write_text(
+        f"#include <cstddef>\n#include <cstdio>\nconstexpr int PARAMS_BYTES = {_params.PARAMS_BYTES};\n"
+        '#include "params.cuh"\nint main() {' + "\n".join(lines) + "}\n"
+    )
+    program = tmp_path / "main"
+    subprocess.run([compiler, "-std=c++17", f"-I{kernels_dir()}", str(main), "-o", str(program)], check=True)
+    offsets = [int(x) for x in subprocess.run([program], capture_output=True, check=True).stdout.split()]
+
+    size = _params._TENSOR.size
+    behind = len(_params.TENSORS) * size
+    n = 4 * _params.BATCH_AXES
+    expected = [i * size for i in range(len(_params.TENSORS))]
+    expected += [behind, behind + 8, behind + 16, behind + 16 + n]
+    expected += [behind + 16 + 2 * n + 4 * i for i in range(6)]
+    assert offsets == [*expected, 8, size - 8]
+
+
+def test_struct_order_matches_the_header():
+    text = (kernels_dir() / "params.cuh").read_text()
+    body = re.search(r"struct Params \{(.*?)\};", text, re.DOTALL)[1]
+    fields = re.findall(r"(\w+)(?:\[4\])?(?=[,;])", re.sub(r"//.*", "", body))
+    assert tuple(fields[: len(_params.TENSORS)]) == _params.TENSORS
+
+
+@st.composite
+def walks(draw):
+    """Leading axes and, for each tensor, strides: contiguous here, broadcast there, reversed elsewhere."""
+    shape = tuple(draw(st.lists(st.integers(1, 3), max_size=7)))
+    tensors = []
+    for name in ("q", "k", "v"):
+        strides, step = [], draw(st.sampled_from([1, 4]))
+        for n in reversed(shape):
+            kind = draw(st.sampled_from(["next", "next", "next", "broadcast", "gap", "reversed"]))
+            step *= 2 if kind == "gap" else 1
+            strides.append(0 if kind == "broadcast" or n == 1 else -step if kind == "reversed" else step)
+            step *= n if kind != "broadcast" else 1
+        tensors.append((name, (*reversed(strides), 7, 5, 3), 2))
+    return shape, tuple(tensors)
+
+
+@given(walks())
+def test_collapsed_axes_reach_every_address(walk):
+    shape, tensors = walk
+    template = _params.make_template(_params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1), shape, tensors)
+    expected = sorted(
+        tuple(2 * sum(i * s for i, s in zip(index, strides[: len(shape)], strict=True)) for _, strides, _ in tensors)
+        for index in itertools.product(*map(range, shape))
+    )
+    reached = []
+    for launch in range(len(template.offsets)):
+        packed = template.fill(launch, dict.fromkeys("qkv", 1 << 40))["bytes"].tobytes()
+        fields = decode(packed)
+        for index in itertools.product(*map(range, decode_shapes(packed)[0])):
+            reached.append(
+                tuple(
+                    fields[n][0] - (1 << 40) + 2 * sum(i * s for i, s in zip(index, fields[n][1:5], strict=True))
+                    for n in "qkv"
+                )
+            )
+    assert sorted(reached) == expected
+
+
+def test_contiguous_axes_become_one():
+    x = np.empty((2, 3, 4, 5, 6, 7, 8, 9), np.float32)
+    strides = _params.element_strides(x.shape, x.strides, 4, 5, 3)
+    template = _params.make_template(_params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1), x.shape[:5], (("q", strides, 4),))
+    assert len(template.offsets) == 1
+    assert decode_shapes(template.packed)[0] == (1, 1, 1, 720)
+    assert decode(template.packed)["q"][4:] == (504, 72, 9, 1)
+
+
+def test_an_axis_is_kept_or_summed():
+    shape, reduce = (5, 1, 1), (1, 2, 3)
+    strides = {"partial": (6, 3, 1, 0, 0, 0), "dq": (1, 0, 0, 0, 0, 0)}
+    template = _params.make_template(
+        _params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1), shape, tuple((n, s, 4) for n, s in strides.items()), reduce
+    )
+    assert decode_shapes(template.packed) == ((1, 5, 1, 1), (1, 1, 2, 3))
+    assert decode(template.packed)["partial"][1:5] == (0, 6, 3, 1)
