@@ -69,8 +69,12 @@ constexpr double LN2 = 0.69314718055994530942;
 __device__ __forceinline__ float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 __device__ __forceinline__ double fma(double a, double b, double c) { return ::fma(a, b, c); }
 
-// 2**x within 2 ulp; 0 at -inf, NaN at NaN.
-__device__ __forceinline__ float exp2(float x) { return ::exp2f(x); }
+// 2**x within 2 ulp, results below the smallest normal number become 0; 0 at -inf, NaN at NaN.
+__device__ __forceinline__ float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ double exp2(double x) { return ::exp2(x); }
 
 // The natural logarithm.

@@ -1,0 +1,156 @@
+// Products of tiles by plain FMA: which thread owns what, and two words, "nt" and "nn".
+//
+// Eight lanes of one warp share a row, so what one of them knows of a row reaches the others by shuffles, and a row
+// of P that they write to shared memory is read back by the same warp alone. Over a tile of (M, N) scores thread
+// (y, x) owns rows y + THREADS_Y * r and columns x + 8 * c:
+//
+//            x = 0 1 2 3 4 5 6 7 0 1 2 ...          a lane is 5 bits:  x has bits 3, 2, 0
+//     y = 0      . . . . . . . .                                        y has bits 4, 1
+//     y = 1      . . . . . . . .   (one warp:       An operand's row is then shared by lanes t and t ^ 1, its
+//     y = 2      . . . . . . . .    4 x 8 lanes)    column by t and t ^ 2, and in both cases a 16-byte shared load of
+//     y = 3      . . . . . . . .                    a warp takes 2 wavefronts instead of 4.
+#pragma once
+#include "tile.cuh"
+
+constexpr int THREADS_X = 8;
+constexpr int THREADS_Y = 4 * NUM_WARPS;
+
+__device__ __forceinline__ int thread_x() { return (thread_index() & 1) | ((thread_index() >> 1) & 6); }
+__device__ __forceinline__ int thread_y() {
+  return thread_index() / 32 * 4 + (((thread_index() >> 1) & 1) | ((thread_index() >> 3) & 2));
+}
+
+// Over the eight lanes that share a row; all of them get the same bits.
+__device__ __forceinline__ Accumulator row_sum_of(Accumulator x) {
+  x += shuffle_xor(x, 1);
+  x += shuffle_xor(x, 4);
+  return x + shuffle_xor(x, 8);
+}
+__device__ __forceinline__ Accumulator row_max_of(Accumulator x) {
+  x = math::max(x, shuffle_xor(x, 1));
+  x = math::max(x, shuffle_xor(x, 4));
+  return math::max(x, shuffle_xor(x, 8));
+}
+
+// A thread's part of (M, N) scores: row y + THREADS_Y * r, column x + 8 * c at [r][c].
+template <int M, int N>
+struct Scores {
+  static constexpr int ROWS = M / THREADS_Y, COLS = N / THREADS_X;
+  static_assert(M % THREADS_Y == 0 && N % THREADS_X == 0, "a tile of scores is dealt out evenly");
+  Accumulator at[ROWS][COLS];
+
+  static __device__ __forceinline__ int row(int r) { return thread_y() + THREADS_Y * r; }
+  static __device__ __forceinline__ int col(int c) { return thread_x() + THREADS_X * c; }
+};
+
+// A thread's part of (M, N) outputs: the same rows; columns in vectors, as they are loaded. Vector g of the thread is
+// columns VECTOR * (x + 8 * g) and the VECTOR - 1 after it, at [r][VECTOR * g] and so on.
+template <int M, int N>
+struct Outputs {
+  static constexpr int ROWS = M / THREADS_Y, COLS = N / THREADS_X;
+  static constexpr int VECTOR = COLS % WIDTH == 0 ? WIDTH : 2;  // widths like 16 and 48 are dealt out in pairs
+  static_assert(M % THREADS_Y == 0 && N % (2 * THREADS_X) == 0, "a tile of outputs is dealt out evenly");
+  Accumulator at[ROWS][COLS];
+
+  static __device__ __forceinline__ int row(int r) { return thread_y() + THREADS_Y * r; }
+  static __device__ __forceinline__ int col(int g) { return VECTOR * (thread_x() + THREADS_X * g); }
+};
+
+template <typename Fragment>
+__device__ __forceinline__ void clear(Fragment& fragment) {
+#pragma unroll
+  for (int r = 0; r < fragment.ROWS; ++r) {
+#pragma unroll
+    for (int c = 0; c < fragment.COLS; ++c) fragment.at[r][c] = 0;
+  }
+}
+
+template <typename Fragment>
+__device__ __forceinline__ void multiply_row(Fragment& fragment, int r, Accumulator factor) {
+#pragma unroll
+  for (int c = 0; c < fragment.COLS; ++c) fragment.at[r][c] *= factor;
+}
+
+template <typename Fragment>
+__device__ __forceinline__ void multiply(Fragment& fragment, Accumulator factor) {
+#pragma unroll
+  for (int r = 0; r < fragment.ROWS; ++r) multiply_row(fragment, r, factor);
+}
+
+// acc[m][n] += sum over d of a[m][d] * b[n][d].
+// A thread loads ROWS + COLS vectors for ROWS * COLS * WIDTH FMAs. Loops over d stay loops: unrolled whole they
+// overrun the instruction cache.
+template <int M, int N, int DEPTH>
+__device__ __forceinline__ void multiply_nt(Scores<M, N>& acc, const Tile<M, DEPTH>& a, const Tile<N, DEPTH>& b) {
+  constexpr int ROWS = Scores<M, N>::ROWS, COLS = Scores<M, N>::COLS;
+#pragma unroll 2
+  for (int d = 0; d < DEPTH; d += WIDTH) {
+    Vector<Accumulator, WIDTH> b_part[COLS];
+#pragma unroll
+    for (int c = 0; c < COLS; ++c) b_part[c] = load_shared<WIDTH>(&b.at[acc.col(c)][d]);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const Vector<Accumulator, WIDTH> a_part = load_shared<WIDTH>(&a.at[acc.row(r)][d]);
+#pragma unroll
+      for (int e = 0; e < WIDTH; ++e) {
+#pragma unroll
+        for (int c = 0; c < COLS; ++c) acc.at[r][c] = math::fma(a_part.at[e], b_part[c].at[e], acc.at[r][c]);
+      }
+    }
+  }
+}
+
+// acc[m][n] += sum over k of p[m][k] * b[k][n].
+template <int M, int N, int DEPTH>
+__device__ __forceinline__ void multiply_nn(Outputs<M, N>& acc, const Tile<M, DEPTH>& p, const Tile<DEPTH, N>& b) {
+  constexpr int ROWS = Outputs<M, N>::ROWS, COLS = Outputs<M, N>::COLS, VECTOR = Outputs<M, N>::VECTOR;
+#pragma unroll 2
+  for (int k = 0; k < DEPTH; k += WIDTH) {
+    Vector<Accumulator, WIDTH> p_part[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) p_part[r] = load_shared<WIDTH>(&p.at[acc.row(r)][k]);
+#pragma unroll
+    for (int e = 0; e < WIDTH; ++e) {
+#pragma unroll
+      for (int g = 0; g < COLS / VECTOR; ++g) {
+        const Vector<Accumulator, VECTOR> b_part = load_shared<VECTOR>(&b.at[k + e][acc.col(g)]);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+          for (int i = 0; i < VECTOR; ++i) {
+            Accumulator& sum = acc.at[r][VECTOR * g + i];
+            sum = math::fma(p_part[r].at[e], b_part.at[i], sum);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Scores to shared memory, where the warp that owns the rows reads them back as the left operand of multiply_nn.
+template <int M, int N>
+__device__ __forceinline__ void store_scores(Tile<M, N>& tile, const Scores<M, N>& acc) {
+#pragma unroll
+  for (int r = 0; r < acc.ROWS; ++r) {
+#pragma unroll
+    for (int c = 0; c < acc.COLS; ++c) tile.at[acc.row(r)][acc.col(c)] = acc.at[r][c];
+  }
+}
+
+// Outputs to rows [row0, row_end) and columns [col0, col_end) of a tensor.
+template <int M, int N, typename T>
+__device__ __forceinline__ void store_outputs(
+    const Rows<T>& rows, int row0, int row_end, int col0, int col_end, const Outputs<M, N>& acc) {
+  constexpr int VECTOR = Outputs<M, N>::VECTOR;
+#pragma unroll
+  for (int r = 0; r < acc.ROWS; ++r) {
+    if (acc.row(r) >= row_end - row0) continue;
+#pragma unroll
+    for (int g = 0; g < acc.COLS / VECTOR; ++g) {
+      Accumulator numbers[VECTOR];
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) numbers[i] = acc.at[r][VECTOR * g + i];
+      store_columns(rows, row0 + acc.row(r), col0 + acc.col(g), col_end, numbers);
+    }
+  }
+}

@@ -1,0 +1,59 @@
+// Where a batch entry lies in memory, how long it is, where its diagonal runs. What differs between dense and
+// packed or paged sequences differs here.
+#pragma once
+#include "params.cuh"
+#include "memory.cuh"
+
+// One head of one batch entry, (rows, columns) with any strides.
+template <typename T>
+struct Rows {
+  T* data;  // row 0, column 0
+  long long row_stride, col_stride;
+  bool vectors;  // 16 bytes of a row, counted from its start, can be moved as one
+
+  __device__ __forceinline__ T* at(int row, int col) const { return data + row * row_stride + col * col_stride; }
+  __device__ __forceinline__ T* at(int row) const { return data + row * row_stride; }
+};
+
+struct Sequence {
+  int batch_index[4];  // of the entry, along the leading axes
+  int seqlen_q, seqlen_k;
+  int q_offset;  // query row i sits on key i + q_offset; within [-seqlen_q, seqlen_k], beyond which nothing changes
+};
+
+// Elements from the start of a tensor to the start of an entry. All of it in 64 bits: tensors may pass 2**31 elements.
+__device__ __forceinline__ long long entry_offset(const Tensor& tensor, const int (&batch_index)[4]) {
+  long long offset = 0;
+#pragma unroll
+  for (int axis = 0; axis < 4; ++axis) offset += batch_index[axis] * tensor.batch_stride[axis];
+  return offset;
+}
+
+__device__ __forceinline__ Sequence sequence_of(const Params& params, int batch) {
+  Sequence seq;
+#pragma unroll
+  for (int axis = 3; axis >= 0; --axis) {
+    seq.batch_index[axis] = batch % params.batch_shape[axis];
+    batch /= params.batch_shape[axis];
+  }
+  seq.seqlen_q = params.seqlen_q;
+  seq.seqlen_k = params.seqlen_k;
+  long long q_offset = params.q_offset;
+  if (params.q_offsets.data != nullptr) {
+    const long long* offsets = static_cast<const long long*>(params.q_offsets.data);
+    q_offset = load_global<1>(offsets + entry_offset(params.q_offsets, seq.batch_index)).at[0];
+  }
+  const long long low = -static_cast<long long>(seq.seqlen_q), high = seq.seqlen_k;
+  seq.q_offset = static_cast<int>(q_offset < low ? low : q_offset > high ? high : q_offset);
+  return seq;
+}
+
+template <typename T>
+__device__ __forceinline__ Rows<T> rows_of(const Tensor& tensor, const Sequence& seq, int head) {
+  Rows<T> rows;
+  rows.data = static_cast<T*>(tensor.data) + entry_offset(tensor, seq.batch_index) + head * tensor.head_stride;
+  rows.row_stride = tensor.row_stride;
+  rows.col_stride = tensor.col_stride;
+  rows.vectors = tensor.col_stride == 1 && is_aligned(rows.data, 16) && tensor.row_stride * sizeof(T) % 16 == 0;
+  return rows;
+}
