@@ -87,8 +87,8 @@ template <int ROWS, int COLS, typename T>
 __device__ __forceinline__ void load_tile(
     Tile<ROWS, COLS>& tile, const Rows<const T>& rows, int row0, int row_end, int col0, int col_end) {
   constexpr int RUN = 16 / sizeof(T);
-  const int rows_left = row_end - row0 < ROWS ? row_end - row0 : ROWS;
-  const int cols_left = col_end - col0 < COLS ? col_end - col0 : COLS;
+  const int rows_left = row_end - row0;
+  const int cols_left = col_end < col0 ? 0 : col_end - col0 < COLS ? col_end - col0 : COLS;
   const T* corner = rows.at(row0, col0);  // (rows_left, cols_left); col0 is a multiple of 16
   const int by_vector = rows.vectors ? cols_left / RUN * RUN : 0;
   load_by_vector(tile, corner, rows.row_stride, rows_left, by_vector);
