@@ -1,0 +1,530 @@
+"""Named data sets, arrays with poison around them, and random problems: what tests and `selftest` draw.
+
+Everything here is a function of a `numpy.random.Generator` or of a `Pick`, so that one seed replays it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
+Pick = Callable[[int], int]  # pick(n) is an integer in [0, n); 0 is the simplest choice
+
+DTYPES = tuple(np.dtype(t) for t in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16))
+
+
+# -------------------------------------------------------------------------------------------- named data sets
+
+
+class Inputs(NamedTuple):
+    """q, k, v and the cotangents dout and dlse of one problem, canonical: (..., heads, seqlen, dim)."""
+
+    q: Array
+    k: Array
+    v: Array
+    dout: Array
+    dlse: Array
+
+
+class Shapes(NamedTuple):
+    """The shapes of `Inputs`."""
+
+    q: Shape
+    k: Shape
+    v: Shape
+    dout: Shape
+
+    @property
+    def dlse(self) -> Shape:
+        return self.dout[:-1]
+
+
+DataSet = Callable[[np.random.Generator, Shapes], Inputs]
+DATA_SETS: dict[str, DataSet] = {}
+#: Data sets of independent random elements, on which the bounds without N hold (`bounds.RANDOM`).
+RANDOM_SETS = ("normal", "log_normal", "outlier_channels", "large_logits")
+#: Data sets that need more range than 16-bit types or float16 have.
+WIDE_SETS = ("ranges", "outlier_row", "subnormal")
+
+
+def named(make: DataSet) -> DataSet:
+    """Register a data set under its function's name."""
+    DATA_SETS[make.__name__] = make
+    return make
+
+
+def draw(name: str, rng: np.random.Generator, shapes: Shapes, dtype: npt.DTypeLike) -> Inputs:
+    """The data set `name`, rounded to `dtype` (dlse to the accumulator's type)."""
+    inputs = DATA_SETS[name](rng, shapes)
+    log_sum = np.float64 if np.dtype(dtype) == np.float64 else np.float32
+    q, k, v, dout = (a.astype(dtype) for a in inputs[:4])
+    return Inputs(q, k, v, dout, inputs.dlse.astype(log_sum))
+
+
+def suits(name: str, dtype: npt.DTypeLike) -> bool:
+    """Whether the data set's numbers fit `dtype`."""
+    return name not in WIDE_SETS or np.dtype(dtype).itemsize > 2
+
+
+@named
+def normal(rng: np.random.Generator, shapes: Shapes) -> Inputs:
+    """Standard normal elements."""
+    return Inputs(*(rng.standard_normal(shape) for shape in (*shapes, shapes.dlse)))
+
+
+@named
+def zeros(rng: np.random.Generator, shapes: Shapes) -> Inputs:
+    """q = 0: every visible key has the same weight."""
+    return normal(rng, shapes)._replace(q=np.zeros(shapes.q))
+
+
+@named
+def constant(rng: np.random.Generator, shapes: Shapes) -> Inputs:
+    """Every array one number, so that rounding errors do not cancel in any sum."""
+    return Inputs(*(np.full(shape, rng.uniform(0.1, 2)) for shape in (*shapes, shapes.dlse)))
+
+
+@named
+def large_logits(rng: np.random.Generator, shapes: Shapes) -> Inputs:
+    """Logits of +-1e4: nearly one-hot rows, where errors of a logit are largest."""
+    x = normal(rng, shapes)
+    return x._replace(q=100 * x.q, k=100 * x.k)
+
+
+@named
+def one_hot(rng: np.random.Generator, shapes: Shapes) -> Inputs:
+    """Row i gives all its weight to one key: its own k, many times."""
+    x = normal(rng, shapes)
+    sharp = 40 * x.k / np.maximum(np.linalg.norm(x.k, axis=-1, keepdims=True), 1e-6)
+    q = rng.standard_normal(shapes.q)
+    if 0 not in shapes.k:
+        pick = rng.integers(shapes.k[-2], size=shapes.q[-2])
+        q = q * 0.01 + np.broadcast_to(sharp[(0,) * (sharp.ndim - 2)][pick], shapes.q)
+    return x._replace(q=q, k=sharp)
+
+
+@named
+def near_ties(rng: np.random.Generator, shapes: Shapes) -> Inputs:
+    """All keys the same up to a few units in the last place."""
+    x = normal(rng, shapes)
+    return x._replace(k=np.full(shapes.k, 0.75) * (1 + 1e-3 * rng.integers(-2, 3, shapes.k)))
+
+
+@named
+def rising(rng: np.random.Generator, shapes: Shapes) -> Inputs:
+    """Logits that grow with the key's index, so that each key block sets a new maximum."""
+    x = normal(rng, shapes)
+    ramp = np.linspace(0, 4, shapes.k[-2])[:, None]
+    return x._replace(q=1 + 0.1 * x.q, k=ramp + 0.1 * x.k)
+
+
+@named
+def falling(rng: np.random.Generator, shapes: Shapes) -> Inputs:
+    """Logits that fall with the key's index by more than the exponent's range."""
+    x = normal(rng, shapes)
+    ramp = np.linspace(60, -60, shapes.k[-2])[:, None]
+    return x._replace(q=2 + 0.1 * x.q, k=ramp + 0.1 * x.k)
+
+
+@named
+def offset_v(rng: np.random.Generator, shapes: Shapes) -> Inputs:
+    """Large common offset in v: rounding out loses what delta needs."""
+    x = normal(rng, shapes)
+    return x._replace(v=1000 + x.v)
+
+
+@named
+def log_normal(rng: np.random.Generator, shapes: Shapes) -> Inputs:
+    """Elements of widely different sizes."""
+    x = normal(rng, shapes)
+    return Inputs(*(np.sign(a) * np.exp(rng.standard_normal(a.shape)) for a in x))
+
+
+@named
+def outlier_channels(rng: np.random.Generator, shapes: Shapes) -> Inputs:
+    """A few columns a thousand times larger or smaller than the others, as in trained models."""
+    x = normal(rng, shapes)
+    factors = np.where(
+        np.arange(shapes.q[-1]) % 16 == 3, 30.0, np.where(np.arange(shapes.q[-1]) % 16 == 7, 1e-3, 1)
+    )
+    factors_v = np.where(
+        np.arange(shapes.v[-1]) % 16 == 1, 1e3, np.where(np.arange(shapes.v[-1]) % 16 == 5, 1e-3, 1)
+    )
+    return x._replace(q=x.q * factors, k=x.k / factors, v=x.v * factors_v)
+
+
+@named
+def float16_limits(rng: np.random.Generator, shapes: Shapes) -> Inputs:
+    """Elements next to float16's largest and smallest numbers; logits stay moderate."""
+    x = normal(rng, shapes)
+    big, small = 65504.0, 2.0**-14
+    even = np.arange(shapes.q[-1]) % 2 == 0
+    q = np.where(even, big * np.sign(x.q), small * x.q)
+    k = np.where(even, small / 4 * x.k, 6e4 * np.sign(x.k))
+    return x._replace(q=q, k=k, v=big * np.sign(x.v), dout=2.0**-20 * x.dout)
+
+
+@named
+def outlier_row(rng: np.random.Generator, shapes: Shapes) -> Inputs:
+    """One row of v a million times larger than the others."""
+    x = normal(rng, shapes)
+    v = x.v.copy()
+    v[..., :1, :] *= 1e6
+    return x._replace(v=v)
+
+
+@named
+def ranges(rng: np.random.Generator, shapes: Shapes) -> Inputs:
+    """q tiny, k huge, v tiny: only their products are ordinary."""
+    x = normal(rng, shapes)
+    return x._replace(q=1e-20 * x.q, k=1e20 * x.k, v=1e-25 * x.v)
+
+
+@named
+def subnormal(rng: np.random.Generator, shapes: Shapes) -> Inputs:
+    """v and dout around float32's smallest normal number, where a GPU flushes to zero."""
+    x = normal(rng, shapes)
+    return x._replace(v=1e-38 * x.v, dout=1e-38 * x.dout)
+
+
+# ---------------------------------------------------------------------------------- arrays with poison around
+
+POISON = 0xFF  # as every byte: NaN in all four dtypes, wherever an element begins
+GUARD = 256  # bytes of poison before and after
+
+
+@dataclass(frozen=True)
+class Style:
+    """How an array lies in memory: the order of its axes, its gaps, directions and start."""
+
+    order: str = (
+        "C"  # "C": last axis fastest; "F": first axis fastest; "swapped": C, axes -2 and -3 exchanged
+    )
+    gap: tuple[int, int] = (
+        1,
+        0,
+    )  # elements from one to the next along the fastest axis; elements after each row
+    backwards: bool = False
+    shift: int = 0  # elements from a multiple of 64 bytes to the array's lowest element
+    shift_bytes: int = 0
+    repeat: bool = False  # stride 0 along the longest axis
+
+
+STYLES = {
+    "plain": Style(),
+    "swapped": Style(order="swapped"),
+    "shifted": Style(gap=(1, 1), shift=1),
+    "gaps": Style(gap=(2, 3), shift=5),
+    "backwards": Style(backwards=True),
+    "fortran": Style(order="F", gap=(1, 3)),
+    "repeated": Style(repeat=True),
+    "misaligned": Style(shift_bytes=1),
+}
+INPUT_STYLES = tuple(STYLES)
+OUTPUT_STYLES = tuple(name for name in STYLES if name != "repeated")
+#: A GPU can't load an element that does not lie at a multiple of its size.
+GPU_STYLES = tuple(name for name in STYLES if name != "misaligned")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An array inside a buffer full of poison, and what the buffer held at first."""
+
+    array: Any  # numpy.ndarray or cupy.ndarray
+    buffer: Any  # the bytes around and between its elements
+    before: Array
+    inside: Array  # which bytes belong to elements
+
+    @property
+    def values(self) -> Array:
+        """The elements, as a NumPy array of its own."""
+        return np.array(to_numpy(self.array))
+
+    def unwritten(self) -> bool:
+        """Whether every byte, inside and outside, is what it was."""
+        return bool(np.array_equal(to_numpy(self.buffer), self.before))
+
+    def guards_intact(self) -> bool:
+        """Whether every byte that belongs to no element is what it was."""
+        return bool(np.array_equal(to_numpy(self.buffer)[~self.inside], self.before[~self.inside]))
+
+
+def place(values: Array, style: str = "plain", xp: Any = np) -> Placed:
+    """Put `values` into poison as `style` says, as a NumPy or CuPy array."""
+    this = STYLES[style]
+    shape, dtype = values.shape, values.dtype
+    strides, lowest, size = _layout(shape, dtype.itemsize, this)
+    offset = GUARD + this.shift * dtype.itemsize + this.shift_bytes - lowest
+    buffer = _aligned(offset + size + GUARD)
+    buffer[:] = POISON
+    inside = np.zeros(buffer.shape, bool)
+    if values.size:
+        np.ndarray((*shape, dtype.itemsize), bool, inside, offset, (*strides, 1))[...] = True
+        first = tuple(slice(1) if s == 0 else slice(None) for s in strides)  # what stride 0 repeats
+        np.ndarray(shape, dtype, buffer, offset, strides)[...] = values[first]
+    held: Any = buffer if xp is np else xp.asarray(buffer)
+    if xp is np:
+        array = np.ndarray(shape, dtype, held, offset, strides)
+    else:
+        array = xp.ndarray(shape, dtype, held.data + offset, strides)
+    return Placed(array, held, buffer.copy(), inside)
+
+
+def place_empty(shape: Shape, dtype: npt.DTypeLike, style: str = "plain", xp: Any = np) -> Placed:
+    """An output array that holds poison until it is written."""
+    poison = np.full(math.prod(shape) * np.dtype(dtype).itemsize, POISON, np.uint8)
+    return place(poison.view(dtype).reshape(shape), style, xp)
+
+
+def to_numpy(array: Any) -> Array:
+    """A NumPy array of `array`'s elements; NumPy arrays as they are."""
+    return array if isinstance(array, np.ndarray) else np.asarray(array.get())
+
+
+def _layout(shape: Shape, itemsize: int, style: Style) -> tuple[Shape, int, int]:
+    """Strides, the lowest element's offset from element 0, and the bytes from it to the end."""
+    axes = list(range(len(shape)))
+    if style.order == "F":
+        axes.reverse()
+    if style.order == "swapped" and len(shape) >= 3:
+        axes[-2], axes[-3] = axes[-3], axes[-2]
+    strides, stride = [0] * len(shape), style.gap[0] * itemsize
+    for count, axis in enumerate(reversed(axes)):
+        strides[axis] = stride
+        stride = stride * shape[axis] + (style.gap[1] * itemsize if count == 0 else 0)
+    if style.repeat and shape:
+        strides[int(np.argmax(shape))] = 0
+    size = itemsize + sum(s * (n - 1) for s, n in zip(strides, shape, strict=True) if n)
+    lowest = 0
+    if style.backwards and 0 not in shape:
+        lowest = -sum(s * (n - 1) for s, n in zip(strides, shape, strict=True))
+        strides = [-s for s in strides]
+    return tuple(strides), lowest, size
+
+
+def _aligned(size: int) -> Array:
+    """`size` bytes that begin at a multiple of 64, so that a style's alignment is the same everywhere."""
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size]
+
+
+# -------------------------------------------------------------------------------------------- random problems
+
+SEQLENS = (1, 2, 3, 5, 8, 16, 17, 0, 31, 33, 64, 65, 100, 127, 129, 200, 257, 400, 513, 1025)
+HEAD_DIMS = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    9,
+    16,
+    17,
+    32,
+    33,
+    40,
+    63,
+    64,
+    65,
+    80,
+    96,
+    100,
+    128,
+    129,
+    160,
+    200,
+    255,
+    256,
+)
+NAMES = tuple(dtype.name for dtype in DTYPES)
+WRT = (None, ("q", "k", "v"), ("v",), ("k", "q"), ("q",), ("k",), ("v", "q"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One random problem. Its repr is Python that makes it again."""
+
+    seed: int
+    dtype: str = "float32"
+    data: str = "normal"
+    batch: tuple[Shape, Shape, Shape] = ((), (), ())  # leading axes of q, k, v
+    num_heads_k: int = 1
+    group: int = 1
+    seqlen_q: int = 1
+    seqlen_k: int = 1
+    head_dim: int = 1
+    head_dim_v: int = 1
+    single_head: bool = False  # 2-D arrays
+    layout: str = "hsd"
+    causal: bool | str = False
+    scale: float | None = None
+    q_offset: int | None = None
+    offset_shape: Shape | None = None  # an array of offsets of this shape, drawn from the seed
+    styles: tuple[str, ...] = ("plain",) * 9  # of q, k, v, dout, out, lse, dq, dk, dv
+    out: str | None = None  # None, "array", "pair" or "float32" (a pair)
+    dlse: bool = False
+    wrt: tuple[str, ...] | None = None
+    grads_out: bool = False
+
+    @property
+    def shapes(self) -> Shapes:
+        """The user's shapes of q, k, v, dout."""
+        batch = np.broadcast_shapes(*self.batch)
+        heads = self.num_heads_k * self.group
+        parts = (
+            (self.batch[0], heads, self.seqlen_q, self.head_dim),
+            (self.batch[1], self.num_heads_k, self.seqlen_k, self.head_dim),
+            (self.batch[2], self.num_heads_k, self.seqlen_k, self.head_dim_v),
+            (batch, heads, self.seqlen_q, self.head_dim_v),
+        )
+        return Shapes(*(self._shape(*part) for part in parts))
+
+    def _shape(self, batch: Shape, heads: int, seqlen: int, dim: int) -> Shape:
+        if self.single_head:
+            return (seqlen, dim)
+        return (*batch, heads, seqlen, dim) if self.layout == "hsd" else (*batch, seqlen, heads, dim)
+
+    @property
+    def lse_shape(self) -> Shape:
+        """The shape of lse and dlse."""
+        if self.single_head:
+            return (self.seqlen_q,)
+        return (*np.broadcast_shapes(*self.batch), self.num_heads_k * self.group, self.seqlen_q)
+
+    @property
+    def work(self) -> int:
+        """Multiplications in the two products of the forward."""
+        pairs = math.prod(self.lse_shape) * self.seqlen_k
+        return pairs * (self.head_dim + self.head_dim_v)
+
+    def inputs(self) -> Inputs:
+        """The numbers, in the user's layout."""
+        shapes = self.shapes
+        hsd = Shapes(*(self._swap(shape) for shape in shapes))
+        inputs = draw(self.data, np.random.default_rng(self.seed), hsd, _dtype(self.dtype))
+        q, k, v, dout = (np.ascontiguousarray(a.swapaxes(-2, -3)) if self._swaps else a for a in inputs[:4])
+        return Inputs(q, k, v, dout, inputs.dlse.reshape(self.lse_shape))
+
+    @property
+    def _swaps(self) -> bool:
+        return self.layout == "shd" and not self.single_head
+
+    def _swap(self, shape: Shape) -> Shape:
+        return (*shape[:-3], shape[-2], shape[-3], shape[-1]) if self._swaps else shape
+
+    def offsets(self) -> int | npt.NDArray[np.int64] | None:
+        """What to pass as q_offset: rows may see nothing, everything, or part."""
+        if self.offset_shape is None:
+            return self.q_offset
+        rng = np.random.default_rng((self.seed, 1))
+        near = rng.integers(-self.seqlen_q - 2, self.seqlen_k + 3, self.offset_shape)
+        far = rng.choice([-(2**40), 2**40], self.offset_shape)
+        return np.asarray(np.where(rng.random(self.offset_shape) < 0.1, far, near), np.int64)
+
+    def options(self) -> dict[str, Any]:
+        """The options of the call, without out= and the like."""
+        return {"scale": self.scale, "causal": self.causal, "q_offset": self.offsets(), "layout": self.layout}
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    return next(dtype for dtype in DTYPES if dtype.name == name)
+
+
+def random_pick(rng: np.random.Generator) -> Pick:
+    """A `Pick` that draws from `rng`."""
+    return lambda n: int(rng.integers(n))
+
+
+def random_case(
+    pick: Pick,
+    *,
+    dtypes: Sequence[str] = NAMES,
+    styles: Sequence[str] = INPUT_STYLES,
+    work: int = 2_000_000,
+) -> Case:
+    """Draw a problem. Each choice is one `pick`, the simplest first, so that hypothesis can shrink it.
+
+    Parameters
+    ----------
+    pick : callable
+        ``pick(n)`` is an integer in [0, n).
+    dtypes, styles : sequence of str
+        What to draw from.
+    work : int
+        The most multiplications in the forward; sizes are cut until they fit.
+    """
+
+    def choose(options: Sequence[Any], simplest: int = 0) -> Any:
+        """One of `options`; the first one in `simplest` cases more than its share."""
+        return options[max(0, pick(len(options) + simplest) - simplest)]
+
+    dtype = choose(dtypes)
+    causal = choose((False, True, "top_left"))
+    case = Case(
+        seed=pick(2**31),
+        dtype=dtype,
+        data=choose([name for name in DATA_SETS if suits(name, _dtype(dtype))], simplest=4),
+        num_heads_k=1 + pick(3),
+        group=choose((1, 2, 3, 5)),
+        seqlen_q=choose(SEQLENS),
+        seqlen_k=choose(SEQLENS),
+        head_dim=choose(HEAD_DIMS),
+        head_dim_v=choose(HEAD_DIMS),
+        layout=choose(("hsd", "shd")),
+        causal=causal,
+        scale=choose((None, 0.5, 0.0, -0.3, 1.7)),
+        styles=tuple(choose(styles, simplest=4) for _ in range(4))
+        + tuple(choose([s for s in styles if s in OUTPUT_STYLES], simplest=4) for _ in range(5)),
+        out=choose(
+            (None, "array", "pair", "float32") if _dtype(dtype).itemsize == 2 else (None, "array", "pair")
+        ),
+        dlse=bool(pick(2)),
+        wrt=choose(WRT),
+        grads_out=bool(pick(2)),
+    )
+    case = _with_batch(case, pick, choose)
+    return _cut(case, work)
+
+
+def _with_batch(case: Case, pick: Pick, choose: Callable[..., Any]) -> Case:
+    """Leading axes that broadcast, a single head, and offsets for them."""
+    batch: Shape = choose(((), (2,), (3, 2), (1,), (2, 1, 3), (0,), (4,)), simplest=2)
+
+    def part() -> Shape:
+        """`batch` less some leading axes, some lengths 1: what broadcasts to it."""
+        start = pick(len(batch) + 1) if pick(3) == 2 else 0
+        return tuple(1 if pick(3) == 2 else n for n in batch[start:])
+
+    case = replace(case, batch=(part(), part(), part()))
+    if not batch and pick(4) == 3:
+        case = replace(case, single_head=True, num_heads_k=1, group=1)
+    if case.causal == "top_left" or pick(2) == 0:
+        return case
+    whole = np.broadcast_shapes(*case.batch)
+    if pick(2) and not case.single_head:
+        return replace(case, offset_shape=choose((whole, whole[-1:], (1,) * len(whole))))
+    far = (0, 1, -1, case.seqlen_k, -case.seqlen_q, -case.seqlen_q + 1, case.seqlen_k + 7, 2**40, -(2**40))
+    return replace(case, q_offset=choose((*far, case.seqlen_k - case.seqlen_q + 2)))
+
+
+def _cut(case: Case, work: int) -> Case:
+    """Halve the larger length until the case is small enough."""
+    while case.work > work:
+        sizes = {name: getattr(case, name) for name in ("seqlen_q", "seqlen_k")}
+        if max(sizes.values()) <= 8:
+            sizes = {name: getattr(case, name) for name in ("head_dim", "head_dim_v")}
+        name = max(sizes, key=sizes.__getitem__)
+        case = replace(case, **{name: (sizes[name] + 1) // 2})
+    return case
