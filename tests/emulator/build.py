@@ -1,0 +1,148 @@
+"""g++ and what it has built: the emulator's core, and each kernel, kept by the content they were made from."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CORE, WORDS = HERE / "core", HERE / "words"
+
+_COMMON = ("-std=c++17", "-g1", "-gdwarf-4", "-fPIC", "-Wall", "-Wno-psabi", "-ffp-contract=off")
+_CORE_FLAGS = (*_COMMON, "-O2", "-Wextra")
+# The hooks of -fsanitize=thread see every load and store. -O1 keeps places in the source, and calls, apart.
+_KERNEL_FLAGS = (
+    *_COMMON, "-O1", "-fno-optimize-sibling-calls", "-Wno-unknown-pragmas", "-Wno-unused-variable",
+    "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
+    "-fsanitize=alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero,return",
+)  # fmt: skip
+_ENTRY = re.compile(r'extern\s+"C"\s+__global__[^;{]*?\b(\w+)\s*\([^;{]*\)\s*\{')
+_LINE = re.compile(r'^#line (\d+) "kernels/([\w.]+)"$')
+
+
+class BuildError(RuntimeError):
+    """g++ refused a kernel."""
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX if it is set, else g++; None where there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+@functools.cache
+def cache() -> Path:
+    """Where builds are kept: $CUPYFLASH_EMULATOR_CACHE, or a folder in the user's cache, or a temporary one."""
+    named = os.environ.get("CUPYFLASH_EMULATOR_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for folder in (Path(named),) if named else (base / "cupyflash-emulator",):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = tempfile.TemporaryFile(dir=folder)
+            probe.close()
+            return folder
+        except OSError:
+            if named:
+                raise
+    return Path(tempfile.mkdtemp(prefix="cupyflash-emulator-"))
+
+
+@functools.cache
+def _compiler_identity() -> str:
+    version = subprocess.run([_need_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+    return f"{platform.machine()}\n{version}"
+
+
+def _need_compiler() -> str:
+    found = compiler()
+    if found is None:
+        raise BuildError("the emulator needs g++")
+    return found
+
+
+@functools.cache
+def _headers() -> str:
+    """All that a build may include."""
+    paths = [*sorted(CORE.iterdir()), *sorted(WORDS.iterdir())]
+    return "".join(f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in paths)
+
+
+def _build(stem: str, text: str, flags: tuple[str, ...]) -> Path:
+    """Compile `text` to a library, unless one was made of the same."""
+    key = hashlib.sha256("\0".join((_compiler_identity(), *flags, _headers(), text)).encode()).hexdigest()[:24]
+    library = cache() / f"{stem}-{key}.so"
+    if library.exists():
+        return library
+    with tempfile.TemporaryDirectory(dir=cache()) as folder:
+        source, output = Path(folder) / "unit.cpp", Path(folder) / "unit.so"
+        source.write_text(text, encoding="utf-8")
+        compiled = source.with_suffix(".o")
+        _run(stem, *flags, f"-I{WORDS}", f"-I{CORE}", "-c", str(source), "-o", str(compiled))
+        _run(stem, "-shared", str(compiled), "-o", str(output), "-ldl")  # without the sanitizers' own libraries
+        os.replace(output, library)  # another process may have been faster: its library is the same
+    return library
+
+
+def _run(stem: str, *arguments: str) -> None:
+    done = subprocess.run([_need_compiler(), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"{stem}: g++ says\n{done.stderr[:6000]}")
+
+
+@functools.cache
+def core() -> ctypes.CDLL:
+    """The emulator itself."""
+    library = ctypes.CDLL(str(_build("core", '#include "core.cpp"\n', _CORE_FLAGS)), mode=ctypes.RTLD_GLOBAL)
+    u32, u64, pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
+    signatures = {
+        "emulator_allocate": (pointer, (u64,)),
+        "emulator_data": (pointer, (pointer,)),
+        "emulator_free": (None, (pointer,)),
+        "emulator_configure": (None, (pointer, pointer, u32, u32, ctypes.c_int, ctypes.c_int, u32, u64)),
+        "emulator_array": (ctypes.c_int, (ctypes.c_char_p, u64, ctypes.c_int)),
+        "emulator_bind": (None, (pointer, u32, pointer, ctypes.c_int, pointer)),
+        "emulator_written": (None, (pointer, pointer)),
+        "emulator_encode_tiled": (
+            ctypes.c_char_p,
+            (pointer, ctypes.c_int, u32, pointer, pointer, pointer, pointer, pointer, *(ctypes.c_int,) * 4),
+        ),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def for_cpu(text: str) -> str:
+    """A kernel's text with the words that the emulator has under the same name taken from there.
+
+    The text is what NVRTC gets, includes inlined under ``#line`` marks; what belongs to a replaced word is dropped
+    and its place taken by an #include, which g++ finds in words/.
+    """
+    lines, ours, included = [], False, set()
+    for line in text.splitlines():
+        mark = _LINE.match(line)
+        if mark:
+            ours = (WORDS / mark[2]).exists()
+            if ours and mark[2] not in included:
+                included.add(mark[2])
+                lines.append(f'#include "{mark[2]}"')
+        if not ours:
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def kernel(text: str) -> tuple[ctypes.CDLL, tuple[str, ...]]:
+    """The library of a kernel's text, and the entry points that it has."""
+    core()
+    entries = tuple(_ENTRY.findall(text))
+    exports = "".join(f"EMULATOR_ENTRY({name})\n" for name in entries)
+    unit = f'#include "device.h"\n#line 1 "kernels/{(*entries, "text")[0]}"\n{for_cpu(text)}\n{exports}'
+    return ctypes.CDLL(str(_build(entries[0] if entries else "kernel", unit, _KERNEL_FLAGS))), entries

@@ -1,0 +1,393 @@
+"""A GPU that is not there: a module that answers like CuPy, and runs kernels in the emulator.
+
+The library's own path is unchanged down to the launch: it plans, packs its Params, assembles the text for NVRTC and
+calls ``RawModule``; only there does g++ take NVRTC's place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import re
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType, SimpleNamespace, TracebackType
+from typing import Any
+
+import numpy as np
+
+from . import build
+from .errors import EmulatorError
+from .memory import DEVICE_NUMBER, Allocation, MemoryPointer, ndarray
+from .schedule import ASYNCHRONOUS, ORDERS, Schedule
+
+DEFAULT_SHARED = 48 * 1024  # what a launch may have without asking for more
+MULTIPROCESSORS = 4
+
+_live: weakref.WeakSet[Allocation] = weakref.WeakSet()
+_loaded: dict[str, tuple[ctypes.CDLL, tuple[str, ...]]] = {}
+_granules: dict[str, int] = {}  # the shadow's granule in shared memory that a kernel turned out to need
+
+
+class Device:
+    """While entered, ``import cupy`` inside the library finds this device.
+
+    Parameters
+    ----------
+    schedule : Schedule or callable
+        How every launch runs; or a function of the launch's number.
+    patches : tuple of (old, new) str
+        Changes to the text of each kernel that has ``old``: planted bugs.
+    arch : int
+        Compute capability, 90 for 9.0.
+    shared : int
+        Bytes of shared memory that a block may have.
+
+    Attributes
+    ----------
+    launches : list of str
+        Entry points in the order they ran.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | Callable[[int], Schedule] = Schedule(),
+        patches: tuple[tuple[str, str], ...] = (),
+        arch: int = 90,
+        shared: int = 227 * 1024,
+    ) -> None:
+        self._schedule = schedule if callable(schedule) else lambda _: schedule
+        self.patches = patches
+        self.arch = arch
+        self.shared = shared
+        self.launches: list[str] = []
+        self.arrays: dict[str, ndarray] | None = None  # of the launch at hand, by the name that Params has for them
+        self.writes: frozenset[str] = frozenset()
+        self.cupy = _cupy(self)
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> ModuleType:
+        self._stack.enter_context(_module("cupy", self.cupy))
+        self._stack.enter_context(_watched_launches(self))
+        return self.cupy
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def next_schedule(self) -> Schedule:
+        return self._schedule(len(self.launches))
+
+
+def emulate(
+    function: Callable[..., Any],
+    *arrays: Any,
+    schedule: Schedule | Callable[[int], Schedule] = Schedule(),
+    patches: tuple[tuple[str, str], ...] = (),
+    **options: Any,
+) -> Any:
+    """Call one of the library's public functions on an emulated device, NumPy in and NumPy out.
+
+    ``emulate(attention, q, k, v, causal=True, schedule=Schedule.draw(7))``
+    """
+    with Device(schedule, patches) as xp:
+        on_device = [xp.asarray(x) if isinstance(x, np.ndarray) else x for x in arrays]
+        named = {k: xp.asarray(x) if isinstance(x, np.ndarray) else x for k, x in options.items()}
+        return _to_host(function(*on_device, **named))
+
+
+def _to_host(result: Any) -> Any:
+    if isinstance(result, ndarray):
+        return result.get()
+    if isinstance(result, tuple):
+        parts = [_to_host(x) for x in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+
+class Kernel:
+    """What ``RawModule.get_function`` returns."""
+
+    def __init__(self, device: Device, text: str, name: str) -> None:
+        if text not in _loaded:
+            _loaded[text] = build.kernel(text)
+        library, entries = _loaded[text]
+        if name not in entries:
+            raise ValueError(f"no entry point {name}: there are {entries}")
+        self.name = name
+        self.max_dynamic_shared_size_bytes = DEFAULT_SHARED
+        self._device = device
+        self._key = f"{name}\n{text}"
+        self._run = getattr(library, f"emulator_run_{name}")
+        self._run.restype, self._run.argtypes = ctypes.c_char_p, (ctypes.c_void_p,)
+        sizes = (ctypes.c_uint64 * 64)()
+        count = getattr(library, f"emulator_sizes_{name}")(sizes)
+        self._sizes = list(sizes[:count])
+
+    def __call__(self, grid: Any, block: Any, args: tuple[Any, ...], shared_mem: int = 0) -> None:
+        device = self._device
+        schedule = device.next_schedule()
+        device.launches.append(self.name)
+        self._check(_three(grid), _three(block), shared_mem, schedule)
+        packed = [_argument(value, size) for value, size in zip(args, self._sizes, strict=True)]
+        pointers = (ctypes.c_void_p * max(len(packed), 1))(*(ctypes.addressof(p) for p in packed))
+        while True:
+            granule = _granules.get(self._key, 4)
+            bound = _Bound(device)
+            build.core().emulator_configure(
+                (ctypes.c_uint32 * 3)(*_three(grid)), (ctypes.c_uint32 * 3)(*_three(block)), shared_mem, granule,
+                ORDERS.index(schedule.order), ASYNCHRONOUS.index(schedule.asynchronous), schedule.resident, schedule.seed,
+            )  # fmt: skip
+            bound.bind()
+            report = self._run(pointers)
+            if report is None:
+                return
+            kind, _, message = report.decode(errors="replace").partition("\n")
+            if kind == "granule" and granule > 1:  # smaller accesses than thought: a finer shadow, once more
+                _granules[self._key] = granule // 2
+                bound.restore()
+                continue
+            raise EmulatorError(kind, bound.explain(message), self.name, schedule)
+
+    def _check(self, grid: tuple[int, ...], block: tuple[int, ...], shared_mem: int, schedule: Schedule) -> None:
+        threads = block[0] * block[1] * block[2]
+        problem = None
+        if not 1 <= threads <= 1024:
+            problem = f"{threads} threads in a block"
+        elif min(grid) < 1 or grid[0] >= 2**31 or max(grid[1:]) > 65535:
+            problem = f"a grid of {grid}"
+        elif shared_mem > self.max_dynamic_shared_size_bytes:
+            problem = f"{shared_mem} bytes of shared memory, and {self.max_dynamic_shared_size_bytes} allowed"
+        elif shared_mem > self._device.shared:
+            problem = f"{shared_mem} bytes of shared memory on a device with {self._device.shared}"
+        if problem:
+            raise EmulatorError("launch", problem, self.name, schedule)
+
+
+def _three(size: Any) -> tuple[int, int, int]:
+    size = tuple(int(n) for n in (size if isinstance(size, (tuple, list)) else (size,)))
+    return (*size, 1, 1)[:3] if len(size) < 3 else size  # type: ignore[return-value]
+
+
+def _argument(value: Any, size: int) -> ctypes.Array[ctypes.c_char]:
+    """The bytes of one kernel argument, aligned as a struct may ask."""
+    if isinstance(value, ndarray):
+        raw = np.uint64(value.data.ptr).tobytes()
+    elif isinstance(value, np.ndarray | np.generic):
+        raw = value.tobytes()
+    elif isinstance(value, bool):
+        raw = np.bool_(value).tobytes()
+    elif isinstance(value, int):
+        raw = (np.int64 if size == 8 else np.int32)(value).tobytes()
+    elif isinstance(value, float):
+        raw = (np.float64 if size == 8 else np.float32)(value).tobytes()
+    else:
+        raise TypeError(f"a kernel argument of {type(value)}")
+    if len(raw) != size:
+        raise TypeError(f"a kernel argument has {len(raw)} bytes, its parameter {size}")
+    holder = (ctypes.c_char * (size + 64))()
+    start = -ctypes.addressof(holder) % 64
+    aligned = (ctypes.c_char * size).from_buffer(holder, start)
+    aligned.raw = raw
+    return aligned
+
+
+class _Bound:
+    """The memory of one launch: which arrays it consists of, which of them may be written."""
+
+    def __init__(self, device: Device) -> None:
+        self.by_hand = device.arrays is None
+        if device.arrays is None:  # a launch by hand: all there is, and all of it may be written
+            self.arrays = {f"memory {i}": _whole(a) for i, a in enumerate(sorted(_live, key=lambda a: a.ptr))}
+            self.writes = frozenset(self.arrays)
+        else:
+            self.arrays = {name: x for name, x in device.arrays.items() if x.size}
+            self.writes = device.writes
+        self._saved: list[tuple[Allocation, np.ndarray, np.ndarray]] = []
+
+    def bind(self) -> None:
+        library = build.core()
+        by_allocation: dict[Allocation, list[tuple[int, ndarray, bool]]] = {}
+        # Inputs first: where an output overlaps one, the output's elements are what may be written.
+        for name in sorted(self.arrays, key=lambda n: n in self.writes):
+            x, writable = self.arrays[name], name in self.writes
+            number = library.emulator_array(name.encode(), x.data.ptr, writable)
+            by_allocation.setdefault(x.allocation, []).append((number, x, writable))
+        for allocation, arrays in by_allocation.items():
+            self._bind_one(allocation, arrays)
+
+    def _bind_one(self, allocation: Allocation, arrays: list[tuple[int, ndarray, bool]]) -> None:
+        granule = functools.reduce(min, (x.itemsize for _, x, _ in arrays))
+        owners = np.zeros(-(-allocation.nbytes // granule), np.uint8)
+        fresh = np.ones(owners.size, np.uint8)
+        for number, x, writable in arrays:
+            _granules_of(owners, x, granule)[...] = number
+            if writable and not self.by_hand and not allocation.filled:
+                _granules_of(fresh, x, granule)[...] = 0
+        if allocation.filled is False:
+            fresh[:] = 0
+        writable = any(w for _, _, w in arrays)
+        first = writable and allocation.granule is None
+        build.core().emulator_bind(
+            allocation.handle, granule, owners.ctypes.data, writable, fresh.ctypes.data if first else None
+        )
+        if first:
+            allocation.granule = granule
+        if writable:
+            written = np.zeros(owners.size, np.uint8)
+            build.core().emulator_written(allocation.handle, written.ctypes.data)
+            self._saved.append((allocation, allocation.bytes.copy(), written))
+
+    def restore(self) -> None:
+        """Undo what a launch wrote."""
+        for allocation, content, written in self._saved:
+            allocation.bytes[:] = content
+            allocation.granule = None
+            if allocation.filled is None and written.all():
+                allocation.filled = True
+
+    def explain(self, message: str) -> str:
+        """Add the element's index where a report names an array and a distance in bytes."""
+
+        def index(match: re.Match[str]) -> str:
+            x = self.arrays.get(match[1])
+            found = None if x is None else _index(x, int(match[2]))
+            return match[0] if found is None else f"{match[0]} (element [{', '.join(map(str, found))}])"
+
+        return re.sub(r"\b(\w+)([+-]\d+)\b", index, message)
+
+
+def _granules_of(flat: np.ndarray, x: ndarray, granule: int) -> np.ndarray:
+    """The entries of `flat`, one for each granule of an allocation, that belong to x."""
+    offset = x.data.ptr - x.allocation.ptr
+    if offset % granule or any(s % granule for s in x.strides):
+        raise ValueError(f"an array at byte {offset} with strides {x.strides} does not consist of elements")
+    strides = (*(s // granule for s in x.strides), 1)
+    return np.ndarray((*x.shape, x.itemsize // granule), np.uint8, flat, offset // granule, strides)
+
+
+def _index(x: ndarray, distance: int) -> tuple[int, ...] | None:
+    offsets = sum(
+        np.arange(n, dtype=np.int64).reshape(-1, *(1,) * (x.ndim - 1 - i)) * s
+        for i, (n, s) in enumerate(zip(x.shape, x.strides, strict=True))
+    )
+    hits = np.argwhere(np.broadcast_to((offsets <= distance) & (distance < offsets + x.itemsize), x.shape))
+    return tuple(int(i) for i in hits[0]) if len(hits) else None
+
+
+def _whole(allocation: Allocation) -> ndarray:
+    width = 4 if allocation.nbytes % 4 == 0 else 1
+    return ndarray(allocation.nbytes // width, f"u{width}", MemoryPointer(allocation, 0))
+
+
+# ------------------------------------------------------------------------------------------------------ CuPy's surface
+
+
+def _cupy(device: Device) -> ModuleType:
+    """A module with what the library calls of CuPy."""
+    module = ModuleType("cupy")
+    properties = {
+        "name": b"emulated", "major": device.arch // 10, "minor": device.arch % 10,
+        "sharedMemPerBlockOptin": device.shared, "multiProcessorCount": MULTIPROCESSORS,
+    }  # fmt: skip
+    runtime = SimpleNamespace(
+        getDevice=lambda: DEVICE_NUMBER,
+        getDeviceCount=lambda: 1,
+        getDeviceProperties=lambda _: properties,
+        streamIsCapturing=lambda _: False,
+    )
+
+    def empty(shape: Any, dtype: Any = np.float32) -> ndarray:
+        x = ndarray(shape, dtype)
+        x.allocation.bytes[:] = 0xFF  # NaN
+        _live.add(x.allocation)
+        return x
+
+    def asarray(values: Any, dtype: Any = None) -> ndarray:
+        if isinstance(values, ndarray):
+            return values
+        host = np.asarray(values, dtype)
+        x = ndarray(host.shape, host.dtype)
+        x.host[...] = host
+        x.allocation.filled = None
+        _live.add(x.allocation)
+        return x
+
+    def zeros(shape: Any, dtype: Any = np.float32) -> ndarray:
+        x = empty(shape, dtype)
+        x[...] = 0
+        return x
+
+    class RawModule:
+        def __init__(self, code: str, options: tuple[str, ...] = (), **_: Any) -> None:
+            for old, new in device.patches:
+                code = code.replace(old, new)
+            self._code = code
+
+        def get_function(self, name: str) -> Kernel:
+            return Kernel(device, self._code, name)
+
+    module.ndarray, module.empty, module.asarray, module.zeros, module.RawModule = ndarray, empty, asarray, zeros, RawModule
+    module.cuda = SimpleNamespace(
+        runtime=runtime, get_current_stream=lambda: SimpleNamespace(ptr=0), Device=lambda _: contextlib.nullcontext()
+    )
+    return module
+
+
+@contextlib.contextmanager
+def _module(name: str, module: ModuleType) -> Iterator[None]:
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+
+
+@contextlib.contextmanager
+def _watched_launches(device: Device) -> Iterator[None]:
+    """Learn from the library which arrays a launch consists of, and which of them its plan says it writes."""
+    from cupyflash import _compile, _launch
+
+    run, finish, start = _launch._run, _launch.Partial.finish, _launch.Launch.run
+
+    def writing(names: Any, body: Callable[[], None]) -> None:
+        device.writes = frozenset(names)
+        try:
+            body()
+        finally:
+            device.writes = frozenset()
+
+    def watched_run(problem: Any, step: Any, number: int, tensors: Any) -> None:
+        writing(step.writes, lambda: run(problem, step, number, tensors))
+
+    def watched_finish(self: Any, step: Any, number: int) -> None:
+        writing(("dq",), lambda: finish(self, step, number))  # in Params it stands for whichever gradient it is
+
+    def watched_start(self: Any, tensors: Mapping[str, Any]) -> None:
+        device.arrays = {name: x for name, x in tensors.items() if x is not None}
+        try:
+            start(self, tensors)
+        finally:
+            device.arrays = None
+
+    loaded = dict(_compile._loaded)
+    _compile._loaded.clear()  # kernels hold their device, and its patches
+    _launch._prepared.cache_clear()
+    _launch._run, _launch.Partial.finish, _launch.Launch.run = watched_run, watched_finish, watched_start
+    try:
+        yield
+    finally:
+        _launch._run, _launch.Partial.finish, _launch.Launch.run = run, finish, start
+        _compile._loaded.clear()
+        _compile._loaded.update(loaded)
+        _launch._prepared.cache_clear()

@@ -1,0 +1,54 @@
+// kernels/memory.cuh for a run on the CPU: the same names; every vector load and store is checked as the one access
+// that it is on the device.
+#pragma once
+
+__device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int block_index() { return static_cast<int>(blockIdx.x); }
+
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
+__device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+__device__ __forceinline__ double shuffle_xor(double x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+#define DYNAMIC_SHARED(Type, name) Type& name = *static_cast<Type*>(emulator::dynamic_shared(16))
+
+template <typename T, int N>
+struct alignas(N * sizeof(T)) Vector {
+  T at[N];
+};
+
+template <typename T>
+__device__ __forceinline__ bool is_aligned(const T* address, int bytes) {
+  return reinterpret_cast<unsigned long long>(address) % bytes == 0;
+}
+
+template <int N, typename T>
+__device__ __forceinline__ Vector<T, N> load_global(const T* address) {
+  const emulator::Bytes bytes = emulator::load_constant_bytes(address, N * sizeof(T));
+  Vector<T, N> vector;
+  __builtin_memcpy(&vector, &bytes, sizeof vector);
+  return vector;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store_global(T* address, const Vector<T, N>& vector) {
+  emulator::Bytes bytes{};
+  __builtin_memcpy(&bytes, &vector, sizeof vector);
+  emulator::store_bytes(address, bytes, N * sizeof(T));
+}
+
+template <int N, typename T>
+__device__ __forceinline__ Vector<T, N> load_shared(const T* address) {
+  const emulator::Bytes bytes = emulator::load_bytes(address, N * sizeof(T));
+  Vector<T, N> vector;
+  __builtin_memcpy(&vector, &bytes, sizeof vector);
+  return vector;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store_shared(T* address, const Vector<T, N>& vector) {
+  emulator::Bytes bytes{};
+  __builtin_memcpy(&bytes, &vector, sizeof vector);
+  emulator::store_bytes(address, bytes, N * sizeof(T));
+}

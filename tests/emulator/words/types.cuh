@@ -1,0 +1,71 @@
+// kernels/types.cuh for a run on the CPU: the same names, with g++'s arithmetic and the emulator's float formats.
+#pragma once
+
+struct Float16 {
+  unsigned short bits;
+};
+
+struct Bfloat16 {
+  unsigned short bits;
+};
+
+__device__ __forceinline__ double to_accumulator(double x) { return x; }
+__device__ __forceinline__ float to_accumulator(float x) { return x; }
+__device__ __forceinline__ float to_accumulator(Float16 x) { return emulator::from_float16(x.bits); }
+__device__ __forceinline__ float to_accumulator(Bfloat16 x) { return emulator::from_bfloat16(x.bits); }
+
+template <typename T>
+struct Rounding;
+
+template <>
+struct Rounding<double> {
+  static __device__ __forceinline__ double apply(double x) { return x; }
+};
+
+template <>
+struct Rounding<float> {
+  static __device__ __forceinline__ float apply(float x) { return x; }
+};
+
+template <>
+struct Rounding<Float16> {
+  static __device__ __forceinline__ Float16 apply(float x) { return {emulator::to_float16(x)}; }
+};
+
+template <>
+struct Rounding<Bfloat16> {
+  static __device__ __forceinline__ Bfloat16 apply(float x) { return {emulator::to_bfloat16(x)}; }
+};
+
+template <typename T, typename Number>
+__device__ __forceinline__ T from_accumulator(Number x) {
+  return Rounding<T>::apply(x);
+}
+
+namespace math {
+
+constexpr double LOG2E = 1.4426950408889634074;
+constexpr double LN2 = 0.69314718055994530942;
+
+__device__ __forceinline__ float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+__device__ __forceinline__ double fma(double a, double b, double c) { return ::fma(a, b, c); }
+
+// As ex2.approx.ftz: subnormal arguments and results are 0.
+__device__ __forceinline__ float exp2(float x) {
+  const float y = ::exp2f(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
+}
+__device__ __forceinline__ double exp2(double x) { return ::exp2(x); }
+
+__device__ __forceinline__ float log(float x) { return ::logf(x); }
+__device__ __forceinline__ double log(double x) { return ::log(x); }
+
+__device__ __forceinline__ float max(float a, float b) { return ::fmaxf(a, b); }
+__device__ __forceinline__ double max(double a, double b) { return ::fmax(a, b); }
+
+template <typename Number>
+__device__ __forceinline__ Number infinity() {
+  return __int_as_float(0x7f800000);
+}
+
+}  // namespace math
