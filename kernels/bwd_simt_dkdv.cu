@@ -96,7 +96,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
     store_scores(smem.tile_p, acc);
     sync_warp();  // P^T is written: its rows are read by this warp alone
 
-    clear(acc);
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS_V; ++chunk) {
       if (chunk > 0) {
@@ -106,6 +105,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
         sync_block();  // this one is written
       }
       if (want_dv) multiply_nn(acc_dv[chunk], smem.tile_p, smem.tile_do);
+      if (chunk == 0) clear(acc);  // here and not before: registers are scarce during the product above
       if (want_dk) multiply_nt(acc, smem.tile_v, smem.tile_do);
     }
     if (want_dk) {

@@ -5,14 +5,14 @@
 // atomics nor workspace and gives the same bits every time.
 //
 //     one turn, key block n:     load K(n), V(n)              global -> shared, as Accumulator
-//                                acc_s = Q K(n)^T             (BLOCK_M, BLOCK_N), registers
-//                                acc_s = P = exp2(acc_s - lse)
-//                                acc_dp = dO V(n)^T           (BLOCK_M, BLOCK_N), registers
-//                                tile_ds = P * (acc_dp - delta)     registers -> shared
+//                                acc = Q K(n)^T               (BLOCK_M, BLOCK_N), registers
+//                                tile_p = P = exp2(acc - lse)           registers -> shared
+//                                acc = dO V(n)^T              (BLOCK_M, BLOCK_N), registers
+//                                tile_p = dS = P * (acc - delta)        each thread over its own numbers
 //                                acc_dq += dS K(n)            (BLOCK_M, HEAD_DIM), registers
 //
 //     shared memory:  tile_q (BLOCK_M, CHUNK) | tile_do (BLOCK_M, CHUNK_V) | tile_k (BLOCK_N, CHUNK) |
-//                     tile_v (BLOCK_N, CHUNK_V) | tile_ds (BLOCK_M, BLOCK_N) | lse_log2, delta (BLOCK_M)
+//                     tile_v (BLOCK_N, CHUNK_V) | tile_p (BLOCK_M, BLOCK_N) | lse_log2, delta (BLOCK_M)
 //
 // Heads up to DIM_CHUNK wide have one chunk: Q and dO are loaded once and stay. Wider ones stream all four in chunks
 // of columns; the product with K walks them backwards and so begins with the chunk that the scores ended with.
@@ -32,7 +32,7 @@ struct Smem {
   Tile<BLOCK_M, CHUNK_V> tile_do;
   Tile<BLOCK_N, CHUNK> tile_k;
   Tile<BLOCK_N, CHUNK_V> tile_v;
-  Tile<BLOCK_M, BLOCK_N> tile_ds;
+  Tile<BLOCK_M, BLOCK_N> tile_p;
   Accumulator lse_log2[BLOCK_M], delta[BLOCK_M];
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
@@ -69,8 +69,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
   };
 
   const auto step = [&](int n_block, bool masked) {
-    Scores<BLOCK_M, BLOCK_N> acc_s;
-    clear(acc_s);
+    Scores<BLOCK_M, BLOCK_N> acc;
+    clear(acc);
 #pragma unroll 1
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       if (CHUNKS > 1) load_q(chunk);
@@ -80,17 +80,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
         load_v(n_block, 0);
       }
       sync_block();  // the tiles are written, by all threads: any may read them
-      multiply_nt(acc_s, smem.tile_q, smem.tile_k);
+      multiply_nt(acc, smem.tile_q, smem.tile_k);
       if (chunk < CHUNKS - 1) sync_block();  // this chunk of Q and K is read: the next may take its place
     }
 
     const auto visible = [&](int r, int c) {
-      return !masked || mask.visible(m0 + acc_s.row(r), n_block * BLOCK_N + acc_s.col(c));
+      return !masked || mask.visible(m0 + acc.row(r), n_block * BLOCK_N + acc.col(c));
     };
-    probabilities(acc_s, score, visible, [&](int r, int) { return smem.lse_log2[acc_s.row(r)]; });
+    probabilities(acc, score, visible, [&](int r, int) { return smem.lse_log2[acc.row(r)]; });
+    store_scores(smem.tile_p, acc);  // P waits there for its own thread, so that acc can be used again
 
-    Scores<BLOCK_M, BLOCK_N> acc_dp;
-    clear(acc_dp);
+    clear(acc);
 #pragma unroll 1
     for (int chunk = 0; chunk < CHUNKS_V; ++chunk) {
       if (chunk > 0) {
@@ -99,11 +99,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
         load_v(n_block, chunk);
         sync_block();  // this one is written
       }
-      multiply_nt(acc_dp, smem.tile_do, smem.tile_v);
+      multiply_nt(acc, smem.tile_do, smem.tile_v);
     }
-    score_gradients(acc_dp, visible, [&](int r, int c) { return acc_s.at[r][c]; },
-                    [&](int r, int) { return smem.delta[acc_s.row(r)]; });
-    store_scores(smem.tile_ds, acc_dp);
+    score_gradients(acc, visible, [&](int r, int c) { return smem.tile_p.at[acc.row(r)][acc.col(c)]; },
+                    [&](int r, int) { return smem.delta[acc.row(r)]; });
+    store_scores(smem.tile_p, acc);
     sync_warp();  // dS is written: its rows are read by this warp alone
 
 #pragma unroll
@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
         load_k(n_block, chunk);
         sync_block();  // this one is written
       }
-      multiply_nn(acc_dq[chunk], smem.tile_ds, smem.tile_k);
+      multiply_nn(acc_dq[chunk], smem.tile_p, smem.tile_k);
     }
     sync_block();  // K, V and dS are read: the next turn may overwrite them
   };

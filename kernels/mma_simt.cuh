@@ -77,13 +77,18 @@ __device__ __forceinline__ void multiply(Fragment& fragment, Accumulator factor)
   for (int r = 0; r < fragment.ROWS; ++r) multiply_row(fragment, r, factor);
 }
 
+// The products' loops stay loops: unrolled whole they overrun the instruction cache. A turn of 256 FMAs hides its own
+// bookkeeping; smaller ones are taken two at a time.
+template <int FMAS>
+constexpr int UNROLL_OF = FMAS < 256 ? 2 : 1;
+
 // acc[m][n] += sum over d of a[m][d] * b[n][d].
-// A thread loads ROWS + COLS vectors for ROWS * COLS * WIDTH FMAs. Loops over d stay loops: unrolled whole they
-// overrun the instruction cache.
+// A thread loads ROWS + COLS vectors for ROWS * COLS * WIDTH FMAs.
 template <int M, int N, int DEPTH>
 __device__ __forceinline__ void multiply_nt(Scores<M, N>& acc, const Tile<M, DEPTH>& a, const Tile<N, DEPTH>& b) {
   constexpr int ROWS = Scores<M, N>::ROWS, COLS = Scores<M, N>::COLS;
-#pragma unroll 2
+  constexpr int UNROLL = UNROLL_OF<ROWS * COLS * WIDTH>;
+#pragma unroll UNROLL
   for (int d = 0; d < DEPTH; d += WIDTH) {
     Vector<Accumulator, WIDTH> b_part[COLS];
 #pragma unroll
@@ -104,7 +109,8 @@ __device__ __forceinline__ void multiply_nt(Scores<M, N>& acc, const Tile<M, DEP
 template <int M, int N, int DEPTH>
 __device__ __forceinline__ void multiply_nn(Outputs<M, N>& acc, const Tile<M, DEPTH>& p, const Tile<DEPTH, N>& b) {
   constexpr int ROWS = Outputs<M, N>::ROWS, COLS = Outputs<M, N>::COLS, VECTOR = Outputs<M, N>::VECTOR;
-#pragma unroll 2
+  constexpr int UNROLL = UNROLL_OF<ROWS * COLS * WIDTH>;
+#pragma unroll UNROLL
   for (int k = 0; k < DEPTH; k += WIDTH) {
     Vector<Accumulator, WIDTH> p_part[ROWS];
 #pragma unroll
