@@ -56,7 +56,8 @@ def backward(problem: Problem, plan: Plan, device: int, tensors: Tensors, gradie
     with on_device(device):
         tensors = _readable(tensors, ("q", "k", "v", "dout", "out", "lse", "dlse"))
         tensors["delta"] = workspace((*problem.batch_shape, problem.num_heads, problem.seqlen_q), problem.accumulator)
-        partials = {f"d{n}": Partial(problem, gradients[f"d{n}"]) for n in problem.broadcast if f"d{n}" in gradients}
+        finished = [step.writes[0] for step in plan.kernels if step.name == "bwd_finish"]
+        partials = {name: Partial(problem, gradients[name]) for name in finished}
         stored = {name: partials[name].by_entry if name in partials else x for name, x in gradients.items()}
         for step in plan.kernels:
             if step.name == "bwd_finish":
@@ -116,15 +117,20 @@ class Partial:
         self._gradient = gradient
         strides = (0,) * missing + gradient.strides
         strides = (*(strides[i] for i in kept), 0, *strides[-3:])
+        itemsize, axes = self._partial.itemsize, len(kept) + 1
         tensors = (
-            ("partial", self._partial.shape, self._partial.strides, self._partial.itemsize),
-            ("dq", (*(own[i] for i in kept), 1, *tail), strides, gradient.itemsize),
+            ("partial", element_strides(self._partial.shape, self._partial.strides, itemsize, axes, 3), itemsize),
+            (
+                "dq",
+                element_strides((*(own[i] for i in kept), 1, *tail), strides, gradient.itemsize, axes, 3),
+                gradient.itemsize,
+            ),
         )
         heads, rows, columns = tail
         self._template = make_template(
             replace(scalars(problem), num_heads=heads, seqlen_q=rows, head_dim=columns),
             (*(own[i] for i in kept), 1),
-            tuple((name, element_strides(*rest, len(kept) + 1, 3), rest[-1]) for name, *rest in tensors),
+            tensors,
             (1,) * len(kept) + (count,),
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def make_template(
     )  # fmt: skip
     walks = itertools.product(*(range(n) for n in shape[:outer]))
     offsets = tuple(
-        tuple(itemsize * sum(i * s for i, s in zip(index, strides[name], strict=False)) for name, _, itemsize in tensors)
+        tuple(itemsize * sum(map(operator.mul, index, strides[name])) for name, _, itemsize in tensors)
         for index in walks
     )
     return Template(bytes(packed), offsets, tuple(name for name, _, _ in tensors))

@@ -18,7 +18,8 @@ from ._problem import Problem
 GPU_FAMILIES = ("simt",)  # fastest first
 CPU_FAMILY = "cpu"
 MAX_HEAD_DIM = 256
-MAX_SEQLEN = 2**31 - 1  # rows are counted in 32 bits inside kernels
+MAX_SEQLEN = 2**31 - 1 - 1024  # kernels count rows in 32 bits, up to a tile beyond the end
+MAX_GRID = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -211,4 +212,157 @@ def plan_gpu(
     copies: tuple[str, ...] = (),
 ) -> Plan:
     """The plan of a GPU call: forward where ``wrt`` is None, else the backward for these gradients."""
-    raise NotImplementedError
+    check_family(family, on_gpu=True)
+    return _plan_simt(problem, device, check_tile(tile), wrt, copies)
+
+
+@lru_cache(maxsize=4096)
+def _plan_simt(
+    problem: Problem, device: Device, tile: Tile, wrt: frozenset[str] | None, copies: tuple[str, ...]
+) -> Plan:
+    _check_gpu_limits(problem)
+    if wrt is None:
+        kernels = [_main_kernel("fwd_simt", problem, device, tile, ("out", "lse"))]
+        workspace = 0
+    else:
+        kernels = [_row_kernel("bwd_delta", problem, ("delta",))]
+        keyed = tuple(f"d{name}" for name in ("k", "v") if name in wrt)
+        if keyed:
+            kernels.append(_main_kernel("bwd_simt_dkdv", problem, device, tile, keyed))
+        if "q" in wrt:
+            kernels.append(_main_kernel("bwd_simt_dq", problem, device, tile, ("dq",)))
+        partial = [name for name in sorted(wrt) if _by_entry(problem, wrt, name)]
+        kernels += [_row_kernel("bwd_finish", problem, (f"d{name}",)) for name in partial]
+        numbers = problem.batch * problem.num_heads * problem.seqlen_q  # delta
+        numbers += sum(problem.batch * math.prod(problem.tail(name)) for name in partial)
+        workspace = numbers * problem.accumulator.itemsize
+    main = kernels[0] if wrt is None else kernels[1]
+    chain_d, chain_k, chain_q = _chains(problem, wrt is not None)
+    return Plan(
+        family="simt",
+        device=device.name,
+        direction="forward" if wrt is None else "backward",
+        block_m=main.spec.block_m,
+        block_n=main.spec.block_n,
+        kernels=tuple(kernels),
+        workspace=workspace,
+        copies=copies,
+        chain_d=chain_d,
+        chain_k=chain_k,
+        chain_q=chain_q,
+    )
+
+
+def _check_gpu_limits(problem: Problem) -> None:
+    for name, width in (("q", problem.head_dim), ("v", problem.head_dim_v)):
+        if width > MAX_HEAD_DIM:
+            raise ValueError(f"{name}.shape[-1]={width}: the GPU families take head widths from 1 to {MAX_HEAD_DIM}")
+    for name, length in (("q", problem.seqlen_q), ("k", problem.seqlen_k)):
+        if length > MAX_SEQLEN:
+            raise ValueError(f"{name} has {length} rows: the GPU families take at most {MAX_SEQLEN}")
+
+
+def _main_kernel(kernel: str, problem: Problem, device: Device, tile: Tile, writes: tuple[str, ...]) -> KernelPlan:
+    """A kernel with a row of the tile table, or with the tile that the caller wants."""
+    accumulator = problem.accumulator.itemsize
+    row, head_dim, head_dim_v = _choose_row(kernel, problem, device, tile)
+    keyed = kernel in _tiles.KEYED
+    rows, block = (problem.seqlen_k, row.block_n) if keyed else (problem.seqlen_q, row.block_m)
+    heads = problem.num_heads_k if keyed else problem.num_heads
+    by_entry = _by_entry(problem, frozenset(name[1:] for name in writes), writes[0][1:])
+    return KernelPlan(
+        spec=_spec(
+            kernel, problem, head_dim, head_dim_v, row,
+            gradient=problem.accumulator if by_entry else problem.dtype, causal=problem.causal,
+        ),
+        grid=_grid(rows, block, heads * problem.batch),
+        threads=32 * row.warps,
+        smem=_tiles.smem_bytes(kernel, row, head_dim, head_dim_v, accumulator),
+        writes=writes,
+    )  # fmt: skip
+
+
+def _choose_row(
+    kernel: str, problem: Problem, device: Device, tile: Tile
+) -> tuple[_tiles.TileRow, int, int]:
+    """The first row of the table that fits, with the caller's tile in its place; and the padded widths."""
+    accumulator = problem.accumulator.itemsize
+    width = max(problem.head_dim, problem.head_dim_v)
+    wanted = {name: n for name in ("block_m", "block_n", "stages", "warps") if (n := getattr(tile, name)) is not None}
+    refused = ""
+    for largest, table_row in _tiles.TABLE[kernel, accumulator]:
+        if width > largest:
+            continue
+        row = replace(table_row, **wanted)
+        head_dim, head_dim_v = (_tiles.padded_width(d, row.dim_chunk) for d in (problem.head_dim, problem.head_dim_v))
+        why = _tiles.check_row(kernel, row, head_dim, head_dim_v, accumulator, device.smem)
+        if why is None:
+            return row, head_dim, head_dim_v
+        refused = why
+    raise ValueError(
+        f"{tile} does not fit {kernel} on {device.name} (head widths {problem.head_dim}, {problem.head_dim_v}, "
+        f"{problem.dtype}): {refused}"
+    )
+
+
+def _row_kernel(kernel: str, problem: Problem, writes: tuple[str, ...]) -> KernelPlan:
+    """A kernel that walks rows: no tile to choose, no shared memory."""
+    block_m, warps = _tiles.ROW_KERNELS[kernel]
+    name = writes[0]
+    if name == "delta":
+        grid = _grid(problem.seqlen_q, block_m, problem.num_heads * problem.batch)
+    else:
+        heads, rows, _ = problem.tail(name[1:])
+        grid = _grid(rows, block_m, heads * math.prod(dict(problem.leading)[name[1:]]))
+    row = _tiles.TileRow(block_m, 16, warps, 16, "")
+    # bwd_finish rounds: what it stores has the input's dtype.
+    return KernelPlan(
+        spec=_spec(kernel, problem, 16, 16, row, gradient=problem.dtype, causal=False),
+        grid=grid,
+        threads=32 * warps,
+        smem=0,
+        writes=writes,
+    )
+
+
+def _spec(
+    kernel: str,
+    problem: Problem,
+    head_dim: int,
+    head_dim_v: int,
+    row: _tiles.TileRow,
+    *,
+    gradient: np.dtype,
+    causal: bool,
+) -> Spec:
+    return Spec(
+        kernel=kernel,
+        element=problem.dtype,
+        output=problem.out_dtype,
+        accumulator=problem.accumulator,
+        gradient=gradient,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dim_chunk=row.dim_chunk,
+        block_m=row.block_m,
+        block_n=row.block_n,
+        num_stages=row.stages,
+        num_warps=row.warps,
+        causal=causal,
+    )
+
+
+def _by_entry(problem: Problem, wrt: frozenset[str], name: str) -> bool:
+    """Whether a gradient is written for each batch entry first, because its input is shared by several.
+
+    dk and dv come from one kernel, which stores both in one type: where one is, both are.
+    """
+    together = {"k", "v"} & wrt if name in ("k", "v") else {name}
+    return bool(together & problem.broadcast)
+
+
+def _grid(rows: int, block: int, entries: int) -> int:
+    grid = -(-rows // block) * entries
+    if grid > MAX_GRID:
+        raise ValueError(f"{grid} thread blocks of {block} rows for {entries} heads: a launch has at most {MAX_GRID}")
+    return grid

@@ -68,6 +68,14 @@ class Problem:
         """Number of batch entries: the product of batch_shape."""
         return math.prod(self.batch_shape)
 
+    def tail(self, name: str) -> tuple[int, int, int]:
+        """Heads, rows and columns of "q", "k" or "v"."""
+        return {
+            "q": (self.num_heads, self.seqlen_q, self.head_dim),
+            "k": (self.num_heads_k, self.seqlen_k, self.head_dim),
+            "v": (self.num_heads_k, self.seqlen_k, self.head_dim_v),
+        }[name]
+
     @cached_property
     def broadcast(self) -> frozenset[str]:
         """Which of q, k, v are shared by several batch entries, so that their gradients are sums over them."""
@@ -213,7 +221,7 @@ def _check_widths(
 
 
 def _finite_real(name: str, x: object) -> float:
-    if not isinstance(x, numbers.Real) or isinstance(x, (bool, np.bool_)):
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, numbers.Real):
         raise TypeError(f"{name}={x!r}: {name} is a real number or None")
     value = float(x)
     if not math.isfinite(value):
@@ -252,7 +260,7 @@ def _diagonal(q_offset: object) -> int | tuple[int, ...] | None:
     """An integer offset, or the shape of an array of them."""
     if q_offset is None:
         return None
-    if isinstance(q_offset, numbers.Integral) and not isinstance(q_offset, (bool, np.bool_)):
+    if isinstance(q_offset, (int, np.integer)) and not isinstance(q_offset, bool):
         value = int(q_offset)
         if abs(value) >= 2**62:
             raise ValueError(f"q_offset={value}: q_offset lies between -2**62 and 2**62")
@@ -317,7 +325,7 @@ def check_results(problem: Problem, inputs: dict[str, Array]) -> None:
     """Check dout, out, lse and dlse (where given) of a backward call against the problem of q, k, v."""
     dout, out = inputs["dout"], inputs["out"]
     sums = {name: inputs[name] for name in ("lse", "dlse") if name in inputs}
-    shapes = {"dout": problem.out_shape, "out": problem.out_shape, **dict.fromkeys(sums, problem.lse_shape)}
+    shapes = {"dout": problem.out_shape, "out": problem.out_shape} | {name: problem.lse_shape for name in sums}
     for name, shape in shapes.items():
         if inputs[name].shape != shape:
             raise ValueError(f"{name}.shape={inputs[name].shape}: q, k, v give {name} the shape {shape}")

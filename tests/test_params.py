@@ -18,9 +18,7 @@ from cupyflash._compile import kernels_dir
 def decode(packed: bytes) -> dict[str, tuple[int, ...]]:
     """The struct's tensors: (data, batch strides..., head, row, column strides)."""
     size = _params._TENSOR.size
-    return {
-        name: _params._TENSOR.unpack_from(packed, i * size) for i, name in enumerate(_params.TENSORS)
-    }
+    return {name: _params._TENSOR.unpack_from(packed, i * size) for i, name in enumerate(_params.TENSORS)}
 
 
 def decode_shapes(packed: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -39,7 +37,9 @@ def test_fields_lie_where_the_kernels_read_them(tmp_path):
     numbers = ("q_offset", "softmax_scale", "batch_shape", "reduce_shape", "num_heads", "num_heads_k")
     numbers += ("seqlen_q", "seqlen_k", "head_dim", "head_dim_v")
     lines = [f'printf("%zu ", offsetof(Params, {name}));' for name in _params.TENSORS + numbers]
-    lines.append('printf("%zu ", offsetof(Tensor, batch_stride)); printf("%zu ", offsetof(Tensor, col_stride));')
+    lines.append(
+        'printf("%zu ", offsetof(Tensor, batch_stride)); printf("%zu ", offsetof(Tensor, col_stride));'
+    )
     main = tmp_path / "main.cpp"
     main.write_text(
         f"#include <cstddef>\n#include <cstdio>\nconstexpr int PARAMS_BYTES = {_params.PARAMS_BYTES};\n"
@@ -86,7 +86,10 @@ def test_collapsed_axes_reach_every_address(walk):
     shape, tensors = walk
     template = _params.make_template(_params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1), shape, tensors)
     expected = sorted(
-        tuple(2 * sum(i * s for i, s in zip(index, strides[: len(shape)], strict=True)) for _, strides, _ in tensors)
+        tuple(
+            2 * sum(i * s for i, s in zip(index, strides[: len(shape)], strict=True))
+            for _, strides, _ in tensors
+        )
         for index in itertools.product(*map(range, shape))
     )
     reached = []
@@ -96,7 +99,9 @@ def test_collapsed_axes_reach_every_address(walk):
         for index in itertools.product(*map(range, decode_shapes(packed)[0])):
             reached.append(
                 tuple(
-                    fields[n][0] - (1 << 40) + 2 * sum(i * s for i, s in zip(index, fields[n][1:5], strict=True))
+                    fields[n][0]
+                    - (1 << 40)
+                    + 2 * sum(i * s for i, s in zip(index, fields[n][1:5], strict=True))
                     for n in "qkv"
                 )
             )
@@ -106,7 +111,9 @@ def test_collapsed_axes_reach_every_address(walk):
 def test_contiguous_axes_become_one():
     x = np.empty((2, 3, 4, 5, 6, 7, 8, 9), np.float32)
     strides = _params.element_strides(x.shape, x.strides, 4, 5, 3)
-    template = _params.make_template(_params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1), x.shape[:5], (("q", strides, 4),))
+    template = _params.make_template(
+        _params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1), x.shape[:5], (("q", strides, 4),)
+    )
     assert len(template.offsets) == 1
     assert decode_shapes(template.packed)[0] == (1, 1, 1, 720)
     assert decode(template.packed)["q"][4:] == (504, 72, 9, 1)

@@ -1,0 +1,62 @@
+"""Every kernel compiles for every architecture its family claims, without a GPU, and spills no register.
+
+Each architecture gets each kernel, for each row of the tile table that it takes. Over dtypes, widths and causal the
+``ci`` profile draws a share by the printed seed; ``nightly`` compiles all of them.
+"""
+
+import itertools
+import random
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cupyflash import _tiles, explain
+from cupyflash._compile import Spec, kernels_dir, source
+
+from conftest import PROFILE, SEED
+from nvrtc import compile_spec
+
+pytestmark = pytest.mark.nvrtc
+# Hopper is compiled as 90a, where its own instructions exist.
+ARCHS = {"sm_60": "sm_60", "sm_70": "sm_70", "sm_75": "sm_75", "sm_80": "sm_80", "sm_86": "sm_86", "sm_87": "sm_87"}
+ARCHS |= {"sm_89": "sm_89", "sm_90": "sm_90a", "sm_100": "sm_100", "sm_120": "sm_120", "sm_121": "sm_121"}
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+SHARE = 2  # variants of one kernel for one architecture in the ci profile
+
+
+def specs(device: str) -> dict[str, list[Spec]]:
+    """All Specs that calls on a device can ask for, by kernel."""
+    found: dict[Spec, None] = {}
+    for dtype, dim, causal, shared in itertools.product(DTYPES, _tiles.WIDTHS, (False, True), (False, True)):
+        q = np.zeros((2, 1, 4, dim), dtype)
+        k = q[0] if shared else q
+        for backward in (False, True):
+            made = explain(q, k, k, causal=causal, backward=backward, device=device)
+            found.update(dict.fromkeys(step.spec for step in made.kernels))
+    by_kernel: dict[str, list[Spec]] = {}
+    for spec in found:
+        by_kernel.setdefault(spec.kernel, []).append(spec)
+    return by_kernel
+
+
+@pytest.mark.parametrize("device", ARCHS)
+@pytest.mark.parametrize("kernel", ["fwd_simt", "bwd_delta", "bwd_simt_dkdv", "bwd_simt_dq", "bwd_finish"])
+def test_kernel_compiles_without_spills(device, kernel):
+    every = specs(device)[kernel]
+    chosen = every if PROFILE == "nightly" else random.Random(f"{SEED} {device} {kernel}").sample(every, SHARE)
+    for spec in chosen:
+        compiled = compile_spec(spec, ARCHS[device])
+        assert compiled.spill_bytes == 0, f"{spec}\n{compiled.log}"
+
+
+def test_every_kernel_file_is_compiled_here():
+    kernels = {path.stem for path in kernels_dir().glob("*.cu")}
+    assert kernels == set(specs("sm_90"))
+
+
+def test_messages_point_at_the_real_file():
+    text = source(specs("sm_90")["fwd_simt"][0])
+    assert '#line 1 "kernels/fwd_simt.cu"' in text
+    assert '#line 1 "kernels/mask.cuh"' in text
+    assert "#include" not in text
