@@ -251,9 +251,7 @@ def backward_limits(
     def total(values: Array, error: Array, factor: Array, chain: int, like: Array) -> tuple[Array, Array]:
         """The sums values @ factor, as the gradient of `like`, and their limits."""
         error = error + a.grow(chain + 3) * (abs(values) + error) + a.tiny * scale_1
-        exact, limit = (
-            reference.gradient(x, like, layout) for x in (values @ factor, error @ (abs(factor) + a.tiny))
-        )
+        exact, limit = (reference.gradient(x, like, layout) for x in (values @ factor, error @ (abs(factor) + a.tiny)))
         limit = limit + a.tiny * sharing * (1 + values.shape[-1])
         stored = like.dtype if out_dtype is None else out_dtype
         return exact, limit + half_ulp(abs(exact) + limit, stored) if narrows(stored) else limit
@@ -263,9 +261,7 @@ def backward_limits(
     _, ds_error = pair_limits(this, chains, a, p_dtype)
     dq = total(scale * this.ds, abs(scale) * ds_error, this.k, chains.k, q)
     this = reference.differentials(*arguments, keys=keys, **options)
-    p, ds, p_error, ds_error = (
-        x.swapaxes(-1, -2) for x in (this.p, this.ds, *pair_limits(this, chains, a, p_dtype))
-    )
+    p, ds, p_error, ds_error = (x.swapaxes(-1, -2) for x in (this.p, this.ds, *pair_limits(this, chains, a, p_dtype)))
     dk = total(scale * ds, abs(scale) * ds_error, this.q, chains.q, k)
     dv = total(p, p_error, this.dout, chains.q, v)
     return reference.Gradients(dq[0], dk[0], dv[0]), reference.Gradients(dq[1], dk[1], dv[1])
@@ -284,7 +280,7 @@ def pair_limits(
     terms = dout @ v.swapaxes(-1, -2) + (dout * out).sum(-1, keepdims=True) + abs(this.dlse)  # A_ij + B_i
     lost = v.shape[-1] + (dout + out).sum(-1, keepdims=True) + v.sum(-1)[..., None, :]
     inner = a.grow(chains.d + 4) * terms + a.tiny * lost
-    ds_error = (p_error + 2 * a.u * this.p) * abs(this.slope) + (this.p + p_error) * inner + a.tiny
+    ds_error = (p_error + 2 * a.u * this.p) * abs(this.gap) + (this.p + p_error) * inner + a.tiny
     if p_dtype is not None:
         p_error = p_error + relative(this.p + p_error, p_dtype)
         ds_error = ds_error + relative(abs(this.ds) + ds_error, p_dtype)
@@ -402,9 +398,9 @@ def check_forward(
     shd = layout == "shd" and q.ndim > 2
     where = np.broadcast_to(where, want.lse.shape)
     where_out = (where.swapaxes(-1, -2) if shd else where)[..., None]
-    worst = [compare("out", _take(out, rows, -3 if shd else -2), want.out, limit.out, where_out)]
+    worst = [_compare_part("out", out, rows, -3 if shd else -2, want.out, limit.out, where_out)]
     if lse is not None:
-        worst.append(compare("lse", _take(lse, rows, -1), want.lse, limit.lse, where))
+        worst.append(_compare_part("lse", lse, rows, -1, want.lse, limit.lse, where))
     return Report(tuple(worst))
 
 
@@ -442,7 +438,7 @@ def check_backward(
     axis = -3 if layout == "shd" and q.ndim > 2 else -2
     return Report(
         tuple(
-            compare(name, _take(got, index, axis), exact, most)
+            _compare_part(name, got, index, axis, exact, most)
             for name, got, exact, most, index in zip(
                 want._fields, gradients[:3], want, limit, (rows, keys, keys), strict=True
             )
@@ -474,5 +470,15 @@ def check_ideal(name: str, got: Array, want: Array, limit: Array, ideal: Array, 
     )
 
 
-def _take(array: Array, index: Index, axis: int) -> Array:
-    return array if index is None else np.take(array, np.asarray(index), axis=axis)
+def _compare_part(
+    name: str, got: Array, part: Index, axis: int, want: Array, limit: Array, where: npt.ArrayLike = True
+) -> Worst:
+    """`compare` the positions `part` of `got` along `axis`; the worst element is named by its place in `got`."""
+    if part is None:
+        return compare(name, got, want, limit, where)
+    positions = np.asarray(part)
+    worst = compare(name, np.take(got, positions, axis=axis), want, limit, where)
+    at = list(worst.at)
+    if at:
+        at[axis] = int(positions[at[axis]])
+    return worst._replace(at=tuple(at))

@@ -152,12 +152,8 @@ def log_normal(rng: np.random.Generator, shapes: Shapes) -> Inputs:
 def outlier_channels(rng: np.random.Generator, shapes: Shapes) -> Inputs:
     """A few columns a thousand times larger or smaller than the others, as in trained models."""
     x = normal(rng, shapes)
-    factors = np.where(
-        np.arange(shapes.q[-1]) % 16 == 3, 30.0, np.where(np.arange(shapes.q[-1]) % 16 == 7, 1e-3, 1)
-    )
-    factors_v = np.where(
-        np.arange(shapes.v[-1]) % 16 == 1, 1e3, np.where(np.arange(shapes.v[-1]) % 16 == 5, 1e-3, 1)
-    )
+    factors = np.where(np.arange(shapes.q[-1]) % 16 == 3, 30.0, np.where(np.arange(shapes.q[-1]) % 16 == 7, 1e-3, 1))
+    factors_v = np.where(np.arange(shapes.v[-1]) % 16 == 1, 1e3, np.where(np.arange(shapes.v[-1]) % 16 == 5, 1e-3, 1))
     return x._replace(q=x.q * factors, k=x.k / factors, v=x.v * factors_v)
 
 
@@ -205,9 +201,7 @@ GUARD = 256  # bytes of poison before and after
 class Style:
     """How an array lies in memory: the order of its axes, its gaps, directions and start."""
 
-    order: str = (
-        "C"  # "C": last axis fastest; "F": first axis fastest; "swapped": C, axes -2 and -3 exchanged
-    )
+    order: str = "C"  # "C": last axis fastest; "F": first axis fastest; "swapped": C, axes -2 and -3 exchanged
     gap: tuple[int, int] = (
         1,
         0,
@@ -487,9 +481,7 @@ def random_case(
         scale=choose((None, 0.5, 0.0, -0.3, 1.7)),
         styles=tuple(choose(styles, simplest=4) for _ in range(4))
         + tuple(choose([s for s in styles if s in OUTPUT_STYLES], simplest=4) for _ in range(5)),
-        out=choose(
-            (None, "array", "pair", "float32") if _dtype(dtype).itemsize == 2 else (None, "array", "pair")
-        ),
+        out=choose((None, "array", "pair", "float32") if _dtype(dtype).itemsize == 2 else (None, "array", "pair")),
         dlse=bool(pick(2)),
         wrt=choose(WRT),
         grads_out=bool(pick(2)),

@@ -152,7 +152,9 @@ def pairs(
     num_heads = 1 if q.ndim == 2 else q.shape[-2 if layout == "shd" else -3]
 
     diagonal = i + offsets(q_offset, causal, seqlen_q, seqlen_k)
-    visible = j <= diagonal if causal else np.ones((i.size, j.size), bool)
+    visible = np.ones((i.size, j.size), bool)
+    if causal:
+        visible = visible & (j <= diagonal)
     return Pairs(
         q=canonical(q, layout, work, rows),
         k=heads_to(canonical(k, layout, work, keys), num_heads),
@@ -258,7 +260,7 @@ class Differentials(Pairs):
     lse: Array  # (..., Hq, rows, 1)
     dlse: Array  # (..., Hq, rows, 1), 0 where it is not read
     p: Array  # (..., Hq, rows, keys)
-    slope: Array  # dp_ij - delta_i: what a pair's ds is, for each unit of its p
+    gap: Array  # dp_ij - delta_i
     ds: Array  # (..., Hq, rows, keys)
 
 
@@ -286,7 +288,7 @@ def differentials(
     d_log_sum = np.where(log_sum == -np.inf, 0, d_log_sum)  # by selection, whatever it holds there
     delta = (do * o).sum(axis=-1, keepdims=True) - d_log_sum
     p = weights(this.logits(), log_sum)
-    slope = do @ this.v.swapaxes(-1, -2) - delta
+    gap = do @ this.v.swapaxes(-1, -2) - delta
     return Differentials(
         **vars(this),
         dout=do,
@@ -294,8 +296,8 @@ def differentials(
         lse=log_sum,
         dlse=d_log_sum,
         p=p,
-        slope=slope,
-        ds=np.where(seen, p * slope, 0),
+        gap=gap,
+        ds=np.where(seen, p * gap, 0),
     )
 
 
