@@ -1,0 +1,316 @@
+"""One table for the GPU: the simt family beside its peers in the same run, and what a call costs the host.
+
+    python -m benchmarks.gpu --out benchmarks/results/h200.json
+
+Every cell is one direction of one problem. Its contenders are warmed up and take turns; CUDA events time them
+and the median counts. All cells hold the same number of elements, batch x seqlen = 16384 rows of 1024 columns
+over all heads, so that only the length changes. The exit code is 1 if cupyflash failed in a cell; a peer that
+can't run is skipped with its reason. --dry-run lists the cells and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cupyflash import AttentionGradients, attention, attention_backward
+from cupyflash._program import backend as backends
+from cupyflash._program.backend import Backend
+from cupyflash._program.contenders import Ours, Torch, contenders
+from cupyflash._program.terminal import as_json, seconds, table
+from cupyflash._program.timing import OURS, Cell, Clock, clock_for, measure
+from cupyflash._program.workload import DIRECTIONS, DTYPE_NAMES, Workload
+
+ROWS, COLUMNS = 16384, 1024  # batch x seqlen, and heads x head_dim, of every cell
+SEQLENS = (1024, 2048, 4096, 8192, 16384)
+CAUSAL_SEQLENS = (4096,)
+HEAD_DIMS = (64, 128)
+#: What each dtype is held against: torch's fastest for it, and attention that keeps all weights in memory.
+PEERS = {
+    "float32": ("torch mem-eff.", "torch math"),
+    "float64": ("unfused CuPy", "torch math"),
+    "float16": ("torch flash", "torch cuDNN"),
+    "bfloat16": ("torch flash", "torch cuDNN"),
+}
+FAMILY = "simt"
+ROUNDS = 5
+LIMIT = 3.0  # seconds after which a cell begins no new round
+LEAST = 0.005  # seconds of a sample; events are exact to microseconds
+BUDGET = 150.0  # seconds after which no new cell begins
+WARM_UP = 1.5  # seconds of work before the first cell, so that clocks have settled
+CALLS, BATCHES = 200, 9  # host time: calls without waiting (a stream takes 1024), and how often
+
+
+@dataclass
+class Run:
+    """Everything that one run of this program measured."""
+
+    backend: Backend
+    cells: list[Cell] = field(default_factory=list)
+    not_run: list[Cell] = field(default_factory=list)
+    host: dict[str, list[float]] = field(default_factory=dict)  # what to seconds a call, by batch
+    host_skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """Whether cupyflash failed anywhere."""
+        return any(cell.failed for cell in self.cells) or any(
+            name.startswith(OURS) for name in self.host_skipped
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program."""
+    args = parse(argv)
+    cells = plan(args.dtypes, args.head_dims, args.seqlens)
+    if args.dry_run:
+        print("\n".join(map(describe, cells)))
+        print(f"{len(cells)} cells")
+        return 0
+    backend = backends.choose("cupy")
+    if backend is None:
+        return 2
+    print(f"{backend.device}; {len(cells)} cells")
+    run = Run(backend)
+    try:
+        measure_all(run, cells, clock_for(backend.xp), rounds=args.rounds, budget=args.budget)
+        host_time(run)
+    finally:
+        write(run, args.out)
+    print(text(run))
+    return 1 if run.failed else 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPE_NAMES, default=list(PEERS))
+    parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS))
+    parser.add_argument("--seqlens", nargs="+", type=int, default=list(SEQLENS), help=f"divisors of {ROWS}")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds after which no new cell begins")
+    parser.add_argument("--dry-run", action="store_true", help="list the cells and stop")
+    args = parser.parse_args(argv)
+    if any(s < 1 or ROWS % s for s in args.seqlens) or any(d < 1 or COLUMNS % d for d in args.head_dims):
+        parser.error(f"sequence lengths divide {ROWS}, head dims divide {COLUMNS}")
+    if args.out is None and not args.dry_run:
+        parser.error("--out says where the JSON goes")
+    return args
+
+
+def plan(dtypes: Iterable[str], head_dims: Iterable[int], seqlens: Sequence[int]) -> list[Cell]:
+    """Every cell; one workload's directions follow each other."""
+    return [
+        Cell(Workload(ROWS // seqlen, COLUMNS // head_dim, seqlen, head_dim, dtype, causal), direction)
+        for dtype in dtypes
+        for head_dim in head_dims
+        for causal in (False, True)
+        for seqlen in seqlens
+        if not causal or seqlen in CAUSAL_SEQLENS
+        for direction in DIRECTIONS
+    ]
+
+
+def describe(cell: Cell) -> str:
+    """A cell in one line."""
+    work = cell.workload
+    causal = " causal" if work.causal else ""
+    return (
+        f"{work.dtype:<8} d={work.head_dim:<3} {work.batch:>2} x {work.seqlen:<5} x {work.heads} heads"
+        f"{causal} {cell.direction}: {work.flops(cell.direction) / 1e12:.2f} TFLOP beside "
+        f"{', '.join(PEERS[work.dtype])}"
+    )
+
+
+# -------------------------------------------------------------------------------------------------- measuring
+
+
+def measure_all(run: Run, cells: Sequence[Cell], clock: Clock, *, rounds: int, budget: float) -> None:
+    """Measure cell by cell until the budget is spent, one printed line each."""
+    began = time.monotonic()
+    flat: dict[str, Any] = {}  # q, k, v, dout of one dtype; every cell views them in its own shape
+    for cell in cells:
+        work = cell.workload
+        if time.monotonic() - began > budget:
+            run.not_run.append(cell)
+            continue
+        if work.dtype not in flat:
+            flat = {work.dtype: work.arrays(run.backend.xp)}
+            warm_up(work, flat[work.dtype], clock)
+        arrays = tuple(x.reshape(work.shape) for x in flat[work.dtype])
+        makers = contenders(work, arrays, run.backend.xp, FAMILY)
+        makers = {name: make for name, make in makers.items() if name == OURS or name in PEERS[work.dtype]}
+        run.cells.append(cell)
+        try:
+            measure(cell, makers, clock, rounds=rounds, limit=LIMIT, least=LEAST)
+        finally:
+            del makers
+            run.backend.free()
+        print(f"[{time.monotonic() - began:5.1f} s] {result_line(cell)}")
+
+
+def warm_up(workload: Workload, arrays: Any, clock: Clock) -> None:
+    """Work until clocks and temperature have settled; a failure here shows up in the cell."""
+    began = time.monotonic()
+    contender = Ours(workload, arrays, FAMILY)
+    try:
+        while time.monotonic() - began < WARM_UP:
+            clock(contender.forward, 1)
+    except Exception as error:
+        print(f"warm-up failed: {error}", file=sys.stderr)
+
+
+def result_line(cell: Cell) -> str:
+    """What a cell found."""
+    parts = [
+        f"{name} {cell.speed(name) / 1e12:.2f} TFLOP/s ({seconds(cell.seconds(name))})"
+        for name in cell.samples
+    ]
+    parts += [f"{name} skipped: {why}" for name, why in cell.skipped.items()]
+    return f"{describe(cell).partition(':')[0]}: {'; '.join(parts)}"
+
+
+def host_time(run: Run) -> None:
+    """Host time of a call that does not wait for the device, on small arrays."""
+    work = Workload(1, 8, 128, 64)
+    for name, make in host_calls(run, work).items():
+        try:
+            call = make()
+            for _ in range(3):
+                call()
+            run.host[name] = [host_sample(call, run.backend.synchronize) for _ in range(BATCHES)]
+        except Exception as error:
+            run.host_skipped[name] = f"{type(error).__name__}: {error}"
+
+
+def host_sample(call: Callable[[], object], synchronize: Callable[[], object]) -> float:
+    """Seconds a call, while the device catches up outside the clock."""
+    synchronize()
+    began = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    spent = (time.perf_counter() - began) / CALLS
+    synchronize()
+    return spent
+
+
+def host_calls(run: Run, work: Workload) -> dict[str, Callable[[], Callable[[], object]]]:
+    """What makes each call whose host time is measured, by name."""
+    xp = run.backend.xp
+    q, k, v, dout = work.arrays(xp)
+
+    def backward() -> Callable[[], object]:
+        out, lse = attention(q, k, v, return_lse=True)
+        grads = AttentionGradients(*(xp.empty_like(x) for x in (q, k, v)))
+        return lambda: attention_backward(dout, q, k, v, out, lse, grads_out=grads)
+
+    def forward_into() -> Callable[[], object]:
+        out = attention(q, k, v, return_lse=True)
+        return partial(attention, q, k, v, out=tuple(out))
+
+    return {
+        f"{OURS}: attention(q, k, v, out=(out, lse))": forward_into,
+        f"{OURS}: attention(q, k, v)": lambda: partial(attention, q, k, v),
+        f"{OURS}: attention_backward(..., grads_out=...)": backward,
+        "torch: scaled_dot_product_attention(q, k, v)": lambda: Torch(work, (q, k, v, dout)).forward,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- output
+
+
+def write(run: Run, path: Path) -> None:
+    """Everything as JSON, also after a failure."""
+    machine = run.backend.machine
+    found = {
+        "program": "benchmarks/gpu.py",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": run.backend.device,
+        "gpus": [asdict(gpu) for gpu in machine.cupy.gpus],
+        "versions": machine.versions | gpu_versions(run.backend),
+        "cells": [cell.as_dict() for cell in run.cells],
+        "not_run": [describe(cell) for cell in run.not_run],
+        "host_seconds": {
+            name: {"median": statistics.median(s), "samples": s} for name, s in run.host.items()
+        },
+        "host_skipped": run.host_skipped,
+        "failed": run.failed,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(as_json(found) + "\n", encoding="utf-8")
+
+
+def gpu_versions(backend: Backend) -> dict[str, str | None]:
+    """Versions of the GPU's side."""
+    machine, torch = backend.machine, sys.modules.get("torch")
+    return {
+        "driver": machine.driver.cuda if machine.driver else None,
+        "CUDA runtime": str(backend.xp.cuda.runtime.runtimeGetVersion()) if backend.name == "cupy" else None,
+        "CuPy": machine.cupy.version,
+        "NVRTC": machine.cupy.nvrtc,
+        "torch": str(torch.__version__) if torch else None,
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+" where files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        git = partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
+        name = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        return name + ("+" if git(["git", "status", "--porcelain", "-uno"]).stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def text(run: Run) -> str:
+    """The compact table: TFLOP/s of cupyflash, and the fastest peer's time as a multiple of its own."""
+    lengths = sorted({cell.workload.seqlen for cell in run.cells})
+    rows: dict[tuple[str, ...], dict[int, str]] = {}
+    for cell in run.cells:
+        work = cell.workload
+        key = (work.dtype, str(work.head_dim), "causal" if work.causal else "", cell.direction)
+        rows.setdefault(key, {})[work.seqlen] = entry(cell)
+    header = ("dtype", "d", "", "direction", *(f"S={n}" for n in lengths))
+    speeds = table(header, [(*key, *(row.get(n, "-") for n in lengths)) for key, row in rows.items()])
+    host = table(
+        ("host time of a call", "median"),
+        [(name, seconds(statistics.median(samples))) for name, samples in run.host.items()]
+        + [(name, f"skipped: {why}") for name, why in run.host_skipped.items()],
+    )
+    parts = [f"{run.backend.device}\nTFLOP/s of cupyflash, time of its fastest peer / its time", speeds, host]
+    if run.not_run:
+        parts.append(
+            f"NOT RUN, the budget was spent: {len(run.not_run)} cells, from {describe(run.not_run[0])}"
+        )
+    failed = [describe(cell) for cell in run.cells if cell.failed]
+    if run.failed:
+        parts.append("FAILED: " + "; ".join(failed or list(run.host_skipped)))
+    return "\n\n".join(parts)
+
+
+def entry(cell: Cell) -> str:
+    """One entry of the table."""
+    if cell.failed:
+        return "FAILED"
+    ratios = [cell.ratio(name) for name in cell.samples if name != OURS]
+    return f"{cell.speed() / 1e12:.2f} {min(ratios):.2f}x" if ratios else f"{cell.speed() / 1e12:.2f}   -  "
+
+
+if __name__ == "__main__":
+    sys.exit(main())
