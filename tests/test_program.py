@@ -1,0 +1,673 @@
+"""The program: what it prints, what it checks, and its exit codes; broken computations must make it fail."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import importlib.util
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cupyflash
+from cupyflash import _cpu
+from cupyflash._program import backend as backends
+from cupyflash._program import contenders, demo, machine, main, selftest, terminal, timing
+from cupyflash._program.machine import Cupy, Driver, Gpu
+from cupyflash._program.workload import DIRECTIONS, DTYPE_NAMES, Workload, numpy_dtype
+from cupyflash.testing.cases import run as run_case
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One round of timing: what tests look at is not the time."""
+    monkeypatch.setattr(demo, "ROUNDS", 1)
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own."""
+    command = [sys.executable, "-m", "cupyflash", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+
+
+def in_process(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, Any]:
+    """Exit code, and what `--json` printed."""
+    code = main([*args, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def test_without_arguments_it_prints_help() -> None:
+    done = run()
+    assert done.returncode == 0
+    for command in ("demo", "info", "bench", "selftest"):
+        assert re.search(rf"^ +{command} +[A-Z]", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"cupyflash {cupyflash.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("demo", "--backend", "torch"),
+        ("demo", "--seqlen", "0"),
+        ("bench", "--dtype", "int8"),
+        ("bench", "--seqlen"),
+        ("bench", "--family", "sm_1"),
+        ("selftest", "--seed", "-1"),
+        ("selftest", "--seconds", "long"),
+        ("train",),
+    ],
+)
+def test_bad_arguments_are_refused(args: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_a_bad_number_of_threads_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUPYFLASH_NUM_THREADS", "many")
+    with pytest.raises(SystemExit) as stop:
+        main(["info"])
+    assert stop.value.code == 2
+    assert "CUPYFLASH_NUM_THREADS='many'" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------------- demo
+
+
+def test_demo_prints_a_table_and_a_verdict() -> None:
+    done = run("demo", "--backend", "numpy", "--seqlen", "48")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^forward, cupyflash +[\d.]+ us|ms  +[\d.]+ GFLOP/s  +[\d.]+ [KM]iB$", done.stdout, re.M)
+    assert "backward, unfused NumPy" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("OK: ")
+
+
+def test_demo_json(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = in_process(capsys, "demo", "--backend", "numpy", "--seqlen", "48")
+    assert (code, found["ok"], found["backend"]) == (0, True, "numpy")
+    assert [row["name"] for row in found["check"]] == ["out", "lse", "dq", "dk", "dv"]
+    assert all(0 < row["ratio"] <= 1 for row in found["check"])
+    for cell in found["cells"]:
+        assert [c["name"] for c in cell["contenders"]] == ["cupyflash", "unfused NumPy"]
+        assert all(c["seconds"] > 0 for c in cell["contenders"])
+    assert found["memory"]["cupyflash"]["forward"] >= 8 * 48 * 64 * 4  # out itself
+    assert found["memory"]["unfused NumPy"]["forward"] >= 8 * 48 * 48 * 4  # the weights
+
+
+@pytest.mark.parametrize("name", ["dq", "dk", "dv"])
+def test_demo_fails_when_a_gradient_is_wrong(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any, **options: Any) -> Any:
+        grads = cupyflash.attention_backward(*args, **options)
+        getattr(grads, name)[...] *= 1.0001
+        return grads
+
+    monkeypatch.setattr(contenders, "attention_backward", broken)
+    code, found = in_process(capsys, "demo", "--backend", "numpy", "--seqlen", "40")
+    assert (code, found["ok"]) == (1, False)
+    assert [row["name"] for row in found["check"] if not row["ok"]] == [name]
+    assert found["verdict"].startswith(f"FAILED: a result lies outside its error bound: {name}[")
+
+
+def test_demo_fails_when_the_output_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any, **options: Any) -> Any:
+        result = cupyflash.attention(*args, **options)
+        result.out[0, 7, 31, 5] = np.nan  # fewer rows than the demo samples: it sees all of them
+        return result
+
+    monkeypatch.setattr(contenders, "attention", broken)
+    assert main(["demo", "--backend", "numpy", "--seqlen", "64"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("FAILED: ")
+
+
+def test_demo_says_when_unfused_attention_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: contenders.Unfused) -> None:
+        raise MemoryError("Unable to allocate 16.0 GiB")
+
+    monkeypatch.setattr(contenders.Unfused, "forward", full)
+    assert main(["demo", "--backend", "numpy", "--seqlen", "64"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("OK: ")
+    assert "unfused NumPy attention did not run: MemoryError: Unable to allocate 16.0 GiB" in last
+
+
+# -------------------------------------------------------------------------------------------------------------- info
+
+
+def test_info_json() -> None:
+    done = run("info", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["versions"]["cupyflash"] == cupyflash.__version__
+    assert found["versions"]["NumPy"] == np.__version__
+    assert found["workers"] >= 1
+    cpu = next(family for family in found["families"] if family["name"] == "cpu")
+    assert cpu["dtypes"] == ["float16", "bfloat16", "float32", "float64"]
+    assert cpu["why_not"] is None
+    if found["cupy"]["problem"]:
+        assert [f["why_not"] for f in found["families"] if f["name"] == "simt"] == [found["cupy"]["problem"]]
+
+
+class FakeCuda:
+    """The driver's library as `read_driver` calls it."""
+
+    def __init__(self, version: int, gpus: tuple[str, ...] = ("NVIDIA H200",), init: int = 0) -> None:
+        self.version, self.gpus, self.init = version, gpus, init
+
+    def __call__(self, name: str) -> FakeCuda:
+        assert name in ("libcuda.so.1", "nvcuda.dll")
+        return self
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = self.version
+        return 0
+
+    def cuInit(self, flags: int) -> int:
+        return self.init
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = len(self.gpus)
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        device._obj.value = index
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: ctypes.c_int) -> int:
+        name.value = self.gpus[device.value].encode()
+        return 0
+
+
+def test_the_driver_is_read_without_cupy() -> None:
+    two = ("NVIDIA H200", "NVIDIA L4")
+    assert machine.read_driver(FakeCuda(12040, two)) == Driver(12040, two)
+    assert machine.read_driver(FakeCuda(12040)).cuda == "12.4"
+    none = machine.read_driver(FakeCuda(13000, init=100))
+    assert (none.gpus, none.problem) == ((), "cuInit returned 100: no CUDA device")
+
+    def missing(name: str) -> Any:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    assert machine.read_driver(missing) is None
+
+
+MISSING = Cupy(problem="CuPy is not installed")
+
+
+@pytest.mark.parametrize(
+    ("driver", "advice"),
+    [
+        (FakeCuda(12020), 'python -m pip install "cupyflash[cuda12x]"'),
+        (FakeCuda(12090), 'python -m pip install "cupyflash[cuda12x]"'),
+        (FakeCuda(13000), 'python -m pip install "cupyflash[cuda13x]"'),
+        (FakeCuda(13010), 'python -m pip install "cupyflash[cuda13x]"'),
+        (FakeCuda(11080), "CuPy needs a driver for CUDA 12.0 or newer: update the driver"),
+        (FakeCuda(12040, init=100), "cuInit returned 100: no CUDA device"),
+    ],
+    ids=["12.2", "12.9", "13.0", "13.1", "11.8", "no device"],
+)
+def test_a_driver_without_cupy_is_reported(
+    driver: FakeCuda, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = machine.read_driver(driver)
+    monkeypatch.setattr(machine, "read_driver", lambda: found)
+    monkeypatch.setattr(machine, "read_cupy", lambda driver: MISSING)
+    for command in (["info"], ["demo", "--seqlen", "16"]):
+        assert main(command) == 0
+        text = capsys.readouterr().out
+        assert advice in text, text
+        assert f"for CUDA {found.cuda}" in text
+    assert main(["demo", "--backend", "cupy"]) == 2
+    assert advice in capsys.readouterr().err
+
+
+def test_without_a_driver_there_is_no_advice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "read_driver", lambda: None)
+    monkeypatch.setattr(machine, "read_cupy", lambda driver: MISSING)
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "pip install" not in text
+    assert re.search(r"^CuPy +not installed$", text, re.M)
+    assert re.search(r"^driver +no NVIDIA driver$", text, re.M)
+    assert re.search(r"^family simt +can't run on CuPy arrays: CuPy is not installed$", text, re.M)
+
+
+def test_no_advice_where_cupy_works() -> None:
+    assert machine.advise(Driver(12040, ("NVIDIA H200",)), Cupy("14.2.0", "12.9")) is None
+
+
+def test_families_are_the_planners() -> None:
+    card = Gpu("NVIDIA H200", 90, 150 * 2**30, 232448)
+    cpu, simt = machine.read_families(Cupy("14.2.0", "12.9", (card,)))
+    assert (cpu.name, simt.name, simt.device) == ("cpu", "simt", "NVIDIA H200 (sm_90)")
+    assert simt.dtypes == ("float16", "bfloat16", "float32", "float64")
+    assert simt.why_not is None
+    nothing = machine.read_families(Cupy("14.2.0", "12.9", (Gpu("small", 90, 2**30, 1024),)))[1]
+    assert nothing.dtypes == ()
+    assert "1024" in str(nothing.why_not)
+
+
+def test_cupy_that_does_not_import_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cupy.py").write_text("raise ImportError('\\n=====\\nlibcublas.so.12: no such file\\n=====\\n')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert machine.read_cupy(None).problem == "CuPy does not import: libcublas.so.12: no such file"
+
+
+# ------------------------------------------------------------------------------------------------------------- bench
+
+
+def test_bench_json(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = in_process(
+        capsys, "bench", "--family", "cpu", "--seqlen", "32", "48", "--head-dim", "8", "--heads", "2",
+        "--batch", "3", "--causal", "--rounds", "3",
+    )  # fmt: skip
+    assert code == 0
+    assert [(c["workload"]["seqlen"], c["direction"]) for c in found["cells"]] == [
+        (32, "forward"), (32, "backward"), (48, "forward"), (48, "backward"),
+    ]  # fmt: skip
+    for cell in found["cells"]:
+        assert cell["workload"] | {"seqlen": 0} == {
+            "batch": 3, "heads": 2, "seqlen": 0, "head_dim": 8, "dtype": "float32", "causal": True,
+        }  # fmt: skip
+        ours, unfused = cell["contenders"][:2]
+        assert (ours["name"], unfused["name"]) == ("cupyflash", "unfused NumPy")
+        assert len(ours["samples"]) == len(unfused["samples"]) == 3
+        assert unfused["ratio"] == pytest.approx(unfused["seconds"] / ours["seconds"])
+        flops = 4 * 3 * 2 * cell["workload"]["seqlen"] ** 2 * 8 / 2 * (2.5 if cell["direction"] == "backward" else 1)
+        assert ours["flops_per_second"] == pytest.approx(flops / ours["seconds"])
+
+
+def test_bench_skips_a_peer_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    args = ["bench", "--family", "cpu", "--seqlen", "16", "--direction", "forward", "--rounds", "1"]
+    assert main(args) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^torch SDPA skipped +ModuleNotFoundError: ", text, re.M)
+    assert re.search(r"^forward +1 x 16 +[\d.]+ us +[\d.]+ GFLOP/s +[\d.]+ us +[\d.]+x$", text, re.M)
+
+
+def test_bench_fails_when_cupyflash_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(contenders, "attention_backward", broken)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, found = in_process(capsys, "bench", "--family", "cpu", "--seqlen", "16", "--rounds", "1")
+    assert code == 1
+    forward, backward = found["cells"]
+    assert "seconds" in forward["contenders"][0]
+    assert {"name": "cupyflash", "skipped": "RuntimeError: no kernel"} in backward["contenders"]
+
+
+def test_bench_needs_cupy_for_a_gpu_family(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(machine, "read_cupy", lambda driver: MISSING)
+    assert main(["bench", "--family", "simt"]) == 2
+    assert "CuPy can't be used here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+def test_contenders_compute_the_same(dtype: str, causal: bool) -> None:
+    work = Workload(2, 3, 33, 16, dtype, causal)
+    arrays = work.arrays(np)
+    made = {name: make() for name, make in contenders.contenders(work, arrays, np).items() if can_make(name)}
+    tolerance = {"float64": 1e-12, "float32": 1e-4}.get(dtype, 0.05)
+    for name, contender in made.items():
+        results = [forward_of(contender), *contender.backward()[:3]]
+        wanted = [forward_of(made["cupyflash"]), *made["cupyflash"].backward()]
+        for got, want in zip(results, wanted, strict=True):
+            np.testing.assert_allclose(wide(got), wide(want), rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def can_make(name: str) -> bool:
+    return "torch" not in name or importlib.util.find_spec("torch") is not None
+
+
+def forward_of(contender: contenders.Contender) -> Any:
+    result = contender.forward()
+    return result[0] if isinstance(result, tuple) else result
+
+
+def wide(x: Any) -> np.ndarray:
+    return (x if isinstance(x, np.ndarray) else x.double().numpy()).astype(np.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+def test_workloads_have_their_dtype_and_repeat(dtype: str) -> None:
+    work = Workload(2, 3, 5, 7, dtype)
+    first, second = work.arrays(np), work.arrays(np)
+    assert all(x.shape == (2, 3, 5, 7) and x.dtype == numpy_dtype(dtype) for x in first)
+    assert all(np.array_equal(x, y) for x, y in zip(first, second, strict=True))
+    assert not np.shares_memory(first[0], second[0])
+
+
+def test_contenders_take_turns() -> None:
+    calls: list[str] = []
+
+    class Fake:
+        def __init__(self, name: str, seconds: float) -> None:
+            self.name, self.seconds = name, seconds
+
+        def around(self) -> Any:
+            return contextlib.nullcontext()
+
+        def forward(self) -> None:
+            calls.append(self.name)
+
+    def clock(call: Any, repeats: int) -> float:
+        call()
+        seen.append(repeats)
+        return {"cupyflash": 0.004, "slow": 0.5, "late": 0.01}[calls[-1]]
+
+    def late() -> Fake:
+        return Fake("late", 0)
+
+    seen: list[int] = []
+    cell = timing.Cell(Workload(1, 1, 8, 8), "forward")
+    makers: Any = {"cupyflash": lambda: Fake("cupyflash", 0), "slow": lambda: Fake("slow", 0), "late": late}
+    makers["missing"] = lambda: 1 / 0
+    timing.measure(cell, makers, clock, rounds=3, least=0.02)
+    assert calls[:6] == ["cupyflash", "cupyflash", "slow", "slow", "late", "late"]  # warm-up
+    assert calls[6:] == ["cupyflash", "slow", "late", "late", "slow", "cupyflash", "cupyflash", "slow", "late"]
+    assert seen[6:9] == [5, 1, 2]
+    assert cell.ratio("slow") == pytest.approx(125)
+    assert cell.skipped == {"missing": "ZeroDivisionError: division by zero"}
+    assert not cell.failed
+
+
+# ---------------------------------------------------------------------------------------------------------- selftest
+
+
+def test_selftest_passes_and_replays(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = in_process(capsys, "selftest", "--backend", "numpy", "--seconds", "0.8", "--seed", "5")
+    assert (code, found["ok"], found["seed"]) == (0, True, 5)
+    assert list(found["worst"]) == ["out", "lse", "dq", "dk", "dv"]
+    assert sum(found["cases"].values()) >= 5
+    program, *again = shlex.split(found["worst_case"]["replay"])[2:]
+    assert program == "cupyflash"
+    code, replayed = in_process(capsys, *again)
+    assert code == 0
+    assert sum(replayed["cases"].values()) == 1
+    name = max(found["worst"], key=lambda name: found["worst"][name]["ratio"])
+    assert replayed["worst"][name] == found["worst"][name]
+
+
+def test_selftest_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["selftest", "--backend", "numpy", "--seed", "5", "--case", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "python -m cupyflash selftest --backend numpy --seed 5 --case 2" in text
+    assert text.splitlines()[-1].startswith("OK: 1 cases")
+
+
+def test_selftest_draws_a_new_seed_each_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(selftest, "draw", lambda seed, index, backend: selftest.Drawn(selftest.Case(1), None))
+    seeds = {in_process(capsys, "selftest", "--backend", "numpy", "--seconds", "0")[1]["seed"] for _ in range(3)}
+    assert len(seeds) > 1
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_the_same_seed_gives_the_same_cases(backend: str) -> None:
+    first = [selftest.draw(7, i, backend) for i in range(40)]
+    assert first == [selftest.draw(7, i, backend) for i in range(40)]
+    assert first != [selftest.draw(8, i, backend) for i in range(40)]
+    assert len({str(drawn) for drawn in first}) == 40
+
+
+def test_gpu_cases_share_kernels() -> None:
+    for start in range(0, 64, selftest.GROUP):
+        group = [selftest.draw(3, start + i, "cupy").case for i in range(selftest.GROUP)]
+        compiled = {(c.dtype, c.head_dim, c.head_dim_v, bool(c.causal)) for c in group}
+        assert len(compiled) == 1
+        assert all("misaligned" not in c.styles for c in group)
+        assert all(c.work <= 20_000_000 for c in group)
+
+
+@pytest.mark.parametrize("index", range(0, 48, 7))
+def test_gpu_cases_are_valid_problems(index: int) -> None:
+    assert run_case(selftest.draw(11, index, "cupy").case).ok
+
+
+def test_a_cases_text_makes_it_again() -> None:
+    for index in range(20):
+        drawn = selftest.draw(1, index, "numpy")
+        text = str(drawn).partition(", blocks of")[0]
+        assert eval(text, {"Case": selftest.Case}) == drawn.case
+
+
+@pytest.mark.parametrize("broken", ["value", "crash", "input"])
+def test_selftest_fails_on_a_broken_promise(
+    broken: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = _cpu.forward
+
+    def wrong(problem: Any, q: Any, k: Any, v: Any, q_offset: Any, out: Any, lse: Any, *tile: int) -> None:
+        forward(problem, q, k, v, q_offset, out, lse, *tile)
+        if broken == "value":
+            lse += 0.5
+        elif broken == "crash":
+            raise IndexError("tile 3 of 2")
+        elif q.size:
+            q[(0,) * q.ndim] = 17
+
+    monkeypatch.setattr(_cpu, "forward", wrong)
+    args = ["selftest", "--backend", "numpy", "--seed", "1", "--seconds", "0.3"]
+    code, found = in_process(capsys, *args)
+    assert (code, found["ok"]) == (1, False)
+    first = found["failures"][0]
+    wanted = {"value": "! lse[", "crash": "IndexError: tile 3 of 2", "input": "BrokenPromise: q or the bytes"}[broken]
+    assert wanted in first["text"]
+    assert found["worst_case"] == {key: first[key] for key in ("case", "problem", "replay")}
+    assert main(args) == 1
+    text = capsys.readouterr().out
+    assert first["replay"] in text
+    assert text.splitlines()[-1].startswith("FAILED: ")
+
+
+def test_a_case_needs_its_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["selftest", "--case", "3"]) == 2
+    assert "--seed" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- terminal
+
+
+def test_units() -> None:
+    assert [terminal.seconds(s) for s in (12.345, 0.99949, 0.0123456, 1e-3, 7.891e-6, 1e-9)] == [
+        "12.3 s", "999 ms", "12.3 ms", "1.00 ms", "7.89 us", "0.00 us",
+    ]  # fmt: skip
+    assert [terminal.rate(r) for r in (75.06e9, 999.4e9, 20.3e12)] == ["75.1 GFLOP/s", "999 GFLOP/s", "20.3 TFLOP/s"]
+    assert [terminal.size(n) for n in (512, 3 * 2**20, 5 * 2**30)] == ["0.5 KiB", "3.0 MiB", "5.0 GiB"]
+
+
+def test_json_is_strict() -> None:
+    text = terminal.as_json({"a": [float("inf"), np.float64("nan"), 1.5], "b": (None, True)})
+    assert json.loads(text) == {"a": ["inf", "nan", 1.5], "b": [None, True]}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def no_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+
+
+@pytest.mark.usefixtures("no_tqdm")
+def test_progress_is_a_plain_line_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    stream = Terminal()
+    with terminal.Progress("bench", 4, stream=stream) as progress:
+        progress.to(1, "forward")
+        assert stream.getvalue() == ""  # too soon to bother anybody
+        now[0] = 3.0
+        progress.to(2, "backward")
+        assert stream.getvalue() == "\rbench:  50 %  backward"
+    assert stream.getvalue().endswith("\r" + " " * 22 + "\r")
+
+
+@pytest.mark.usefixtures("no_tqdm")
+def test_progress_is_silent_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal.Progress, "DELAY", -1.0)
+    stream = io.StringIO()
+    with terminal.Progress("bench", 4, stream=stream) as progress:
+        progress.to(3)
+    assert stream.getvalue() == ""
+
+
+def test_progress_uses_tqdm_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    class Bar:
+        def __init__(self, **options: Any) -> None:
+            told.append((options["desc"], options["total"], options["disable"]))
+
+        def set_postfix_str(self, text: str, refresh: bool) -> None:
+            told.append(text)
+
+        def update(self, step: float) -> None:
+            told.append(step)
+
+        def close(self) -> None:
+            told.append("closed")
+
+    module = ModuleType("tqdm")
+    module.tqdm = Bar  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tqdm", module)
+    with terminal.Progress("demo", 9, stream=Terminal()) as progress:
+        progress.to(2, "check")
+        progress.tell(5, "time", "round 1")
+    assert told == [("demo", 9, None), "check", 2, "time, round 1", 3, "closed"]
+
+
+# ------------------------------------------------------------------------------------------------- the GPU benchmark
+
+
+@pytest.fixture(scope="module")
+def gpu_benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_benchmark"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def small_benchmark(gpu_benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark with cells that NumPy computes in no time."""
+    everything = dict.fromkeys(DTYPE_NAMES, ("unfused NumPy",))
+    changes = {"ROWS": 32, "COLUMNS": 16, "FAMILY": None, "PEERS": everything, "WARM_UP": 0.01, "CALLS": 2}
+    for name, value in (changes | {"LEAST": 1e-4, "CAUSAL_SEQLENS": (32,)}).items():
+        monkeypatch.setattr(gpu_benchmark, name, value)
+    found = backends.Backend("numpy", np, machine.read_machine())
+    monkeypatch.setattr(gpu_benchmark.backends, "choose", lambda name: found)
+    return gpu_benchmark
+
+
+SMALL = ["--dtypes", "float32", "float64", "--head-dims", "8", "--seqlens", "16", "32", "--rounds", "2"]
+
+
+def test_gpu_benchmark_lists_its_cells(gpu_benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_benchmark.main(["--dry-run"]) == 0
+    *lines, count = capsys.readouterr().out.splitlines()
+    assert count == f"{len(lines)} cells" == "96 cells"
+    assert lines[4] == ("float32  d=64   4 x 4096  x 16 heads forward: 0.27 TFLOP beside torch mem-eff., torch math")
+
+
+def test_gpu_benchmark_measures_and_writes(
+    small_benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results" / "gpu.json"
+    monkey = pytest.MonkeyPatch()
+    monkey.setitem(sys.modules, "torch", None)  # a missing peer is no failure
+    with monkey.context():
+        assert small_benchmark.main([*SMALL, "--out", str(path)]) == 0
+    monkey.undo()
+    found = json.loads(path.read_text())
+    assert len(found["cells"]) == 2 * (2 + 1) * 2
+    assert not found["failed"]
+    assert found["not_run"] == []
+    assert {"cupyflash", "NumPy", "driver", "CuPy", "NVRTC", "torch"} <= found["versions"].keys()
+    ours = [name for name in found["host_seconds"] if name.startswith("cupyflash")]
+    assert len(ours) == 3
+    assert all(found["host_seconds"][name]["median"] > 0 for name in ours)
+    assert list(found["host_skipped"]) == ["torch: scaled_dot_product_attention(q, k, v)"]
+    text = capsys.readouterr().out
+    assert re.search(r"^float64 +8 +causal +backward +- +[\d.]+ +[\d.]+x$", text, re.M), text
+
+
+def test_gpu_benchmark_fails_when_cupyflash_fails(
+    small_benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any, **options: Any) -> Any:
+        if args[0].dtype == np.float64:
+            raise RuntimeError("no kernel")
+        return cupyflash.attention_backward(*args, **options)
+
+    monkeypatch.setattr(contenders, "attention_backward", broken)
+    path = tmp_path / "gpu.json"
+    assert small_benchmark.main([*SMALL, "--out", str(path)]) == 1
+    found = json.loads(path.read_text())
+    assert found["failed"]
+    skipped = [c for cell in found["cells"] for c in cell["contenders"] if c["name"] == "cupyflash" and "skipped" in c]
+    assert len(skipped) == 3
+    assert capsys.readouterr().out.splitlines()[-1].startswith("FAILED: float64 ")
+
+
+def test_gpu_benchmark_stops_at_its_budget(small_benchmark: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    assert small_benchmark.main([*SMALL, "--out", str(path), "--budget", "0"]) == 0
+    found = json.loads(path.read_text())
+    assert found["cells"] == []
+    assert len(found["not_run"]) == 12
+
+
+def test_directions_are_those_of_contenders() -> None:
+    assert all(hasattr(contenders.Ours, name) and hasattr(contenders.Torch, name) for name in DIRECTIONS)
+
+
+def test_options_reach_the_result() -> None:
+    parser = argparse.ArgumentParser()
+    selftest.add_arguments(parser)
+    assert vars(parser.parse_args([])) == {"backend": None, "seconds": 10.0, "seed": None, "case": None}
