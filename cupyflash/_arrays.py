@@ -46,17 +46,25 @@ def take(name: str, x: object) -> Array:
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         return _take_dlpack(name, x)
     if hasattr(x, "__cuda_array_interface__"):
-        return import_cupy().asarray(x)
+        return _take_cuda(name, x, "asarray")
     raise TypeError(
         f"{name} is {_a(x)}: attention takes arrays (NumPy, CuPy, or any object with __dlpack__ or "
         "__cuda_array_interface__)"
     )
 
 
+def _take_cuda(name: str, x: Any, reader: str) -> Array:
+    cupy = import_cupy()
+    try:
+        return getattr(cupy, reader)(x)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise ValueError(f"{name} is {_a(x)} on a CUDA device, which CuPy can't read here: {error}") from error
+
+
 def _take_dlpack(name: str, x: Any) -> Array:
     device_type, device_id = x.__dlpack_device__()
     if int(device_type) in _DLPACK_CUDA:
-        return import_cupy().from_dlpack(x)
+        return _take_cuda(name, x, "from_dlpack")
     if int(device_type) not in _DLPACK_CPU:
         raise TypeError(
             f"{name} lies on DLPack device ({int(device_type)}, {device_id}): only CPU and CUDA memory is read"

@@ -223,7 +223,10 @@ def _check_widths(
 def _finite_real(name: str, x: object) -> float:
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, numbers.Real):
         raise TypeError(f"{name}={x!r}: {name} is a real number or None")
-    value = float(x)
+    try:
+        value = float(x)
+    except OverflowError:  # an integer or a fraction
+        value = math.inf
     if not math.isfinite(value):
         raise ValueError(f"{name}={value}: {name} is finite")
     return value

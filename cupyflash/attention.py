@@ -107,6 +107,7 @@ def attention(
     (2, 4, 8)
     """
     _check_flag("return_lse", return_lse)
+    given = out if isinstance(out, tuple) else (out, None)  # what comes back: a view of it would be another object
     out, lse = _split_out(out)
     call = Call(
         q, k, v, scale=scale, causal=causal, q_offset=q_offset, layout=layout, precision=precision, out=out
@@ -117,6 +118,7 @@ def attention(
     pair = return_lse or lse is not None
     out, lse = call.allocate(out, lse)
     call.forward(plan, out, lse)
+    out, lse = (mine if theirs is None else theirs for mine, theirs in zip((out, lse), given, strict=True))
     return AttentionResult(out, lse) if pair else out
 
 
@@ -194,6 +196,8 @@ def attention_backward(
     plan = call.plan(family, tile, names)
     gradients = {f"d{name}": _gradient(call, name, given) for name in GRADIENTS if name in names}
     call.backward(plan, gradients)
+    if grads_out is not None:
+        gradients.update((name, x) for name, x in grads_out._asdict().items() if x is not None)
     return AttentionGradients(**gradients)
 
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupyflash import attention, attention_backward
+from cupyflash import AttentionGradients, attention, attention_backward
 from cupyflash.testing import data
 
 
@@ -129,6 +129,15 @@ def test_out_of_a_subclass_comes_back_as_itself():
     out = np.zeros((2, 4, 9, 5), np.float32).view(Subclass)
     assert attention(q, k, v, out=out) is out
     assert out.view(np.ndarray).tobytes() == attention(q, k, v).tobytes()
+
+
+def test_gradients_into_a_subclass():
+    q, k, v, dout = arrays()
+    want = both(q, k, v, dout)
+    dk = np.zeros(k.shape, np.float32).view(Subclass)
+    grads = attention_backward(dout, q, k, v, *want[:2], causal=True, grads_out=AttentionGradients(dk=dk))
+    assert grads.dk is dk
+    assert dk.view(np.ndarray).tobytes() == want[3].tobytes()
 
 
 def test_native_order_by_another_name():
