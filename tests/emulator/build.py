@@ -24,7 +24,8 @@ _KERNEL_FLAGS = (
     "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
     "-fsanitize=alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero,return",
 )  # fmt: skip
-_ENTRY = re.compile(r'extern\s+"C"\s+__global__[^;{]*?\b(\w+)\s*\([^;{]*\)\s*\{')
+_ATTRIBUTE = re.compile(r"__\w+__\s*\([^()]*\)")  # __launch_bounds__(...) and its like
+_ENTRY = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(\w+)\s*\(')
 _LINE = re.compile(r'^#line (\d+) "kernels/([\w.]+)"$')
 
 
@@ -142,7 +143,7 @@ def for_cpu(text: str) -> str:
 def kernel(text: str) -> tuple[ctypes.CDLL, tuple[str, ...]]:
     """The library of a kernel's text, and the entry points that it has."""
     core()
-    entries = tuple(_ENTRY.findall(text))
+    entries = tuple(_ENTRY.findall(_ATTRIBUTE.sub("", text)))
     exports = "".join(f"EMULATOR_ENTRY({name})\n" for name in entries)
     unit = f'#include "device.h"\n#line 1 "kernels/{(*entries, "text")[0]}"\n{for_cpu(text)}\n{exports}'
     return ctypes.CDLL(str(_build(entries[0] if entries else "kernel", unit, _KERNEL_FLAGS))), entries
