@@ -122,7 +122,7 @@ def group_text(cells: Sequence[Cell]) -> str:
     names = list(dict.fromkeys(name for cell in cells for name in cell.samples if name != OURS))
     title = f"{work.dtype}, width {work.head_dim}, {work.heads} heads{', causal' if work.causal else ''}"
     rows = [row(cell, names) for cell in cells]
-    return title + "\n" + table(("direction", "batch x seqlen", OURS, "", *names), rows)
+    return title + "\n" + table(("direction", "batch x seqlen", OURS, "speed", *names), rows)
 
 
 def row(cell: Cell, names: Sequence[str]) -> list[str]:

@@ -93,7 +93,7 @@ class Unfused:
         q, k, v = self._wide(*self._arrays[:3])
         p = xp.matmul(q * q.dtype.type(self._workload.scale), k.swapaxes(-1, -2))
         if self._hidden is not None:
-            xp.copyto(p, p.dtype.type(-np.inf), where=self._hidden)
+            xp.copyto(p, -np.inf, where=self._hidden)
         p -= p.max(axis=-1, keepdims=True)
         xp.exp(p, out=p)
         p /= p.sum(axis=-1, keepdims=True)

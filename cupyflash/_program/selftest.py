@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 def fuzz(found: Findings, limit: float) -> None:
     """Case after case until the time is over, at least one; a backend that breaks many promises is not fit for more."""
     began = time.monotonic()
-    with Progress("selftest", limit, "s") as progress:
+    with Progress("selftest", limit) as progress:
         for index in itertools.count():
             found.try_case(index)
             spent = time.monotonic() - began
@@ -156,13 +156,8 @@ class Findings:
     backend: Backend
     seed: int
     counts: dict[str, int] = field(default_factory=dict)  # by dtype
-    worst: dict[str, tuple[int, Worst]] = field(default_factory=dict)  # result to (case, element)
+    worst: dict[str, dict[str, tuple[int, Worst]]] = field(default_factory=dict)  # dtype, result: case, element
     failures: list[Failure] = field(default_factory=list)
-
-    @property
-    def in_order(self) -> dict[str, tuple[int, Worst]]:
-        """The worst of each result, in the order of the computation."""
-        return {name: self.worst[name] for name in RESULTS if name in self.worst}
 
     @property
     def cases(self) -> int:
@@ -177,14 +172,17 @@ class Findings:
     @property
     def ratio(self) -> float:
         """The largest error / limit."""
-        return max((worst.ratio for _, worst in self.worst.values()), default=0.0)
+        return max((worst.ratio for _, worst in self._all()), default=0.0)
 
     @property
     def worst_case(self) -> int:
         """The first failure, or the case with the largest error / limit."""
         if self.failures:
             return self.failures[0].index
-        return max(self.worst.values(), key=lambda pair: pair[1].ratio)[0]
+        return max(self._all(), key=lambda pair: pair[1].ratio)[0]
+
+    def _all(self) -> list[tuple[int, Worst]]:
+        return [pair for of_dtype in self.worst.values() for pair in of_dtype.values()]
 
     def try_case(self, index: int) -> None:
         """Run one case and remember what it shows."""
@@ -196,9 +194,10 @@ class Findings:
             trace = "".join(traceback.format_exception(error))
             self.failures.append(Failure(index, drawn, f"{type(error).__name__}: {first_line(error)}", trace))
             return
+        known = self.worst.setdefault(drawn.case.dtype, {})
         for worst in report.worst:
-            if worst.name not in self.worst or worst.ratio > self.worst[worst.name][1].ratio:
-                self.worst[worst.name] = index, worst
+            if worst.name not in known or worst.ratio > known[worst.name][1].ratio:
+                known[worst.name] = index, worst
         if not report.ok:
             self.failures.append(Failure(index, drawn, str(report)))
 
@@ -219,7 +218,10 @@ def as_dict(found: Findings) -> dict[str, Any]:
         "versions": found.backend.machine.versions,
         "seed": found.seed,
         "cases": found.counts,
-        "worst": {name: {"case": index, **worst._asdict()} for name, (index, worst) in found.in_order.items()},
+        "worst": {
+            dtype: {name: {"case": index, **worst._asdict()} for name, (index, worst) in known.items()}
+            for dtype, known in found.worst.items()
+        },
         "worst_case": case_dict(found, found.worst_case),
         "failures": [{**case_dict(found, failure.index), "text": failure.text} for failure in found.failures],
         "ok": found.ok,
@@ -251,12 +253,20 @@ def text(found: Findings) -> str:
 
 
 def worst_table(found: Findings) -> str:
-    """The worst element of each result and the case that it is from."""
-    rows = [
-        (name, f"{abs(w.got - w.want):.1e}", f"{w.limit:.1e}", f"{w.ratio:.3f}", str(index))
-        for name, (index, w) in found.in_order.items()
-    ]
-    return table(("", "worst error", "its limit", "error / limit", "case"), rows)
+    """For each result and dtype the largest error as a part of its limit, and the case that it is from."""
+    dtypes = [dtype for dtype in dtype_names() if dtype in found.worst]
+
+    def entry(dtype: str, name: str) -> str:
+        if name not in found.worst[dtype]:
+            return "-"
+        index, worst = found.worst[dtype][name]
+        return f"{worst.ratio:.3f} ({index})"
+
+    rows = [(name, *(entry(dtype, name) for dtype in dtypes)) for name in RESULTS]
+    title = (
+        "largest error / limit (case); 16-bit results come near 1, as their limit is hardly more than their rounding"
+    )
+    return f"{title}\n{table(('', *dtypes), rows)}"
 
 
 def verdict(found: Findings) -> str:

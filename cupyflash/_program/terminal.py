@@ -83,16 +83,14 @@ class Progress:
         What runs.
     total : float
         Where it ends, in steps or seconds.
-    unit : str
-        "s" counts seconds, anything else steps.
     stream : file, optional
         stderr if not given.
     """
 
     DELAY = 0.5
 
-    def __init__(self, what: str, total: float, unit: str = "it", stream: TextIO | None = None) -> None:
-        self._what, self._total, self._unit = what, total, unit
+    def __init__(self, what: str, total: float, stream: TextIO | None = None) -> None:
+        self._what, self._total = what, total
         self._stream = sys.stderr if stream is None else stream
         self._done = 0.0
         self._began = self._shown = time.monotonic()
@@ -104,17 +102,16 @@ class Progress:
             from tqdm import tqdm
         except ImportError:
             return None
-        form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} {postfix}"
         return tqdm(
-            desc=self._what, total=self._total, unit=self._unit, file=self._stream, disable=None, leave=False,
-            delay=self.DELAY, bar_format=form,
+            desc=self._what, total=self._total, file=self._stream, disable=None, leave=False, delay=self.DELAY,
+            bar_format="{percentage:3.0f} % |{bar:24}| {desc}",
         )  # fmt: skip
 
     def to(self, done: float, note: str = "") -> None:
         """Show that `done` of the total is done, and what comes next."""
         step, self._done = done - self._done, done
         if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.set_description_str(f"{self._what}: {note}", refresh=False)
             self._bar.update(step)
             return
         now = time.monotonic()
