@@ -73,6 +73,8 @@ TABLE = {
     "offsets": vary(batch=((3, 2), (3, 2), (3, 2)), causal=True, offset_shape=(3, 2), dlse=True),
     "offsets, broadcast": vary(batch=((3, 2), (2,), (3, 1)), causal=True, offset_shape=(3, 1)),
     "offsets, fewer axes": vary(batch=((3, 2),) * 3, causal=True, offset_shape=(2,)),
+    "offsets along v's axes alone": vary(batch=((1,), (1,), (3,)), causal=True, offset_shape=(3,), group=2, dlse=True),
+    "offsets along k's axes alone": vary(batch=((), (2, 3), (3,)), causal=True, offset_shape=(2, 1), layout="shd"),
     "offsets of no axis": vary(causal=True, offset_shape=()),
     "offsets without causal": vary(batch=((3,),) * 3, offset_shape=(3,)),
     "no key": vary(seqlen_k=0, dlse=True),
@@ -131,8 +133,9 @@ def test_numpy_takes_any_width(dim):
     [(name, dtype) for name in data.DATA_SETS for dtype in data.DTYPES if data.suits(name, dtype)],
     ids=lambda x: getattr(x, "name", x),
 )
-@pytest.mark.share(70)
-def test_data_sets(backend, name, dtype, causal):
+@pytest.mark.parametrize("tile", [None, Tile(32, 32)], ids=["own tile", "small tile"])
+@pytest.mark.share(110)
+def test_data_sets(backend, name, dtype, causal, tile):
     case = Case(
         seed=3,
         dtype=dtype.name,
@@ -144,7 +147,7 @@ def test_data_sets(backend, name, dtype, causal):
         head_dim_v=17,
         causal=causal,
     )
-    check(backend, dataclasses.replace(case, dlse=True))
+    check(backend, dataclasses.replace(case, dlse=True), tile=tile)
 
 
 ARRAYS = ("q", "k", "v", "dout", "out", "lse", "dq", "dk", "dv")  # in the order of Case.styles
