@@ -107,21 +107,58 @@ def on_device(device: int | None) -> AbstractContextManager[Any]:
     return nullcontext() if cuda.runtime.getDevice() == device else cuda.Device(device)
 
 
-def address_twin(x: Array) -> np.ndarray:
-    """A NumPy array with x's address, shape and strides, for overlap tests; its elements must not be read."""
-    if isinstance(x, np.ndarray):
-        return x
+def address(x: Array) -> int:
+    """Where the element at index 0 of every axis lies."""
+    return int(x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr)
 
-    class Interface:
-        __array_interface__ = {  # noqa: RUF012  (a protocol's attribute)
-            "data": (int(x.data.ptr), True),
+
+def misaligned(x: Array) -> str | None:
+    """Why kernels can't read x in place: they count strides and addresses in elements. None where they can."""
+    itemsize = x.itemsize
+    for stride in x.strides:
+        if stride % itemsize:
+            return f"strides {x.strides} are not multiples of the {itemsize}-byte elements"
+    if address(x) % itemsize and x.size:
+        return f"its address is not a multiple of the {itemsize}-byte elements"
+    return None
+
+
+def share_memory(x: Array, y: Array) -> bool:
+    """Whether an element of x and one of y lie on the same byte, exactly, on either side."""
+    low_x, high_x = _extent(x)
+    low_y, high_y = _extent(y)
+    return low_x < high_y and low_y < high_x and np.shares_memory(_twin(x), _twin(y))
+
+
+def _extent(x: Array) -> tuple[int, int]:
+    """First byte and last byte + 1 of x; empty for an empty array."""
+    low = high = address(x)
+    if x.size == 0:
+        return low, low
+    for stride, n in zip(x.strides, x.shape, strict=True):
+        if stride < 0:
+            low += stride * (n - 1)
+        else:
+            high += stride * (n - 1)
+    return low, high + x.itemsize
+
+
+class _Interface:
+    """An array's address, shape and strides as NumPy reads them from a foreign object."""
+
+    def __init__(self, x: Array) -> None:
+        self.__array_interface__ = {
+            "data": (address(x), True),
             "shape": x.shape,
             "strides": x.strides,
             "typestr": f"|V{x.itemsize}",
             "version": 3,
         }
 
-    return np.asarray(Interface())
+
+def _twin(x: Array) -> np.ndarray:
+    """A NumPy array with x's address, shape and strides, whose elements must not be read."""
+    return x if isinstance(x, np.ndarray) else np.asarray(_Interface(x))
 
 
 def elements_overlap(x: Array) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import _cpu
-from ._arrays import Array, import_cupy, is_cupy, on_device, place, same_place, take
+from ._arrays import Array, import_cupy, is_cupy, misaligned, on_device, place, same_place, take
 from ._plan import DEVICES, Device, Plan, plan_cpu, plan_gpu
 from ._problem import Problem, read_problem
 
@@ -68,9 +68,7 @@ class Call:
         """The plan of the forward, or of the backward for the gradients in ``wrt``."""
         if self.device is None:
             return plan_cpu(self.problem, family, tile, wrt)
-        from ._launch import must_copy
-
-        copies = tuple(f"{name}: {why}" for name, x in self.inputs.items() if (why := must_copy(x)))
+        copies = tuple(f"{name}: {why}" for name, x in self.inputs.items() if (why := misaligned(x)))
         return plan_gpu(self.problem, self.device, family, tile, wrt, copies)
 
     def allocate(self, out: Array | None, lse: Array | None) -> tuple[Array, Array]:
@@ -91,8 +89,8 @@ class Call:
             return
         from . import _launch
 
-        tensors = {"q": q, "k": k, "v": v, "out": o, "lse": log_sum, "q_offsets": offsets}
-        _launch.forward(problem, plan, self.place, tensors)
+        read: dict[str, Array | None] = {"q": q, "k": k, "v": v, "q_offsets": offsets}
+        _launch.forward(problem, plan, self.place, read, {"out": o, "lse": log_sum})
 
     def backward(self, plan: Plan, gradients: dict[str, Array]) -> None:
         """Compute the gradients, keyed "dq", "dk", "dv", from ``inputs``, which holds dout, out, lse too."""

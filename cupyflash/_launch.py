@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import _compile
-from ._arrays import Array, address_twin, import_cupy, on_device
+from ._arrays import Array, import_cupy, misaligned, on_device
 from ._params import TAIL_AXES, Template, element_strides, make_template, scalars
 from ._plan import KernelPlan, Plan
 from ._problem import Problem
@@ -40,22 +40,22 @@ class Launch:
             self.kernel(self.grid, self.block, (self.template.fill(i, addresses),), shared_mem=self.smem)
 
 
-def forward(problem: Problem, plan: Plan, device: int, tensors: Tensors) -> None:
+def forward(problem: Problem, plan: Plan, device: int, inputs: Tensors, results: Tensors) -> None:
     """Run a forward plan: q, k, v, q_offsets (canonical views, or None) to out and lse."""
     with on_device(device):
         (step,) = plan.kernels
-        _run(problem, step, device, _readable(tensors, ("q", "k", "v")))
+        _run(problem, step, device, _readable(plan, inputs) | results)
 
 
-def backward(problem: Problem, plan: Plan, device: int, tensors: Tensors, gradients: dict[str, Array]) -> None:
+def backward(problem: Problem, plan: Plan, device: int, inputs: Tensors, gradients: dict[str, Array]) -> None:
     """Run a backward plan: q, k, v, out, lse, dout, dlse, q_offsets to the gradients dq, dk, dv that are given.
 
     A gradient whose input several batch entries share is written for each of them first, in the accumulator
     type, and then summed over them in a fixed order.
     """
     with on_device(device):
-        tensors = _readable(tensors, ("q", "k", "v", "dout", "out", "lse", "dlse"))
-        tensors["delta"] = workspace((*problem.batch_shape, problem.num_heads, problem.seqlen_q), problem.accumulator)
+        delta = workspace((*problem.batch_shape, problem.num_heads, problem.seqlen_q), problem.accumulator)
+        tensors = _readable(plan, inputs) | {"delta": delta}
         finished = [step.writes[0] for step in plan.kernels if step.name == "bwd_finish"]
         partials = {name: Partial(problem, gradients[name]) for name in finished}
         stored = {name: partials[name].by_entry if name in partials else x for name, x in gradients.items()}
@@ -156,17 +156,11 @@ def workspace(shape: tuple[int, ...], dtype: np.dtype) -> Array:
     return cupy.empty(shape, dtype)
 
 
-def must_copy(x: Array) -> str | None:
-    """Why kernels can't read x in place: they count strides and addresses in elements. None where they can."""
-    if any(s % x.itemsize for s in x.strides):
-        return f"strides {x.strides} are not multiples of the {x.itemsize}-byte elements"
-    if x.size and address_twin(x).ctypes.data % x.itemsize:
-        return f"its address is not a multiple of the {x.itemsize}-byte elements"
-    return None
-
-
-def _readable(tensors: Tensors, names: tuple[str, ...]) -> Tensors:
-    return tensors | {n: _copy(x) for n in names if (x := tensors.get(n)) is not None and must_copy(x)}
+def _readable(plan: Plan, tensors: Tensors) -> Tensors:
+    """The tensors, with copies of those that the plan says must be copied."""
+    if not plan.copies:
+        return tensors
+    return {name: _copy(x) if x is not None and misaligned(x) else x for name, x in tensors.items()}
 
 
 def _copy(x: Array) -> Array:

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ._arrays import Array, address_twin, elements_overlap
+from ._arrays import Array, elements_overlap, misaligned, share_memory
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64))
@@ -316,11 +316,12 @@ def _check_output(
         raise TypeError(f"{name}.dtype={x.dtype}: expected {' or '.join(sorted(map(str, dtypes)))}")
     if isinstance(x, np.ndarray) and not x.flags.writeable:
         raise ValueError(f"{name} is read-only (flags.writeable=False): results are written into it")
+    if not isinstance(x, np.ndarray) and (why := misaligned(x)):
+        raise ValueError(f"{name}: {why}, and kernels write whole elements")
     if elements_overlap(x):
         raise ValueError(f"{name}.strides={x.strides} with shape {x.shape}: two of its elements share memory")
-    twin = address_twin(x)
     for other, y in inputs.items():
-        if np.shares_memory(twin, address_twin(y)):
+        if share_memory(x, y):
             raise ValueError(f"{name} shares memory with {other}: a result never overwrites an input")
 
 
@@ -328,7 +329,8 @@ def check_results(problem: Problem, inputs: dict[str, Array]) -> None:
     """Check dout, out, lse and dlse (where given) of a backward call against the problem of q, k, v."""
     dout, out = inputs["dout"], inputs["out"]
     sums = {name: inputs[name] for name in ("lse", "dlse") if name in inputs}
-    shapes = {"dout": problem.out_shape, "out": problem.out_shape} | {name: problem.lse_shape for name in sums}
+    shapes: dict[str, tuple[int, ...]] = {"dout": problem.out_shape, "out": problem.out_shape}
+    shapes |= dict.fromkeys(sums, problem.lse_shape)
     for name, shape in shapes.items():
         if inputs[name].shape != shape:
             raise ValueError(f"{name}.shape={inputs[name].shape}: q, k, v give {name} the shape {shape}")
