@@ -26,6 +26,7 @@ _KERNEL_FLAGS = (
 )  # fmt: skip
 _ATTRIBUTE = re.compile(r"__\w+__\s*\([^()]*\)")  # __launch_bounds__(...) and its like
 _ENTRY = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(\w+)\s*\(')
+_MACRO = re.compile(r"\s*#define (\w+)\((\w+)")
 _LINE = re.compile(r'^#line (\d+) "kernels/([\w.]+)"$')
 
 
@@ -124,26 +125,43 @@ def core() -> ctypes.CDLL:
 def for_cpu(text: str) -> str:
     """A kernel's text with the words that the emulator has under the same name taken from there.
 
-    The text is what NVRTC gets, includes inlined under ``#line`` marks; what belongs to a replaced word is dropped
-    and its place taken by an #include, which g++ finds in words/.
+    The text is what NVRTC gets, includes inlined under ``#line`` marks. What belongs to a replaced word is dropped;
+    where it ends, behind what it includes, an #include takes its place, which g++ finds in words/.
     """
-    lines, ours, included = [], False, set()
+    parts: list[tuple[str, list[str]]] = [("", [])]
     for line in text.splitlines():
         mark = _LINE.match(line)
         if mark:
-            ours = (WORDS / mark[2]).exists()
-            if ours and mark[2] not in included:
-                included.add(mark[2])
-                lines.append(f'#include "{mark[2]}"')
-        if not ours:
-            lines.append(line)
+            parts.append((mark[2], []))
+        parts[-1][1].append(line)
+    last = {name: i for i, (name, _) in enumerate(parts)}
+    lines: list[str] = []
+    for i, (name, part) in enumerate(parts):
+        if not name or not (WORDS / name).exists():
+            lines += part
+        elif last[name] == i:
+            lines.append(f'#include "{name}"')
     return "\n".join(lines) + "\n"
+
+
+def entry_points(text: str) -> tuple[str, ...]:
+    """The kernels that a text defines, also through a macro whose first parameter is the kernel's name."""
+    names: list[str] = []
+    text = _ATTRIBUTE.sub("", text).replace("\\\n", " ")
+    for line in text.splitlines():
+        macro = _MACRO.match(line)
+        found = _ENTRY.findall(line)
+        if macro and macro[2] in found:
+            names += re.findall(rf"^{macro[1]}\((\w+)", text, re.MULTILINE)
+        else:
+            names += found
+    return tuple(names)
 
 
 def kernel(text: str) -> tuple[ctypes.CDLL, tuple[str, ...]]:
     """The library of a kernel's text, and the entry points that it has."""
     core()
-    entries = tuple(_ENTRY.findall(_ATTRIBUTE.sub("", text)))
+    entries = entry_points(text)
     exports = "".join(f"EMULATOR_ENTRY({name})\n" for name in entries)
     unit = f'#include "device.h"\n#line 1 "kernels/{(*entries, "text")[0]}"\n{for_cpu(text)}\n{exports}'
     return ctypes.CDLL(str(_build(entries[0] if entries else "kernel", unit, _KERNEL_FLAGS))), entries

@@ -282,8 +282,8 @@ def _index(x: ndarray, distance: int) -> tuple[int, ...] | None:
 
 
 def _whole(allocation: Allocation) -> ndarray:
-    width = 4 if allocation.nbytes % 4 == 0 else 1
-    return ndarray(allocation.nbytes // width, f"u{width}", MemoryPointer(allocation, 0))
+    size = allocation.itemsize
+    return ndarray(allocation.nbytes // size, f"V{size}", MemoryPointer(allocation, 0))
 
 
 # ------------------------------------------------------------------------------------------------------ CuPy's surface
@@ -334,10 +334,18 @@ def _cupy(device: Device) -> ModuleType:
             return Kernel(device, self._code, name)
 
     module.ndarray, module.empty, module.asarray, module.zeros, module.RawModule = ndarray, empty, asarray, zeros, RawModule
+    module.encode_tiled = _encode_tiled
     module.cuda = SimpleNamespace(
         runtime=runtime, get_current_stream=lambda: SimpleNamespace(ptr=0), Device=lambda _: contextlib.nullcontext()
     )
     return module
+
+
+def _encode_tiled(*arguments: Any) -> None:
+    """As cuTensorMapEncodeTiled; a ValueError says what is wrong with the arguments."""
+    problem = build.core().emulator_encode_tiled(*arguments)
+    if problem:
+        raise ValueError(f"cuTensorMapEncodeTiled: {problem.decode()}")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from . import build
 class Allocation:
     """Bytes of their own, far from any others. ``filled``: all of them hold values that kernels may build on."""
 
-    def __init__(self, nbytes: int, filled: bool | None) -> None:
+    def __init__(self, nbytes: int, filled: bool | None, itemsize: int = 1) -> None:
         library = build.core()
         self.handle = library.emulator_allocate(max(nbytes, 1))
         if not self.handle:
@@ -23,6 +23,7 @@ class Allocation:
         self.nbytes = max(nbytes, 1)
         self.ptr = library.emulator_data(self.handle)
         self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(self.ptr))
+        self.itemsize = itemsize
         self.filled = filled  # True: by the host; False: nothing yet; None: by the host, but outputs in it are not
         self.granule: int | None = None  # once a launch may have written here
         weakref.finalize(self, library.emulator_free, self.handle)
@@ -57,7 +58,7 @@ class ndarray:  # noqa: N801  (CuPy's name)
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         dtype = np.dtype(dtype)
         if memptr is None:
-            memptr = MemoryPointer(Allocation(math.prod(shape) * dtype.itemsize, filled=False), 0)
+            memptr = MemoryPointer(Allocation(math.prod(shape) * dtype.itemsize, False, dtype.itemsize), 0)
         self.allocation = memptr.allocation
         if math.prod(shape):
             self.host = np.ndarray(shape, dtype, self.allocation.bytes, memptr.offset, strides)

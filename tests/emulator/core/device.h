@@ -1,13 +1,30 @@
 // What a kernel sees when g++ compiles it: CUDA's qualifiers, types and functions, and the emulator behind them.
 #pragma once
-#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <string.h>
-#include <tuple>
-#include <utility>
 
 #include "interface.h"
+
+// Declared by hand: the C++ headers take g++ longer than most kernels do.
+extern "C" {
+#define EMULATOR_MATH_1(name) \
+  double name(double) noexcept; \
+  float name##f(float) noexcept;
+#define EMULATOR_MATH_2(name) \
+  double name(double, double) noexcept; \
+  float name##f(float, float) noexcept;
+EMULATOR_MATH_1(exp) EMULATOR_MATH_1(exp2) EMULATOR_MATH_1(expm1) EMULATOR_MATH_1(log) EMULATOR_MATH_1(log2)
+EMULATOR_MATH_1(log1p) EMULATOR_MATH_1(sqrt) EMULATOR_MATH_1(fabs) EMULATOR_MATH_1(floor) EMULATOR_MATH_1(ceil)
+EMULATOR_MATH_1(trunc) EMULATOR_MATH_1(rint) EMULATOR_MATH_1(sin) EMULATOR_MATH_1(cos) EMULATOR_MATH_1(tanh)
+EMULATOR_MATH_2(fmin) EMULATOR_MATH_2(fmax) EMULATOR_MATH_2(fmod) EMULATOR_MATH_2(pow) EMULATOR_MATH_2(copysign)
+double fma(double, double, double) noexcept;
+float fmaf(float, float, float) noexcept;
+double ldexp(double, int) noexcept;
+float ldexpf(float, int) noexcept;
+int abs(int) noexcept;
+void *memcpy(void *, const void *, size_t) noexcept;
+void *memset(void *, int, size_t) noexcept;
+}
 
 #define __global__
 #define __device__
@@ -186,19 +203,37 @@ EMULATOR_WORD long long __double_as_longlong(double a) { return emulator_bits<lo
 EMULATOR_WORD double __longlong_as_double(long long a) { return emulator_bits<double>(a); }
 EMULATOR_WORD uint32_t __cvta_generic_to_shared(const void *p) { return emulator::shared_address(p); }
 
-// ---- makes a kernel callable by the launcher
+// ---- makes a kernel callable by the launcher: its arguments are copied from where the launch has them
 namespace emulator {
-template <class... A, size_t... I>
-const char *run_entry(void (*)(A...), void (*thunk)(void *), void **arguments, const void *symbol, std::index_sequence<I...>) {
-  std::tuple<A...> values(*(A *)arguments[I]...);
-  return run_kernel(thunk, &values, sizeof values, symbol);
+template <class... A>
+struct Arguments;
+template <>
+struct Arguments<> {
+  explicit Arguments(void **) {}
+  template <class Kernel, class... Before>
+  void call(Kernel kernel, const Before &...before) const {
+    kernel(before...);
+  }
+};
+template <class First, class... Rest>
+struct Arguments<First, Rest...> {
+  First first;
+  Arguments<Rest...> rest;
+  explicit Arguments(void **p) : first(*(First *)*p), rest(p + 1) {}
+  template <class Kernel, class... Before>
+  void call(Kernel kernel, const Before &...before) const {
+    rest.call(kernel, before..., first);
+  }
+};
+template <class... A>
+Arguments<A...> &arguments_of(void (*)(A...), void *p) {
+  return *(Arguments<A...> *)p;
 }
 template <class... A>
-const char *enter(void (*kernel)(A...), void (*thunk)(void *), void **arguments) {
-  return run_entry(kernel, thunk, arguments, (const void *)kernel, std::index_sequence_for<A...>{});
+const char *enter(void (*kernel)(A...), void (*thunk)(void *), void **p) {
+  Arguments<A...> arguments(p);
+  return run_kernel(thunk, &arguments, sizeof arguments, (const void *)kernel);
 }
-template <class... A>
-std::tuple<A...> &argument_tuple(void (*)(A...), void *p) { return *(std::tuple<A...> *)p; }
 template <class... A>
 size_t argument_sizes(void (*)(A...), uint64_t *sizes) {
   size_t i = 0;
@@ -206,9 +241,9 @@ size_t argument_sizes(void (*)(A...), uint64_t *sizes) {
   return i;
 }
 }  // namespace emulator
-#define EMULATOR_ENTRY(kernel)                                                                                   \
-  extern "C" const char *emulator_run_##kernel(void **arguments) {                                               \
-    return emulator::enter(                                                                                      \
-        kernel, +[](void *p) { std::apply(kernel, emulator::argument_tuple(kernel, p)); }, arguments);           \
-  }                                                                                                              \
+#define EMULATOR_ENTRY(kernel)                                                                                    \
+  extern "C" const char *emulator_run_##kernel(void **arguments) {                                                \
+    return emulator::enter(                                                                                       \
+        kernel, +[](void *p) { emulator::arguments_of(kernel, p).call(kernel); }, arguments);                     \
+  }                                                                                                               \
   extern "C" uint64_t emulator_sizes_##kernel(uint64_t *sizes) { return emulator::argument_sizes(kernel, sizes); }

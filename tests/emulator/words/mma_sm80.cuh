@@ -16,8 +16,14 @@ struct ElementFormat<Bfloat16> {
 };
 
 template <typename Element>
-__device__ __forceinline__ unsigned pack(float low, float high) {
-  return Rounding<Element>::apply(low).bits | static_cast<unsigned>(Rounding<Element>::apply(high).bits) << 16;
+__device__ __forceinline__ unsigned pack(float low, float high);
+template <>
+__device__ __forceinline__ unsigned pack<Float16>(float low, float high) {
+  return emulator::to_float16(low) | static_cast<unsigned>(emulator::to_float16(high)) << 16;
+}
+template <>
+__device__ __forceinline__ unsigned pack<Bfloat16>(float low, float high) {
+  return emulator::to_bfloat16(low) | static_cast<unsigned>(emulator::to_bfloat16(high)) << 16;
 }
 
 template <typename Element>

@@ -1,8 +1,8 @@
 // kernels/mma_sm90.cuh for a run on the CPU: the same names, each handed to the emulator.
+// (kernels/descriptors.cuh is arithmetic and not replaced: it stands in the text before this.)
 #pragma once
 #include "types.cuh"
 #include "mma_sm80.cuh"
-#include "descriptors.cuh"
 
 __device__ __forceinline__ void mma_m16n8k4_f64(double (&d)[4], const double (&a)[2], double b) {
   emulator::mma(emulator::FLOAT64, 16, 8, 4, d, a, &b, d);

@@ -34,7 +34,11 @@ struct Rounding<Float16> {
 
 template <>
 struct Rounding<Bfloat16> {
-  static __device__ __forceinline__ Bfloat16 apply(float x) { return {emulator::to_bfloat16(x)}; }
+  static __device__ __forceinline__ Bfloat16 apply(float x) {  // the device does it in integers too; a NaN keeps its sign
+    const unsigned bits = __float_as_uint(x);
+    const unsigned rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return {static_cast<unsigned short>((x == x ? rounded : bits | 0x400000u) >> 16)};
+  }
 };
 
 template <typename T, typename Number>
