@@ -85,7 +85,7 @@ class Case:
 
 
 @functools.cache
-def text_of(file: str) -> str:
+def inline_text(file: Path) -> str:
     """A probe with its includes inlined, each once, under #line marks."""
     lines: list[str] = []
     seen: set[str] = set()
@@ -102,14 +102,14 @@ def text_of(file: str) -> str:
             else:
                 lines.append("" if line.strip() == "#pragma once" else line)
 
-    inline(HERE / "probes" / file)
+    inline(file)
     return "\n".join(lines) + "\n"
 
 
 def run(case: Case, xp: Any, modules: dict[str, Any]) -> list[np.ndarray]:
     """The outputs of a case on CuPy, or on the emulator's device."""
     if case.file not in modules:
-        modules[case.file] = xp.RawModule(code=text_of(case.file), options=OPTIONS)
+        modules[case.file] = xp.RawModule(code=inline_text(HERE / "probes" / case.file), options=OPTIONS)
     kernel = modules[case.file].get_function(case.entry)
     if case.shared > 48 * 1024:
         kernel.max_dynamic_shared_size_bytes = case.shared
@@ -120,7 +120,7 @@ def run(case: Case, xp: Any, modules: dict[str, Any]) -> list[np.ndarray]:
             args.append(results[-1])
         elif isinstance(x, Tensor):
             results.append(xp.asarray(x.array))
-            args.append(_encode(xp, x, results[-1]))
+            args.append(tensor_map(xp, x, results[-1]))
         elif isinstance(x, np.ndarray):
             args.append(xp.asarray(x))
         else:
@@ -129,7 +129,7 @@ def run(case: Case, xp: Any, modules: dict[str, Any]) -> list[np.ndarray]:
     return [x.get() for x in results]
 
 
-def _encode(xp: Any, tensor: Tensor, array: Any) -> np.ndarray:
+def tensor_map(xp: Any, tensor: Tensor, array: Any) -> np.ndarray:
     """The 128 bytes of a tensor map, by the driver or by the emulator."""
     holder = np.zeros(192, np.uint8)
     start = -holder.ctypes.data % 64
