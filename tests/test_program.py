@@ -8,16 +8,19 @@ import ctypes
 import importlib.util
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 import cupyflash
 from cupyflash import _cpu
@@ -31,15 +34,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One round of timing: what tests look at is not the time."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One round of timing, and peers in one thread: BLAS threads that wait for a busy core make tests slow."""
     monkeypatch.setattr(demo, "ROUNDS", 1)
+    with threadpool_limits(1, "blas"):
+        yield
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
     """The program in a process of its own."""
     command = [sys.executable, "-m", "cupyflash", *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    one = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, env={**os.environ, **one}
+    )
 
 
 def in_process(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, Any]:
@@ -56,6 +64,16 @@ def test_without_arguments_it_prints_help() -> None:
     assert done.returncode == 0
     for command in ("demo", "info", "bench", "selftest"):
         assert re.search(rf"^ +{command} +[A-Z]", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_a_reader_that_stops_is_no_error() -> None:
+    command = [sys.executable, "-m", "cupyflash", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +93,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("bench", "--family", "sm_1"),
         ("selftest", "--seed", "-1"),
         ("selftest", "--seconds", "long"),
+        ("selftest", "--seconds", "nan"),
+        ("selftest", "--seconds", "inf"),
         ("train",),
     ],
 )
@@ -174,6 +194,7 @@ def test_info_json() -> None:
     assert cpu["dtypes"] == ["float16", "bfloat16", "float32", "float64"]
     assert cpu["why_not"] is None
     if found["cupy"]["problem"]:
+        assert found["backend"] == "numpy"
         assert [f["why_not"] for f in found["families"] if f["name"] == "simt"] == [found["cupy"]["problem"]]
 
 
@@ -663,6 +684,49 @@ def test_gpu_benchmark_stops_at_its_budget(small_benchmark: ModuleType, tmp_path
     found = json.loads(path.read_text())
     assert found["cells"] == []
     assert len(found["not_run"]) == 12
+
+
+# ----------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_demo_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = in_process(capsys, "demo", "--seqlen", "256")
+    assert (code, found["ok"], found["backend"]) == (0, True, "cupy")
+    assert found["memory"]["cupyflash"]["forward"] >= 8 * 256 * 64 * 4
+    assert all(cell["contenders"][0]["seconds"] > 0 for cell in found["cells"])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_selftest_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = in_process(capsys, "selftest", "--seconds", "2", "--seed", "4")
+    assert (code, found["ok"], found["backend"]) == (0, True, "cupy"), found["failures"]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_bench_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = in_process(capsys, "bench", "--family", "simt", "--seqlen", "256", "--heads", "2", "--rounds", "2")
+    assert code == 0
+    assert [c["contenders"][0]["name"] for c in found["cells"]] == ["cupyflash"] * 2
+    assert all(len(c["contenders"][0]["samples"]) == 2 for c in found["cells"])
+
+
+@pytest.mark.gpu
+def test_benchmark_on_a_gpu(
+    gpu: Any, gpu_benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu_benchmark, "ROWS", 256)
+    monkeypatch.setattr(gpu_benchmark, "CAUSAL_SEQLENS", (128,))
+    path = tmp_path / "gpu.json"
+    args = ["--dtypes", "float32", "--head-dims", "64", "--seqlens", "128", "--rounds", "2", "--out", str(path)]
+    assert gpu_benchmark.main(args) == 0
+    found = json.loads(path.read_text())
+    assert len(found["cells"]) == 4
+    assert found["versions"]["CUDA runtime"]
+    assert len(found["host_seconds"]) >= 3
 
 
 def test_directions_are_those_of_contenders() -> None:

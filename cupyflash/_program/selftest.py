@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import secrets
 import sys
 import time
@@ -45,7 +46,7 @@ SHOWN = 5  # failures that are printed in full
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `selftest`."""
     backends.add_argument(parser)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"how long, {SECONDS:.0f} if not given")
+    parser.add_argument("--seconds", type=duration, default=SECONDS, help=f"how long, {SECONDS:.0f} if not given")
     parser.add_argument("--seed", type=natural, help="what the cases are drawn from; a new one if not given")
     parser.add_argument("--case", type=natural, help="only this case of --seed")
 
@@ -53,6 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def natural(text: str) -> int:
     """An integer of at least 0, for argparse."""
     return positive(str(int(text) + 1)) - 1
+
+
+def duration(text: str) -> float:
+    """A finite number of seconds, for argparse."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not a number of seconds")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
