@@ -158,10 +158,10 @@ def entry_points(text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def kernel(text: str) -> tuple[ctypes.CDLL, tuple[str, ...]]:
-    """The library of a kernel's text, and the entry points that it has."""
+def kernel(text: str, arch: int) -> tuple[ctypes.CDLL, tuple[str, ...]]:
+    """The library of a kernel's text for an architecture, and the entry points that it has."""
     core()
     entries = entry_points(text)
     exports = "".join(f"EMULATOR_ENTRY({name})\n" for name in entries)
-    unit = f'#include "device.h"\n#line 1 "kernels/{(*entries, "text")[0]}"\n{for_cpu(text)}\n{exports}'
+    unit = f'#define __CUDA_ARCH__ {10 * arch}\n#include "device.h"\n#line 1 "kernels/{(*entries, "text")[0]}"\n{for_cpu(text)}\n{exports}'
     return ctypes.CDLL(str(_build(entries[0] if entries else "kernel", unit, _KERNEL_FLAGS))), entries

@@ -27,7 +27,7 @@ DEFAULT_SHARED = 48 * 1024  # what a launch may have without asking for more
 MULTIPROCESSORS = 4
 
 _live: weakref.WeakSet[Allocation] = weakref.WeakSet()
-_loaded: dict[str, tuple[ctypes.CDLL, tuple[str, ...]]] = {}
+_loaded: dict[tuple[str, int], tuple[ctypes.CDLL, tuple[str, ...]]] = {}
 _granules: dict[str, int] = {}  # the shadow's granule in shared memory that a kernel turned out to need
 
 
@@ -115,14 +115,15 @@ class Kernel:
     """What ``RawModule.get_function`` returns."""
 
     def __init__(self, device: Device, text: str, name: str) -> None:
-        if text not in _loaded:
-            _loaded[text] = build.kernel(text)
-        library, entries = _loaded[text]
+        if (text, device.arch) not in _loaded:
+            _loaded[text, device.arch] = build.kernel(text, device.arch)
+        library, entries = _loaded[text, device.arch]
         if name not in entries:
             raise ValueError(f"no entry point {name}: there are {entries}")
         self.name = name
         self.max_dynamic_shared_size_bytes = DEFAULT_SHARED
         self._device = device
+        self._names = _parameters(text, name)
         self._key = f"{name}\n{text}"
         self._run = getattr(library, f"emulator_run_{name}")
         self._run.restype, self._run.argtypes = ctypes.c_char_p, (ctypes.c_void_p,)
@@ -137,9 +138,10 @@ class Kernel:
         self._check(_three(grid), _three(block), shared_mem, schedule)
         packed = [_argument(value, size) for value, size in zip(args, self._sizes, strict=True)]
         pointers = (ctypes.c_void_p * max(len(packed), 1))(*(ctypes.addressof(p) for p in packed))
+        by_hand = {n: x for n, x in zip(self._names, args, strict=False) if isinstance(x, ndarray)}
         while True:
             granule = _granules.get(self._key, 4)
-            bound = _Bound(device)
+            bound = _Bound(device, by_hand)
             build.core().emulator_configure(
                 (ctypes.c_uint32 * 3)(*_three(grid)), (ctypes.c_uint32 * 3)(*_three(block)), shared_mem, granule,
                 ORDERS.index(schedule.order), ASYNCHRONOUS.index(schedule.asynchronous), schedule.resident, schedule.seed,
@@ -168,6 +170,14 @@ class Kernel:
             problem = f"{shared_mem} bytes of shared memory on a device with {self._device.shared}"
         if problem:
             raise EmulatorError("launch", problem, self.name, schedule)
+
+
+def _parameters(text: str, entry: str) -> list[str]:
+    """The names of a kernel's parameters, for reports; numbers where a macro makes the kernel."""
+    found = re.search(rf"\bvoid\b[^;{{}}]*\b{entry}\s*\(([^)]*)\)\s*{{", text)
+    if not found:
+        return [f"argument_{i}" for i in range(64)]
+    return [parameter.split()[-1].lstrip("*&") for parameter in found[1].split(",") if parameter.strip()]
 
 
 def _three(size: Any) -> tuple[int, int, int]:
@@ -201,10 +211,13 @@ def _argument(value: Any, size: int) -> ctypes.Array[ctypes.c_char]:
 class _Bound:
     """The memory of one launch: which arrays it consists of, which of them may be written."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, arguments: dict[str, ndarray]) -> None:
         self.by_hand = device.arrays is None
         if device.arrays is None:  # a launch by hand: all there is, and all of it may be written
-            self.arrays = {f"memory {i}": _whole(a) for i, a in enumerate(sorted(_live, key=lambda a: a.ptr))}
+            names = {x.allocation: name for name, x in arguments.items()}
+            self.arrays = {
+                names.get(a, f"memory_{i}"): _whole(a) for i, a in enumerate(sorted(_live, key=lambda a: a.ptr))
+            }
             self.writes = frozenset(self.arrays)
         else:
             self.arrays = {name: x for name, x in device.arrays.items() if x.size}

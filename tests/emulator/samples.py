@@ -39,7 +39,7 @@ def sm80(xp: Any, seed: int) -> None:
 def sm90(xp: Any, seed: int) -> None:
     """TMA, mbarriers, wgmma: (a b^T) c over a few turns, ragged."""
     r = np.random.default_rng(seed)
-    rows, turns = 128 + int(r.integers(1, 128)), 1 + int(r.integers(1, 4))
+    rows, turns = 128 + int(r.integers(1, 128)), 3 + int(r.integers(2))
     keys = 64 * turns - int(r.integers(0, 40))
     a, b, c = (r.integers(-2, 3, (n, 64)).astype(np.float16) for n in (rows, keys, keys))
     device = [xp.asarray(x) for x in (a, b, c)]

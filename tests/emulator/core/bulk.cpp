@@ -21,6 +21,10 @@ Bulk &begin(Bulk::Kind kind) {
   bulk.issuer = self;
   bulk.agent = new_agent(block), bulk.tick = agent_tick(block, bulk.agent);
   bulk.read_agent = new_agent(block), bulk.read_tick = agent_tick(block, bulk.read_agent);
+  if (kind == Bulk::LOAD) {
+    block.load_ticks[bulk.agent - block.num_threads] = bulk.tick;
+    block.load_pcs[bulk.agent - block.num_threads] = bulk.pc;
+  }
   return bulk;
 }
 
@@ -117,7 +121,7 @@ void finish_issue() {
 }
 
 void finish_store(Bulk &bulk) {
-  launch->store_agents[bulk.id] = {bulk.agent, bulk.tick, bulk.read_agent, bulk.read_tick};
+  launch->store_agents[bulk.id] = {bulk.agent, bulk.tick, bulk.read_agent, bulk.read_tick, bulk.pc, false};
   self->bulk_stores.push_back(bulk.id);
   finish_issue();
 }
@@ -216,9 +220,13 @@ bool land_one() {
 }
 
 void finish_block_async(Block &block) {
-  for (const Bulk &bulk : block.in_flight)
-    if (bulk.kind == Bulk::LOAD)
-      fail("unfinished", "the block ends before the bulk load at %s has landed", place(bulk.pc).c_str());
+  for (u32 i = 0; i < AGENTS; i++) {
+    bool waited = block.load_ticks[i] == 0;
+    for (u32 t = 0; t < block.num_threads && !waited; t++)
+      waited = block.threads[t].clock.of(block.num_threads + i) >= block.load_ticks[i];
+    if (!waited)
+      fail("unfinished", "the block ends and no thread has waited for the bulk load at %s", place(block.load_pcs[i]).c_str());
+  }
   while (!block.in_flight.empty()) land_at(block, 0);  // stores whose source was read: memory gets them in time
   for (u32 w = 0; w < block.num_warps; w++)
     if (block.warps[w].products_issued != block.warps[w / 4 * 4].products_issued)
@@ -320,7 +328,8 @@ void bulk_wait(int groups_left, bool read_only) {
   for (int g = 0; g < count; g++)
     for (u64 id : self->bulk_groups[(size_t)g]) {
       wait_for_store(id, read_only);
-      const StoreAgents &agents = launch->store_agents[id];
+      StoreAgents &agents = launch->store_agents[id];
+      agents.read_waited = true;
       self->clock.raise(agents.read_agent, agents.read_tick, self->block->slots());
       if (!read_only) self->clock.raise(agents.agent, agents.tick, self->block->slots());
     }

@@ -67,8 +67,7 @@ void copy_async_commit() {
   self->copies.clear();
 }
 
-void copy_async_wait(int groups_left) {
-  EMULATOR_ENTER();
+static void wait_for_groups(int groups_left) {
   tick();  // what lands now was written now, not at an earlier tick that others may know
   while ((int)self->copy_groups.size() > groups_left) {
     for (CopyAsync &copy : self->copy_groups.front()) {
@@ -81,6 +80,18 @@ void copy_async_wait(int groups_left) {
   maybe_yield();
 }
 
+void copy_async_wait(int groups_left) {
+  EMULATOR_ENTER();
+  wait_for_groups(groups_left);
+}
+
+void copy_async_wait_all() {
+  EMULATOR_ENTER();
+  self->copy_groups.push_back(std::move(self->copies));
+  self->copies.clear();
+  wait_for_groups(0);
+}
+
 void finish_thread_async() {
   for (auto &group : self->copy_groups)
     if (!group.empty())
@@ -90,16 +101,13 @@ void finish_thread_async() {
   if (self->registers && !self->registers->pending.empty())
     fail("unfinished", "a thread exits without waiting for its wgmma at %s",
          place_of(self->registers->pending[0].pc).c_str());
-  for (auto &id : self->bulk_stores) {
-    (void)id;
-    fail("unfinished", "a thread exits with a bulk store that it did not commit");
-  }
+  if (!self->bulk_stores.empty()) fail("unfinished", "a thread exits with a bulk store that it did not commit");
   for (auto &group : self->bulk_groups)
-    for (u64 id : group)
-      for (Bulk &bulk : self->block->in_flight)
-        if (bulk.id == id && !bulk.read_done)
-          fail("unfinished", "a thread exits while its bulk store at %s may still read shared memory",
-               place(bulk.pc).c_str());
+    for (u64 id : group) {
+      const StoreAgents &store = launch->store_agents[id];
+      if (!store.read_waited)
+        fail("unfinished", "a thread exits while its bulk store at %s may still read shared memory", place(store.pc).c_str());
+    }
 }
 
 }  // namespace emulator

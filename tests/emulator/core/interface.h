@@ -48,6 +48,7 @@ void named_barrier(const char *name, uint32_t id, uint32_t threads, bool wait);
 void copy_async(uint32_t destination, const void *source, uint32_t bytes, uint32_t source_bytes);
 void copy_async_commit();
 void copy_async_wait(int groups_left);
+void copy_async_wait_all();  // committed or not
 
 // mbarrier.cpp
 void mbarrier_init(uint32_t address, uint32_t count);

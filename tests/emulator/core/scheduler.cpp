@@ -98,7 +98,7 @@ void start_block(Block &block, u32 index) {
   for (Barrier &barrier : block.barriers) barrier = Barrier{};
   block.mbarriers.clear();
   block.in_flight.clear();
-  for (u32 &tick : block.agent_ticks) tick = 0;
+  for (u32 i = 0; i < AGENTS; i++) block.agent_ticks[i] = block.load_ticks[i] = 0;
   block.next_agent = 0;
   block.votes[0] = block.votes[1] = block.vote_turn = 0;
   block.memo_left = block.memo_right = block.memo_result = Clock();

@@ -219,6 +219,8 @@ struct Block {
   std::unordered_map<u32, Mbarrier> mbarriers;
   std::deque<Bulk> in_flight;
   u32 agent_ticks[AGENTS];
+  u32 load_ticks[AGENTS];  // of each agent's last load, and where it was issued
+  const void *load_pcs[AGENTS];
   u32 next_agent;
   u32 votes[2], vote_turn;  // of __syncthreads_count and its like
   // The last join, since lanes of a warp repeat it: left, right, result. The operands are held, so that their
@@ -237,6 +239,8 @@ using Released = std::vector<Release>;
 
 struct StoreAgents {
   u32 agent, tick, read_agent, read_tick;
+  const void *pc;
+  bool read_waited;  // its thread knows that the source was read
 };
 
 struct Launch {

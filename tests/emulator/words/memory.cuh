@@ -52,3 +52,24 @@ __device__ __forceinline__ void store_shared(T* address, const Vector<T, N>& vec
   __builtin_memcpy(&bytes, &vector, sizeof vector);
   emulator::store_bytes(address, bytes, N * sizeof(T));
 }
+
+#if __CUDA_ARCH__ >= 800
+constexpr bool ASYNC_COPIES = true;
+#else
+constexpr bool ASYNC_COPIES = false;
+#endif
+
+template <int N, typename T>
+__device__ __forceinline__ void copy_async(T* shared, const T* global, bool inside) {
+  if constexpr (ASYNC_COPIES) {
+    emulator::copy_async(emulator::shared_address(shared), global, N * sizeof(T), inside ? N * sizeof(T) : 0);
+  } else {
+    Vector<T, N> vector = {};
+    if (inside) vector = load_global<N>(global);
+    store_shared(shared, vector);
+  }
+}
+
+__device__ __forceinline__ void wait_copies() {
+  if constexpr (ASYNC_COPIES) emulator::copy_async_wait_all();
+}

@@ -1,0 +1,83 @@
+"""Bugs on purpose: text patches to real kernels and to samples, and what the checker must say of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Planted:
+    """One bug.
+
+    Attributes
+    ----------
+    kernel : str
+        A sample's name, or one of the library's kernels.
+    old, new : str
+        The patch; ``old`` occurs in the text exactly once.
+    kinds : tuple of str
+        What the report's kind may be; the first one is the usual one, others show under some schedules.
+    says : str
+        A pattern that the report's text must match.
+    """
+
+    name: str
+    kernel: str
+    old: str
+    new: str
+    kinds: tuple[str, ...]
+    says: str = ""
+
+
+PLANTED = (
+    # ---- sm80: cp.async, ldmatrix, shared memory
+    Planted("wait left out", "sm80", "cp_async_wait<1>();", "", ("early use",), "cp.async"),
+    Planted("wait for one group too few", "sm80", "cp_async_wait<1>();", "cp_async_wait<2>();", ("early use",), "cp.async"),
+    Planted("no barrier before the stage is read", "sm80", "sync_block();        // and of all", "//", ("race", "early use", "uninitialised"), "shared"),
+    Planted("no barrier before the refill", "sm80", "sync_block();  // the stage is read", "//", ("race", "early use"), "shared"),
+    Planted("rows across lanes without a barrier", "sm80", "sync_warp();  // the warp's 16", "//", ("race", "uninitialised"), "shared"),
+    Planted("ragged rows stored", "sm80", "if (row < rows) store_global", "store_global", ("out of bounds",), "out of bounds|write of 16"),
+    Planted("ragged rows read", "sm80", "row < rows ? 16 : 0", "16", ("out of bounds",), "read of 16"),
+    Planted("shared memory overrun", "sm80", "smem.row_sum[row] = sum", "(&smem.out[63][67])[row] = sum", ("out of bounds", "race", "undefined"), ""),
+    Planted("misaligned vector", "sm80", "load_shared<4>(&smem.out[row][column])", "load_shared<4>(&smem.out[row][column ^ 1])", ("misaligned",), "16-byte"),
+    Planted("misaligned ldmatrix", "sm80", "[8 * (lane / 16)]));", "[4 * (lane / 16)]));", ("misaligned", "uninitialised"), "ldmatrix|never written"),
+    Planted("misaligned cp.async", "sm80", "&tile[row][8 * half]", "&tile[row][4 * half]", ("misaligned",), "cp.async"),
+    Planted("collective in a divergent branch", "sm80", "sum += shuffle_xor(sum, 2);", "if (lane < 16) sum += shuffle_xor(sum, 2);", ("divergence", "deadlock"), "shfl"),
+    Planted("barrier in a divergent branch", "sm80", "sync_warp();  // the warp's 16", "if (warp == 0) sync_block(); //", ("deadlock", "race", "uninitialised"), ""),
+    Planted("a warp leaves before the barrier", "sm80", "const int s = turn % 2;", "const int s = turn % 2; if (turn == 2 && warp == 3) return;", ("unfinished", "deadlock"), "exit"),
+    Planted("write to an input", "sm80", "row_sums[block_index() * 64 + 16 * warp + lane] =", "const_cast<unsigned short*>(b)[lane] = row_sums[lane] =", ("race between blocks", "race", "write to an input", "uninitialised"), ""),
+    Planted("padding read as data", "sm80", "for (int j = 0; j < 8; j += 2) {", "for (int j = 0; j < 10; j += 2) {", ("race", "out of bounds", "uninitialised", "early use"), ""),
+    # ---- sm90: TMA, mbarriers, wgmma, proxies
+    Planted("no mbarrier fence", "sm90", "fence_mbarrier_init();", "", ("missing mbarrier fence",), "mbarrier at shared"),
+    Planted("mbarriers used before they are there", "sm90", "sync_block();  // the mbarriers are there", "//", ("race", "mbarrier", "missing mbarrier fence"), "mbarrier"),
+    Planted("wrong parity for full", "sm90", "turn / 2 % 2);  // b and c", "turn / 2 % 2 ^ 1);  // b and c", ("early use", "uninitialised", "deadlock", "early overwrite", "race"), ""),
+    Planted("wrong parity for empty", "sm90", "turn / 2 % 2 ^ 1);", "turn / 2 % 2);", ("deadlock",), "mbarrier at shared"),
+    Planted("wrong byte count", "sm90", "mbarrier_arrive_expect_tx(full_a, 2 * TILE);", "mbarrier_arrive_expect_tx(full_a, 2 * TILE + 16);", ("deadlock",), "16 bytes are missing"),
+    Planted("refill without waiting", "sm90", "mbarrier_wait(empty + 8 * s, turn / 2 % 2 ^ 1);", "", ("early overwrite", "early use", "mbarrier", "deadlock"), ""),
+    Planted("early release", "sm90", "wgmma_wait<0>();  // out is there, and the stage is read", "if (lane == 0) mbarrier_arrive(empty + 8 * s); wgmma_wait<0>(); //", ("early overwrite", "early use", "mbarrier", "deadlock"), ""),
+    Planted("one release for two warpgroups too few", "sm90", "mbarrier_init(empty + 8 * s, 8);", "mbarrier_init(empty + 8 * s, 2);", ("early overwrite", "early use", "mbarrier", "deadlock"), ""),
+    Planted("scores read before their wait", "sm90", "wgmma_wait<0>();  // scores are there", "//", ("wgmma registers",), "accumulator"),
+    Planted("out read before its wait", "sm90", "wgmma_wait<0>();  // out is there, and the stage is read", "//", ("wgmma registers", "early overwrite", "unfinished"), ""),
+    Planted("no fence before the product reads p", "sm90", "wgmma_fence();  // p and out", "//", ("missing wgmma fence",), "written after the last wgmma.fence"),
+    Planted("no proxy fence before the store", "sm90", "fence_proxy_async_shared();    // the store", "//", ("missing proxy fence",), "asynchronous read"),
+    Planted("store before the rows are written", "sm90", "barrier_sync(1 + group, 128);  // the warpgroup's rows", "//", ("race", "uninitialised", "missing proxy fence"), "shared"),
+    Planted("wrong count at a named barrier", "sm90", "barrier_sync(1 + group, 128);  // the warpgroup's rows", "barrier_sync(1 + group, 256); //", ("deadlock",), "128 of 256"),
+    Planted("one barrier for both groups", "sm90", "barrier_sync(1 + group, 128);  // the warpgroup's rows", "barrier_sync(1, group ? 128 : 64); //", ("barrier", "race", "uninitialised", "deadlock", "missing proxy fence"), ""),
+    Planted("shared memory left before it is read", "sm90", "bulk_wait_read<0>();", "", ("unfinished",), "may still read"),
+    Planted("store not committed", "sm90", "bulk_commit();", "", ("unfinished",), "did not commit"),
+    Planted("wrong stride in a descriptor", "sm90", "descriptor_base(Swizzle::BYTES_128, 8192, 1024)", "descriptor_base(Swizzle::BYTES_128, 8192, 4096)", ("values", "early use", "uninitialised", "out of bounds", "race", "missing proxy fence"), ""),
+    Planted("a chunk of the swizzle forgotten", "sm90", "(column % 32 / 4) ^ (row % 8)", "(column % 32 / 4) ^ (row % 4)", ("values",), ""),
+    Planted("wrong row of a", "sm90", "128 * block_index() + 64 * g);", "64 * block_index() + 64 * g);", ("values",), ""),
+    Planted("tile not aligned", "sm90", "shared_address(smem.b[s]), map_b", "shared_address(smem.b[s]) + 128, map_b", ("misaligned",), "aligned"),
+    Planted("arrivals beyond the count", "sm90", "if (lane == 0) mbarrier_arrive(empty + 8 * s);  // this warp", "mbarrier_arrive(empty + 8 * s); //", ("mbarrier", "early overwrite", "early use", "deadlock"), ""),
+    # ---- ordered: flags between blocks, atomics, bulk reductions
+    Planted("flag without release", "ordered", "store_release(&state[1], ticket + 1);", "atomicExch(&state[1], ticket + 1);", ("race between blocks",), "sum"),
+    Planted("no wait for the turn", "ordered", "while (load_acquire(&state[1]) != ticket) {\n    }", "", ("race between blocks",), ""),
+    Planted("flag before the sum is written", "ordered", "bulk_wait<0>();  // sum is written", "bulk_wait_read<0>();", ("race between blocks",), ""),
+    Planted("no global proxy fence", "ordered", "fence_proxy_async_shared();  // the reduction", "//", ("missing proxy fence",), "asynchronous read"),
+    Planted("waiting for a block that can't run", "ordered", "!= ticket) {", "!= ticket + 1) {", ("deadlock",), "flag at"),
+    Planted("plain addition between blocks", "ordered", "const int ticket = smem.ticket;", "const int ticket = smem.ticket; log[0] += 1;", ("race between blocks", "race", "uninitialised"), ""),
+    Planted("part read before it is written", "ordered", "sync_block();                // all of part", "//", ("race", "uninitialised", "missing proxy fence"), "shared"),
+    Planted("ticket read before it is there", "ordered", "sync_block();  // the ticket", "//", ("race", "uninitialised"), "shared"),
+    Planted("division by zero", "ordered", "const int ticket = smem.ticket;", "const int ticket = smem.ticket / (1 - static_cast<int>(blockDim.x) / 64);", ("undefined",), "division"),
+)
