@@ -31,6 +31,9 @@ _loaded: dict[tuple[str, int], tuple[ctypes.CDLL, tuple[str, ...]]] = {}
 _granules: dict[str, int] = {}  # the shadow's granule in shared memory that a kernel turned out to need
 
 
+Patch = tuple[str, str] | Callable[[str], str]  # (old, new), or a function of a kernel's whole text
+
+
 class Device:
     """While entered, ``import cupy`` inside the library finds this device.
 
@@ -38,8 +41,8 @@ class Device:
     ----------
     schedule : Schedule or callable
         How every launch runs; or a function of the launch's number.
-    patches : tuple of (old, new) str
-        Changes to the text of each kernel that has ``old``: planted bugs.
+    patches : tuple of Patch
+        Changes to the text of every kernel: planted bugs.
     arch : int
         Compute capability, 90 for 9.0.
     shared : int
@@ -54,7 +57,7 @@ class Device:
     def __init__(
         self,
         schedule: Schedule | Callable[[int], Schedule] = Schedule(),
-        patches: tuple[tuple[str, str], ...] = (),
+        patches: tuple[Patch, ...] = (),
         arch: int = 90,
         shared: int = 227 * 1024,
     ) -> None:
@@ -86,7 +89,7 @@ def emulate(
     function: Callable[..., Any],
     *arrays: Any,
     schedule: Schedule | Callable[[int], Schedule] = Schedule(),
-    patches: tuple[tuple[str, str], ...] = (),
+    patches: tuple[Patch, ...] = (),
     **options: Any,
 ) -> Any:
     """Call one of the library's public functions on an emulated device, NumPy in and NumPy out.
@@ -339,8 +342,8 @@ def _cupy(device: Device) -> ModuleType:
 
     class RawModule:
         def __init__(self, code: str, options: tuple[str, ...] = (), **_: Any) -> None:
-            for old, new in device.patches:
-                code = code.replace(old, new)
+            for patch in device.patches:
+                code = patch(code) if callable(patch) else code.replace(*patch)
             self._code = code
 
         def get_function(self, name: str) -> Kernel:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .removals import Problem
+
 
 @dataclass(frozen=True)
 class Planted:
@@ -19,6 +21,8 @@ class Planted:
         What the report's kind may be; the first one is the usual one, others show under some schedules.
     says : str
         A pattern that the report's text must match.
+    problem : Problem
+        For the library's kernels: what shows the bug.
     """
 
     name: str
@@ -27,6 +31,7 @@ class Planted:
     new: str
     kinds: tuple[str, ...]
     says: str = ""
+    problem: Problem = Problem("float32", 16, 70, 70)
 
 
 PLANTED = (
@@ -80,4 +85,28 @@ PLANTED = (
     Planted("part read before it is written", "ordered", "sync_block();                // all of part", "//", ("race", "uninitialised", "missing proxy fence"), "shared"),
     Planted("ticket read before it is there", "ordered", "sync_block();  // the ticket", "//", ("race", "uninitialised"), "shared"),
     Planted("division by zero", "ordered", "const int ticket = smem.ticket;", "const int ticket = smem.ticket / (1 - static_cast<int>(blockDim.x) / 64);", ("undefined",), "division"),
+)
+
+_CAUSAL = Problem("float32", 16, 70, 70, (("causal", True),))
+_GROUPED = Problem("float32", 16, 33, 40, heads=2, heads_k=1)
+_BROADCAST = Problem("float32", 7, 33, 40, batch=(2, 1))
+_UNALIGNED = Problem("float32", 16, 33, 40, unaligned=True)
+
+# In the library's own kernels: kernel is its name, the text that of its file and all its words.
+LIBRARY = (
+    Planted("rows beyond the end read by vectors", "fwd_simt", "source + ahead, row < rows_left)", "source + ahead, true)", ("out of bounds",), "read of 16"),
+    Planted("columns beyond the head read", "fwd_simt", "row < rows_left && col < cols_left", "row < rows_left", ("out of bounds",), "read of 4", Problem("float32", 7, 33, 40)),
+    Planted("columns beyond the head stored", "fwd_simt", "if (col + e < col_end) store_global", "store_global", ("out of bounds",), "write of 4", Problem("float32", 7, 33, 40)),
+    Planted("rows beyond the end stored", "fwd_simt", "row < seq.seqlen_q - m0", "row < BLOCK_M", ("out of bounds",), "lse"),
+    Planted("diagonal off by one", "fwd_simt", "j - i <= q_offset", "j - i < q_offset", ("values",), "", _CAUSAL),
+    Planted("another head's keys", "fwd_simt", "work.head / (params.num_heads / params.num_heads_k)", "work.head", ("out of bounds",), "", _GROUPED),
+    Planted("vectors from unaligned memory", "fwd_simt", "is_aligned(rows.data, 16)", "true", ("misaligned",), "16", _UNALIGNED),
+    Planted("rows too close in shared memory", "fwd_simt", "PITCH = COLS + WIDTH;", "PITCH = COLS + WIDTH - 1;", ("misaligned",), "16"),
+    Planted("more shared memory than planned", "fwd_simt", "struct Smem {", "struct Smem { Accumulator more[64];", ("out of bounds",), "bytes of shared memory"),
+    Planted("maximum of fewer lanes", "fwd_simt", "x = math::max(x, shuffle_xor(x, 4));", "if (thread_x() < 4) x = math::max(x, shuffle_xor(x, 4));", ("divergence", "deadlock"), "shfl|lane"),
+    Planted("every lane stores delta", "bwd_delta", "if (m < m_end && thread_x() == 0)", "if (m < m_end)", ("race",), "delta"),
+    Planted("shuffle inside a branch", "bwd_delta", "sum = row_sum_of(sum);  // outside", "if (m < m_end) sum = row_sum_of(sum);  //", ("divergence", "deadlock"), "lane"),
+    Planted("one partial too many", "bwd_finish", "i3 < count[3]", "i3 <= count[3]", ("out of bounds",), "partial", _BROADCAST),
+    Planted("gradient stored in its input", "bwd_simt_dq", "rows_of<Gradient>(params.dq", "rows_of<Gradient>(params.q", ("write to an input",), "q\\+"),
+    Planted("delta of the next rows", "bwd_simt_dkdv", "params.delta, seq, head), m_block * BLOCK_M", "params.delta, seq, head), (m_block + 1) * BLOCK_M", ("values", "out of bounds"), ""),
 )

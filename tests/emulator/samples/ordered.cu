@@ -23,7 +23,6 @@ extern "C" __global__ void __launch_bounds__(64) sample_ordered(const float* in,
     while (load_acquire(&state[1]) != ticket) {
     }
     log[ticket] = sum[0];
-    fence_proxy_async_global();  // sum was read by an ordinary load before the reduction writes it
     bulk_add(sum, shared_address(smem.part), 256);
     bulk_commit();
     bulk_wait<0>();  // sum is written

@@ -1,0 +1,60 @@
+"""Bugs on purpose. Each must be caught with the right report; without them every sample is clean."""
+
+import re
+
+import pytest
+from emulator import Device, EmulatorError, Schedule, why_not
+from emulator.planted import LIBRARY, PLANTED, Planted
+from emulator.removals import assembled_text
+from emulator.samples import SAMPLES, text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulator():
+    why_not()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_samples_are_clean(name):
+    """No false alarm under any schedule, and exact answers."""
+    for seed in range(25):
+        with Device(Schedule.draw(seed)) as xp:
+            SAMPLES[name](xp, seed)
+
+
+@pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: f"{bug.kernel}: {bug.name}")
+def test_planted_in_a_sample(bug: Planted):
+    _applies(bug, text(bug.kernel))
+    for seed in (0, 1, 2):
+        with Device(Schedule.draw(seed), patches=((bug.old, bug.new),)) as xp:
+            _expect(bug, lambda xp=xp, seed=seed: SAMPLES[bug.kernel](xp, seed))
+
+
+@pytest.mark.parametrize("bug", LIBRARY, ids=lambda bug: f"{bug.kernel}: {bug.name}")
+def test_planted_in_a_kernel(bug: Planted):
+    _applies(bug, assembled_text(bug.kernel))
+    run = bug.problem.forward if bug.kernel.startswith("fwd") else bug.problem.backward
+    for seed in (0, 1):
+        _expect(bug, lambda seed=seed: run(((bug.old, bug.new),), Schedule.draw(seed)))
+
+
+@pytest.mark.parametrize("bug", LIBRARY, ids=lambda bug: f"{bug.kernel}: {bug.name}")
+def test_its_problem_is_clean_without_it(bug: Planted):
+    run = bug.problem.forward if bug.kernel.startswith("fwd") else bug.problem.backward
+    run((), Schedule.draw(3))
+
+
+def _applies(bug, where):
+    assert where.count(bug.old) >= 1, f"the text of {bug.kernel} has changed: {bug.old!r} is not in it"
+
+
+def _expect(bug, run):
+    try:
+        run()
+    except EmulatorError as error:
+        assert error.kind in bug.kinds, f"reported as {error.kind}:\n{error}"
+        assert re.search(bug.says, str(error)), str(error)
+    except AssertionError:
+        assert "values" in bug.kinds, "only the values showed it"
+    else:
+        pytest.fail("the bug was not caught")
