@@ -339,6 +339,17 @@ def test_the_worst_element_is_named():
         bounds.check_forward(x.q, x.k, x.v, out[:1])
 
 
+def test_limits_of_huge_logits_are_numbers():
+    """Where nothing is promised of p, out is still an average of v."""
+    x = draw_for("normal", np.float32)
+    x = x._replace(q=1e6 * x.q, k=1e6 * x.k, v=np.where(np.arange(9) == 4, 0, x.v).astype(np.float32))
+    out = reference.forward(x.q, x.k, x.v, causal=True).out.astype(np.float32)
+    report = bounds.check_forward(x.q, x.k, x.v, out, causal=True)
+    assert report.ok, str(report)
+    assert 1 < report.worst[0].limit < 10
+    assert not bounds.check_forward(x.q, x.k, x.v, out + 100, causal=True).ok
+
+
 def test_sampled_checks_see_sampled_rows_only():
     x = draw_for("normal", np.float32)
     out, lse, grads = honest(x, causal=True, base2=True, block_n=16)

@@ -83,10 +83,10 @@ class Arithmetic:
     def grow(self, count: Any) -> Any:
         """The relative error of `count` roundings: (1 + u)**count - 1 <= expm1(count u).
 
-        Exponent errors are counted in u as well, and exp turns them into exactly this.
+        Exponent errors are counted in u as well, and exp turns them into exactly this. exp(300) stands for all
+        that is larger: it promises nothing, and products with it are finite.
         """
-        with np.errstate(over="ignore"):
-            return np.expm1(count * self.u)
+        return np.expm1(np.minimum(count * self.u, 300))
 
 
 def arithmetic(dtype: npt.DTypeLike) -> Arithmetic:
@@ -274,7 +274,7 @@ def pair_limits(
     seen = this.visible & (this.lse != -np.inf)
     log_size = np.where(this.lse == -np.inf, 0, abs(this.lse))
     r = a.grow((8 + chains.d) * (this.magnitude() + log_size) + EXP + flushed_logit(this, a) / a.u)
-    p_error = np.where(seen, np.where(this.p == 0, 0, r * this.p) + a.tiny, 0)  # r may be inf
+    p_error = np.where(seen, r * this.p + a.tiny, 0)
 
     dout, out, v = abs(this.dout), abs(this.out), abs(this.v)
     terms = dout @ v.swapaxes(-1, -2) + (dout * out).sum(-1, keepdims=True) + abs(this.dlse)  # A_ij + B_i

@@ -486,8 +486,9 @@ def random_case(
         wrt=choose(WRT),
         grads_out=bool(pick(2)),
     )
-    case = _with_batch(case, pick, choose)
-    return _cut(case, work)
+    if case.data == "float16_limits":  # its logits are moderate because columns of q and k match
+        case = replace(case, styles=tuple("plain" if s == "repeated" else s for s in case.styles))
+    return _cut(_with_batch(case, pick, choose), work)
 
 
 def _with_batch(case: Case, pick: Pick, choose: Callable[..., Any]) -> Case:
