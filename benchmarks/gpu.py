@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from cupyflash import AttentionGradients, attention, attention_backward
 from cupyflash._program import backend as backends
 from cupyflash._program.backend import Backend
 from cupyflash._program.contenders import Ours, Torch, contenders
-from cupyflash._program.terminal import as_json, seconds, table
+from cupyflash._program.terminal import as_json, seconds, size, table
 from cupyflash._program.timing import OURS, Cell, Clock, clock_for, measure
 from cupyflash._program.workload import DIRECTIONS, DTYPE_NAMES, Workload
 
@@ -41,6 +42,9 @@ PEERS = {
     "float16": ("torch flash", "torch cuDNN"),
     "bfloat16": ("torch flash", "torch cuDNN"),
 }
+#: How many matrices of weights a peer holds at its peak, forward and backward.
+MATRICES = {"unfused CuPy": (1, 2), "torch math": (4, 5)}
+SHARE = 0.8  # of the device's memory that such peers may fill together, so that cupyflash never waits for memory
 FAMILY = "simt"
 ROUNDS = 5
 LIMIT = 3.0  # seconds after which a cell begins no new round
@@ -63,9 +67,7 @@ class Run:
     @property
     def failed(self) -> bool:
         """Whether cupyflash failed anywhere."""
-        return any(cell.failed for cell in self.cells) or any(
-            name.startswith(OURS) for name in self.host_skipped
-        )
+        return any(cell.failed for cell in self.cells) or any(name.startswith(OURS) for name in self.host_skipped)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,7 +155,9 @@ def measure_all(run: Run, cells: Sequence[Cell], clock: Clock, *, rounds: int, b
             warm_up(work, flat[work.dtype], clock)
         arrays = tuple(x.reshape(work.shape) for x in flat[work.dtype])
         makers = contenders(work, arrays, run.backend.xp, FAMILY)
-        makers = {name: make for name, make in makers.items() if name == OURS or name in PEERS[work.dtype]}
+        cell.skipped = too_large(cell, memory_of(run.backend))
+        names = (OURS, *(name for name in PEERS[work.dtype] if name not in cell.skipped))
+        makers = {name: makers[name] for name in names if name in makers}
         run.cells.append(cell)
         try:
             measure(cell, makers, clock, rounds=rounds, limit=LIMIT, least=LEAST)
@@ -161,6 +165,26 @@ def measure_all(run: Run, cells: Sequence[Cell], clock: Clock, *, rounds: int, b
             del makers
             run.backend.free()
         print(f"[{time.monotonic() - began:5.1f} s] {result_line(cell)}")
+
+
+def memory_of(backend: Backend) -> float:
+    """Bytes of the current device; no limit on NumPy."""
+    if backend.name == "numpy":
+        return math.inf
+    return float(backend.xp.cuda.runtime.memGetInfo()[1])
+
+
+def too_large(cell: Cell, memory: float) -> dict[str, str]:
+    """The peers whose matrices do not fit into `memory` beside those of the peers before them."""
+    skipped: dict[str, str] = {}
+    held = 0
+    for name in PEERS[cell.workload.dtype]:
+        needs = MATRICES.get(name, (0, 0))[DIRECTIONS.index(cell.direction)] * cell.workload.score_bytes()
+        if held + needs > SHARE * memory:
+            skipped[name] = f"its matrices take about {size(needs)}, too much beside the others"
+        else:
+            held += needs
+    return skipped
 
 
 def warm_up(workload: Workload, arrays: Any, clock: Clock) -> None:
@@ -176,10 +200,7 @@ def warm_up(workload: Workload, arrays: Any, clock: Clock) -> None:
 
 def result_line(cell: Cell) -> str:
     """What a cell found."""
-    parts = [
-        f"{name} {cell.speed(name) / 1e12:.2f} TFLOP/s ({seconds(cell.seconds(name))})"
-        for name in cell.samples
-    ]
+    parts = [f"{name} {cell.speed(name) / 1e12:.2f} TFLOP/s ({seconds(cell.seconds(name))})" for name in cell.samples]
     parts += [f"{name} skipped: {why}" for name, why in cell.skipped.items()]
     return f"{describe(cell).partition(':')[0]}: {'; '.join(parts)}"
 
@@ -245,9 +266,7 @@ def write(run: Run, path: Path) -> None:
         "versions": machine.versions | gpu_versions(run.backend),
         "cells": [cell.as_dict() for cell in run.cells],
         "not_run": [describe(cell) for cell in run.not_run],
-        "host_seconds": {
-            name: {"median": statistics.median(s), "samples": s} for name, s in run.host.items()
-        },
+        "host_seconds": {name: {"median": statistics.median(s), "samples": s} for name, s in run.host.items()},
         "host_skipped": run.host_skipped,
         "failed": run.failed,
     }
@@ -295,9 +314,7 @@ def text(run: Run) -> str:
     )
     parts = [f"{run.backend.device}\nTFLOP/s of cupyflash, time of its fastest peer / its time", speeds, host]
     if run.not_run:
-        parts.append(
-            f"NOT RUN, the budget was spent: {len(run.not_run)} cells, from {describe(run.not_run[0])}"
-        )
+        parts.append(f"NOT RUN, the budget was spent: {len(run.not_run)} cells, from {describe(run.not_run[0])}")
     failed = [describe(cell) for cell in run.cells if cell.failed]
     if run.failed:
         parts.append("FAILED: " + "; ".join(failed or list(run.host_skipped)))

@@ -638,6 +638,21 @@ def test_gpu_benchmark_lists_its_cells(gpu_benchmark: ModuleType, capsys: pytest
     assert lines[4] == ("float32  d=64   4 x 4096  x 16 heads forward: 0.27 TFLOP beside torch mem-eff., torch math")
 
 
+def test_gpu_benchmark_leaves_out_what_would_fill_the_memory(gpu_benchmark: ModuleType) -> None:
+    def skipped(dtype: str, seqlen: int, direction: str) -> list[str]:
+        (cell,) = (
+            cell
+            for cell in gpu_benchmark.plan([dtype], [64], [seqlen])
+            if cell.direction == direction and not cell.workload.causal
+        )
+        return list(gpu_benchmark.too_large(cell, 140e9))
+
+    assert skipped("float64", 2048, "backward") == []
+    assert skipped("float64", 16384, "forward") == ["torch math"]  # one matrix is 34 GB
+    assert skipped("float32", 16384, "backward") == []
+    assert skipped("bfloat16", 16384, "backward") == []  # its peers keep none
+
+
 def test_gpu_benchmark_measures_and_writes(
     small_benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
