@@ -191,8 +191,8 @@ def verdict(result: Result) -> str:
     if why_not or not all(result.memory.get(name) for name in (OURS, peer)):
         return f"{exact}; {peer} attention did not run: {'; '.join(why_not) or 'out of memory'}"
     faster = [f"{cell.ratio(peer):.1f}" for cell in result.cells]
-    smaller = [result.memory[peer][d] / result.memory[OURS][d] for d in DIRECTIONS]
+    smaller = [f"{result.memory[peer][d] / result.memory[OURS][d]:.1f}" for d in DIRECTIONS]
     return (
         f"{exact}; unfused attention takes {faster[0]} times as long forward and {faster[1]} backward, "
-        f"and {smaller[0]:.0f} and {smaller[1]:.0f} times the memory"
+        f"and {smaller[0]} and {smaller[1]} times the memory"
     )

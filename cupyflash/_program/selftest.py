@@ -264,6 +264,8 @@ def text(found: Findings) -> str:
 def worst_table(found: Findings) -> str:
     """For each result and dtype the largest error as a part of its limit, and the case that it is from."""
     dtypes = [dtype for dtype in dtype_names() if dtype in found.worst]
+    if not dtypes:
+        return "no case ran to its end"
 
     def entry(dtype: str, name: str) -> str:
         if name not in found.worst[dtype]:
