@@ -4,19 +4,23 @@
 // query blocks that see its keys, always in this order, and adds up dk and dv in registers: no atomics, no workspace,
 // the same bits every time. Scores are transposed, so that a key row belongs to 8 lanes (mma_simt.cuh).
 //
-//     one turn, query block m:    load Q(m), dO(m), lse(m), delta(m)        global -> shared
+//     one turn, query block m:    Q(m), lse(m), delta(m) arrive, dO(m) is sent for     global -> shared
 //                                 acc = K Q(m)^T                            (BLOCK_N, BLOCK_M), registers
 //                                 tile_p = P^T = exp2(acc - lse)            registers -> shared
+//                                 dO(m) arrives
 //                                 acc_dv += P^T dO(m)                       (BLOCK_N, HEAD_DIM_V), registers
 //                                 acc = V dO(m)^T                           (BLOCK_N, BLOCK_M), registers
 //                                 tile_p = dS^T = P^T * (acc - delta)       each thread over its own numbers
+//                                 Q(m + 1) is sent for, into the place of dO(m)
 //                                 acc_dk += dS^T Q(m)                       (BLOCK_N, HEAD_DIM), registers
 //
-//     shared memory:  tile_k (BLOCK_N, CHUNK) | tile_v (BLOCK_N, CHUNK_V) | tile_q (BLOCK_M, CHUNK) |
-//                     tile_do (BLOCK_M, CHUNK_V) | tile_p (BLOCK_N, BLOCK_M) | lse_log2, delta (BLOCK_M)
+//     shared memory:  tile_p (BLOCK_N, BLOCK_M) | lse, delta (BLOCK_M) | two of K (BLOCK_N, CHUNK) or V (BLOCK_N, CHUNK_V)
+//                     | two slots: Q (BLOCK_M, CHUNK) or dO (BLOCK_M, CHUNK_V)
 //
-// Heads up to DIM_CHUNK wide have one chunk: K and V are loaded once and stay. Wider ones stream all four in chunks of
-// columns; the product with Q walks them backwards and so begins with the chunk that the scores ended with.
+// Heads up to DIM_CHUNK wide have one chunk, and K and V are loaded once and stay. Wider ones stream all four in chunks
+// of columns. Either way a turn is a row of portions: CHUNKS of K and Q, CHUNKS_V of V and dO, and for dk CHUNKS of Q
+// again, backwards, since the last one may still be there. Each goes to the slot that the one before does not occupy
+// and is loaded while that one is worked on.
 #include "params.cuh"
 #include "types.cuh"
 #include "memory.cuh"
@@ -28,13 +32,21 @@
 #include "mma_simt.cuh"
 #include "softmax.cuh"
 
+constexpr bool RESIDENT = CHUNKS == 1 && CHUNKS_V == 1;
+
+union Owned {
+  Tile<BLOCK_N, CHUNK> k;
+  Tile<BLOCK_N, CHUNK_V> v;
+};
+union Slot {
+  Tile<BLOCK_M, CHUNK> q;
+  Tile<BLOCK_M, CHUNK_V> dout;
+};
 struct Smem {
-  Tile<BLOCK_N, CHUNK> tile_k;
-  Tile<BLOCK_N, CHUNK_V> tile_v;
-  Tile<BLOCK_M, CHUNK> tile_q;
-  Tile<BLOCK_M, CHUNK_V> tile_do;
   Tile<BLOCK_N, BLOCK_M> tile_p;
-  Accumulator lse_log2[BLOCK_M], delta[BLOCK_M];
+  Owned owned[2];  // resident: K, then V; else a chunk lies beside its chunk of Q or dO
+  Slot slot[2];
+  Accumulator lse[BLOCK_M], delta[BLOCK_M];
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
 
@@ -57,81 +69,99 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS_V; ++chunk) clear(acc_dv[chunk]);
 
-  const auto load_k = [&](int chunk) {
-    load_tile(smem.tile_k, k, n0, seq.seqlen_k, chunk * CHUNK, params.head_dim);
+  const BlockRange blocks = mask.query_blocks(work.block);
+  const int group = params.num_heads / params.num_heads_k;
+  const int first_head = work.head * group, end_head = first_head + group;
+  const int portions = CHUNKS + CHUNKS_V + (want_dk ? CHUNKS : 0);
+  int slot = 0;  // of the portion to come
+  const auto load_k = [&](int chunk, int to) {
+    load_tile(smem.owned[to].k, k, n0, seq.seqlen_k, chunk * CHUNK, params.head_dim);
   };
-  const auto load_v = [&](int chunk) {
-    load_tile(smem.tile_v, v, n0, seq.seqlen_k, chunk * CHUNK_V, params.head_dim_v);
+  const auto load_v = [&](int chunk, int to) {
+    load_tile(smem.owned[to].v, v, n0, seq.seqlen_k, chunk * CHUNK_V, params.head_dim_v);
+  };
+  const auto load_q = [&](int head, int m0, int chunk, int to) {
+    const auto q = rows_of<const Element>(params.q, seq, head);  // (seqlen_q, head_dim)
+    load_tile(smem.slot[to].q, q, m0, seq.seqlen_q, chunk * CHUNK, params.head_dim);
+  };
+  // Rows beyond the end are zeros everywhere: they add p * 0 to dv and p * (0 - 0) * 0 to dk.
+  const auto load = [&](int head, int m_block, int portion, int to) {
+    const int m0 = m_block * BLOCK_M;
+    if (portion == 0) {
+      load_numbers(smem.lse, rows_of<const Accumulator>(params.lse, seq, head), m0, seq.seqlen_q);
+      load_numbers(smem.delta, rows_of<const Accumulator>(params.delta, seq, head), m0, seq.seqlen_q);
+    }
+    if (portion < CHUNKS) {
+      if (!RESIDENT) load_k(portion, to);
+      load_q(head, m0, portion, to);
+    } else if (portion < CHUNKS + CHUNKS_V) {
+      const int chunk = portion - CHUNKS;
+      if (!RESIDENT) load_v(chunk, to);
+      const auto dout = rows_of<const Element>(params.dout, seq, head);  // (seqlen_q, head_dim_v)
+      load_tile(smem.slot[to].dout, dout, m0, seq.seqlen_q, chunk * CHUNK_V, params.head_dim_v);
+    } else {
+      const int chunk = 2 * CHUNKS + CHUNKS_V - 1 - portion;
+      const bool still_there = CHUNKS_V == 1 && chunk == CHUNKS - 1;  // in the slot that it had for the scores
+      if (!still_there) load_q(head, m0, chunk, to);
+    }
+  };
+  // Waits for a portion, sends for the one after it, and says in which slot the portion lies.
+  const auto arrive = [&](int head, int m_block, int portion) {
+    wait_copies();
+    sync_block();  // the portion is written, by all threads, and so is tile_p; the one before is read, so refill its slot
+    const int here = slot;
+    slot ^= 1;
+    const bool same_head = m_block + 1 < blocks.end;
+    if (portion + 1 < portions) {
+      load(head, m_block, portion + 1, slot);
+    } else if (same_head || head + 1 < end_head) {
+      load(same_head ? head : head + 1, same_head ? m_block + 1 : blocks.begin, 0, slot);
+    }
+    return here;
   };
 
   const auto step = [&](int head, int m_block, bool masked) {
-    const int m0 = m_block * BLOCK_M;
-    const auto load_q = [&](int chunk) {
-      const auto q = rows_of<const Element>(params.q, seq, head);  // (seqlen_q, head_dim)
-      load_tile(smem.tile_q, q, m0, seq.seqlen_q, chunk * CHUNK, params.head_dim);
-    };
-    const auto load_do = [&](int chunk) {
-      const auto dout = rows_of<const Element>(params.dout, seq, head);  // (seqlen_q, head_dim_v)
-      load_tile(smem.tile_do, dout, m0, seq.seqlen_q, chunk * CHUNK_V, params.head_dim_v);
-    };
-
-    load_row_statistics(smem.lse_log2, smem.delta, params, seq, head, m0);
     Scores<BLOCK_N, BLOCK_M> acc;
     clear(acc);
 #pragma unroll 1
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      load_q(chunk);
-      if (CHUNKS > 1) load_k(chunk);
-      if (chunk == CHUNKS - 1) {
-        load_do(0);
-        if (CHUNKS_V > 1) load_v(0);
-      }
-      sync_block();  // the tiles are written, by all threads: any may read them
-      multiply_nt(acc, smem.tile_k, smem.tile_q);
-      if (chunk < CHUNKS - 1) sync_block();  // this chunk of Q and K is read: the next may take its place
+      const int here = arrive(head, m_block, chunk);
+      multiply_nt(acc, smem.owned[RESIDENT ? 0 : here].k, smem.slot[here].q);
     }
-
-    const auto visible = [&](int r, int c) { return !masked || mask.visible(m0 + acc.col(c), n0 + acc.row(r)); };
-    probabilities(acc, score, visible, [&](int, int c) { return smem.lse_log2[acc.col(c)]; });
+    const auto visible = [&](int r, int c) {
+      return !masked || mask.visible(m_block * BLOCK_M + acc.col(c), n0 + acc.row(r));
+    };
+    probabilities(acc, score, visible, [&](int, int c) { return smem.lse[acc.col(c)]; });
     store_scores(smem.tile_p, acc);
-    sync_warp();  // P^T is written: its rows are read by this warp alone
 
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS_V; ++chunk) {
-      if (chunk > 0) {
-        sync_block();  // the chunk of dO and V before is read
-        load_do(chunk);
-        load_v(chunk);
-        sync_block();  // this one is written
-      }
-      if (want_dv) multiply_nn(acc_dv[chunk], smem.tile_p, smem.tile_do);
+      const int here = arrive(head, m_block, CHUNKS + chunk);
+      if (want_dv) multiply_nn(acc_dv[chunk], smem.tile_p, smem.slot[here].dout);
       if (chunk == 0) clear(acc);  // here and not before: registers are scarce during the product above
-      if (want_dk) multiply_nt(acc, smem.tile_v, smem.tile_do);
+      if (want_dk) multiply_nt(acc, smem.owned[RESIDENT ? 1 : here].v, smem.slot[here].dout);
     }
-    if (want_dk) {
-      sync_warp();  // P^T is read by all lanes: its owners may overwrite it
-      score_gradients(acc, visible, [&](int r, int c) { return smem.tile_p.at[acc.row(r)][acc.col(c)]; },
-                      [&](int, int c) { return smem.delta[acc.col(c)]; });
-      store_scores(smem.tile_p, acc);
-      sync_warp();  // dS^T is written
+    if (!want_dk) return;
+
+    sync_warp();  // P^T is read by all lanes of the warp that owns its rows: they may overwrite it
+    score_gradients(acc, visible, [&](int r, int c) { return smem.tile_p.at[acc.row(r)][acc.col(c)]; },
+                    [&](int, int c) { return smem.delta[acc.col(c)]; });
+    store_scores(smem.tile_p, acc);
 #pragma unroll
-      for (int chunk = CHUNKS - 1; chunk >= 0; --chunk) {
-        if (chunk < CHUNKS - 1) {
-          sync_block();  // the chunk of Q after this one is read
-          load_q(chunk);
-          sync_block();  // this one is written
-        }
-        multiply_nn(acc_dk[chunk], smem.tile_p, smem.tile_q);
-      }
+    for (int chunk = CHUNKS - 1; chunk >= 0; --chunk) {
+      const int here = arrive(head, m_block, 2 * CHUNKS + CHUNKS_V - 1 - chunk);
+      multiply_nn(acc_dk[chunk], smem.tile_p, smem.slot[here].q);
     }
-    sync_block();  // everything of this query block is read: the next may take its place
   };
 
-  if (CHUNKS == 1) load_k(0);
-  if (CHUNKS_V == 1) load_v(0);
-  const BlockRange blocks = mask.query_blocks(work.block);
-  const int group = params.num_heads / params.num_heads_k;
-  for (int head = work.head * group; head < (work.head + 1) * group; ++head) {
+  if (blocks.begin < blocks.end) {
+    if (RESIDENT) {
+      load_k(0, 0);
+      load_v(0, 1);
+    }
+    load(first_head, blocks.begin, 0, slot);
+  }
+  for (int head = first_head; head < end_head; ++head) {
     for (int m_block = blocks.begin; m_block < blocks.full_begin; ++m_block) step(head, m_block, MASKED);
     for (int m_block = blocks.full_begin; m_block < blocks.full_end; ++m_block) step(head, m_block, UNMASKED);
     for (int m_block = blocks.full_end; m_block < blocks.end; ++m_block) step(head, m_block, MASKED);

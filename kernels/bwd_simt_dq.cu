@@ -4,18 +4,22 @@
 // from lse, as it was in bwd_simt_dkdv. Seven products instead of five is the price of a backward that needs neither
 // atomics nor workspace and gives the same bits every time.
 //
-//     one turn, key block n:     load K(n), V(n)              global -> shared, as Accumulator
-//                                acc = Q K(n)^T               (BLOCK_M, BLOCK_N), registers
-//                                tile_p = P = exp2(acc - lse)           registers -> shared
-//                                acc = dO V(n)^T              (BLOCK_M, BLOCK_N), registers
-//                                tile_p = dS = P * (acc - delta)        each thread over its own numbers
-//                                acc_dq += dS K(n)            (BLOCK_M, HEAD_DIM), registers
+//     one turn, key block n:     K(n) arrives, V(n) is sent for     global -> shared, as Accumulator
+//                                acc = Q K(n)^T                     (BLOCK_M, BLOCK_N), registers
+//                                tile_p = P = exp2(acc - lse)       registers -> shared
+//                                V(n) arrives
+//                                acc = dO V(n)^T                    (BLOCK_M, BLOCK_N), registers
+//                                tile_p = dS = P * (acc - delta)    each thread over its own numbers
+//                                K(n + 1) is sent for, into the place of V(n)
+//                                acc_dq += dS K(n)                  (BLOCK_M, HEAD_DIM), registers
 //
-//     shared memory:  tile_q (BLOCK_M, CHUNK) | tile_do (BLOCK_M, CHUNK_V) | tile_k (BLOCK_N, CHUNK) |
-//                     tile_v (BLOCK_N, CHUNK_V) | tile_p (BLOCK_M, BLOCK_N) | lse_log2, delta (BLOCK_M)
+//     shared memory:  tile_p (BLOCK_M, BLOCK_N) | lse, delta (BLOCK_M) | two of Q (BLOCK_M, CHUNK) or dO (BLOCK_M, CHUNK_V)
+//                     | two slots: K (BLOCK_N, CHUNK) or V (BLOCK_N, CHUNK_V)
 //
-// Heads up to DIM_CHUNK wide have one chunk: Q and dO are loaded once and stay. Wider ones stream all four in chunks
-// of columns; the product with K walks them backwards and so begins with the chunk that the scores ended with.
+// Heads up to DIM_CHUNK wide have one chunk, and Q and dO are loaded once and stay. Wider ones stream all four in
+// chunks of columns. Either way a turn is a row of portions: CHUNKS of Q and K, CHUNKS_V of dO and V, and CHUNKS of K
+// again, backwards, since the last one may still be there. Each goes to the slot that the one before does not occupy
+// and is loaded while that one is worked on.
 #include "params.cuh"
 #include "types.cuh"
 #include "memory.cuh"
@@ -27,13 +31,22 @@
 #include "mma_simt.cuh"
 #include "softmax.cuh"
 
+constexpr bool RESIDENT = CHUNKS == 1 && CHUNKS_V == 1;
+constexpr int PORTIONS = CHUNKS + CHUNKS_V + CHUNKS;
+
+union Owned {
+  Tile<BLOCK_M, CHUNK> q;
+  Tile<BLOCK_M, CHUNK_V> dout;
+};
+union Slot {
+  Tile<BLOCK_N, CHUNK> k;
+  Tile<BLOCK_N, CHUNK_V> v;
+};
 struct Smem {
-  Tile<BLOCK_M, CHUNK> tile_q;
-  Tile<BLOCK_M, CHUNK_V> tile_do;
-  Tile<BLOCK_N, CHUNK> tile_k;
-  Tile<BLOCK_N, CHUNK_V> tile_v;
   Tile<BLOCK_M, BLOCK_N> tile_p;
-  Accumulator lse_log2[BLOCK_M], delta[BLOCK_M];
+  Owned owned[2];  // resident: Q, then dO; else a chunk lies beside its chunk of K or V
+  Slot slot[2];
+  Accumulator lse[BLOCK_M], delta[BLOCK_M];
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
 
@@ -55,17 +68,44 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) clear(acc_dq[chunk]);
 
-  const auto load_q = [&](int chunk) {
-    load_tile(smem.tile_q, q, m0, seq.seqlen_q, chunk * CHUNK, params.head_dim);
+  const BlockRange blocks = mask.key_blocks(work.block);
+  int slot = 0;  // of the portion to come
+  const auto load_q = [&](int chunk, int to) {
+    load_tile(smem.owned[to].q, q, m0, seq.seqlen_q, chunk * CHUNK, params.head_dim);
   };
-  const auto load_do = [&](int chunk) {
-    load_tile(smem.tile_do, dout, m0, seq.seqlen_q, chunk * CHUNK_V, params.head_dim_v);
+  const auto load_do = [&](int chunk, int to) {
+    load_tile(smem.owned[to].dout, dout, m0, seq.seqlen_q, chunk * CHUNK_V, params.head_dim_v);
   };
-  const auto load_k = [&](int n_block, int chunk) {
-    load_tile(smem.tile_k, k, n_block * BLOCK_N, seq.seqlen_k, chunk * CHUNK, params.head_dim);
+  const auto load_k = [&](int n0, int chunk, int to) {
+    load_tile(smem.slot[to].k, k, n0, seq.seqlen_k, chunk * CHUNK, params.head_dim);
   };
-  const auto load_v = [&](int n_block, int chunk) {
-    load_tile(smem.tile_v, v, n_block * BLOCK_N, seq.seqlen_k, chunk * CHUNK_V, params.head_dim_v);
+  const auto load = [&](int n_block, int portion, int to) {
+    const int n0 = n_block * BLOCK_N;
+    if (portion < CHUNKS) {
+      if (!RESIDENT) load_q(portion, to);
+      load_k(n0, portion, to);
+    } else if (portion < CHUNKS + CHUNKS_V) {
+      const int chunk = portion - CHUNKS;
+      if (!RESIDENT) load_do(chunk, to);
+      load_tile(smem.slot[to].v, v, n0, seq.seqlen_k, chunk * CHUNK_V, params.head_dim_v);
+    } else {
+      const int chunk = PORTIONS - 1 - portion;
+      const bool still_there = CHUNKS_V == 1 && chunk == CHUNKS - 1;  // in the slot that it had for the scores
+      if (!still_there) load_k(n0, chunk, to);
+    }
+  };
+  // Waits for a portion, sends for the one after it, and says in which slot the portion lies.
+  const auto arrive = [&](int n_block, int portion) {
+    wait_copies();
+    sync_block();  // the portion is written, by all threads, and so is tile_p; the one before is read, so refill its slot
+    const int here = slot;
+    slot ^= 1;
+    if (portion + 1 < PORTIONS) {
+      load(n_block, portion + 1, slot);
+    } else if (n_block + 1 < blocks.end) {
+      load(n_block + 1, 0, slot);
+    }
+    return here;
   };
 
   const auto step = [&](int n_block, bool masked) {
@@ -73,55 +113,41 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
     clear(acc);
 #pragma unroll 1
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      if (CHUNKS > 1) load_q(chunk);
-      load_k(n_block, chunk);
-      if (chunk == CHUNKS - 1) {
-        if (CHUNKS_V > 1) load_do(0);
-        load_v(n_block, 0);
-      }
-      sync_block();  // the tiles are written, by all threads: any may read them
-      multiply_nt(acc, smem.tile_q, smem.tile_k);
-      if (chunk < CHUNKS - 1) sync_block();  // this chunk of Q and K is read: the next may take its place
+      const int here = arrive(n_block, chunk);
+      multiply_nt(acc, smem.owned[RESIDENT ? 0 : here].q, smem.slot[here].k);
     }
-
     const auto visible = [&](int r, int c) {
       return !masked || mask.visible(m0 + acc.row(r), n_block * BLOCK_N + acc.col(c));
     };
-    probabilities(acc, score, visible, [&](int r, int) { return smem.lse_log2[acc.row(r)]; });
+    probabilities(acc, score, visible, [&](int r, int) { return smem.lse[acc.row(r)]; });
     store_scores(smem.tile_p, acc);  // P waits there for its own thread, so that acc can be used again
 
     clear(acc);
 #pragma unroll 1
     for (int chunk = 0; chunk < CHUNKS_V; ++chunk) {
-      if (chunk > 0) {
-        sync_block();  // the chunk of dO and V before is read
-        load_do(chunk);
-        load_v(n_block, chunk);
-        sync_block();  // this one is written
-      }
-      multiply_nt(acc, smem.tile_do, smem.tile_v);
+      const int here = arrive(n_block, CHUNKS + chunk);
+      multiply_nt(acc, smem.owned[RESIDENT ? 1 : here].dout, smem.slot[here].v);
     }
     score_gradients(acc, visible, [&](int r, int c) { return smem.tile_p.at[acc.row(r)][acc.col(c)]; },
                     [&](int r, int) { return smem.delta[acc.row(r)]; });
     store_scores(smem.tile_p, acc);
-    sync_warp();  // dS is written: its rows are read by this warp alone
 
 #pragma unroll
     for (int chunk = CHUNKS - 1; chunk >= 0; --chunk) {
-      if (chunk < CHUNKS - 1) {
-        sync_block();  // the chunk of K after this one is read
-        load_k(n_block, chunk);
-        sync_block();  // this one is written
-      }
-      multiply_nn(acc_dq[chunk], smem.tile_p, smem.tile_k);
+      const int here = arrive(n_block, PORTIONS - 1 - chunk);
+      multiply_nn(acc_dq[chunk], smem.tile_p, smem.slot[here].k);
     }
-    sync_block();  // K, V and dS are read: the next turn may overwrite them
   };
 
-  load_row_statistics(smem.lse_log2, smem.delta, params, seq, work.head, m0);
-  if (CHUNKS == 1) load_q(0);
-  if (CHUNKS_V == 1) load_do(0);
-  const BlockRange blocks = mask.key_blocks(work.block);
+  if (blocks.begin < blocks.end) {
+    load_numbers(smem.lse, rows_of<const Accumulator>(params.lse, seq, work.head), m0, seq.seqlen_q);
+    load_numbers(smem.delta, rows_of<const Accumulator>(params.delta, seq, work.head), m0, seq.seqlen_q);
+    if (RESIDENT) {
+      load_q(0, 0);
+      load_do(0, 1);
+    }
+    load(blocks.begin, 0, slot);
+  }
   for (int n_block = blocks.begin; n_block < blocks.full_begin; ++n_block) step(n_block, MASKED);
   for (int n_block = blocks.full_begin; n_block < blocks.full_end; ++n_block) step(n_block, UNMASKED);
   for (int n_block = blocks.full_end; n_block < blocks.end; ++n_block) step(n_block, MASKED);

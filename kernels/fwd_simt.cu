@@ -4,17 +4,20 @@
 // query row stays with the 8 lanes that own the row (mma_simt.cuh): row_max, row_sum, acc_o, and P, which passes
 // through shared memory only to change hands inside a warp.
 //
-//     one turn, key block n:     load K(n), V(n)              global -> shared, as Accumulator
-//                                acc_s = Q K(n)^T             (BLOCK_M, BLOCK_N), registers
-//                                softmax.step                 acc_s becomes P; row_max, row_sum, acc_o move on
-//                                tile_p = acc_s               registers -> shared
-//                                acc_o += P V(n)              (BLOCK_M, HEAD_DIM_V), registers
+//     one turn, key block n:     K(n) arrives, V(n) is sent for     global -> shared, as Accumulator
+//                                acc_s = Q K(n)^T                   (BLOCK_M, BLOCK_N), registers
+//                                softmax.step                       acc_s becomes P; row_max, row_sum, acc_o move on
+//                                tile_p = acc_s                     registers -> shared
+//                                V(n) arrives, K(n + 1) is sent for
+//                                acc_o += P V(n)                    (BLOCK_M, HEAD_DIM_V), registers
 //
-//     shared memory:  tile_q (BLOCK_M, CHUNK) | tile_k (BLOCK_N, CHUNK) | tile_v (BLOCK_N, CHUNK_V) |
-//                     tile_p (BLOCK_M, BLOCK_N)
+//     shared memory:  tile_q (BLOCK_M, CHUNK) | tile_p (BLOCK_M, BLOCK_N) |
+//                     two slots: K (BLOCK_N, CHUNK) or V (BLOCK_N, CHUNK_V)
 //
-// Heads up to DIM_CHUNK wide have one chunk: Q is loaded once and stays. Wider ones stream: Q and K come in chunks of
-// columns that add up to acc_s, as in a blocked matrix product, and V in chunks that each complete their part of acc_o.
+// Heads up to DIM_CHUNK wide have one chunk, and Q is loaded once and stays. Wider ones stream: Q and K come in chunks
+// of columns that add up to acc_s, as in a blocked matrix product, and V in chunks that each complete their part of
+// acc_o. Either way a turn is a row of portions, CHUNKS of Q and K, then CHUNKS_V of V; each goes to the slot that the
+// one before does not occupy and is loaded while that one is worked on.
 #include "params.cuh"
 #include "types.cuh"
 #include "memory.cuh"
@@ -26,11 +29,16 @@
 #include "mma_simt.cuh"
 #include "softmax.cuh"
 
+constexpr int PORTIONS = CHUNKS + CHUNKS_V;
+
+union Slot {
+  Tile<BLOCK_N, CHUNK> k;
+  Tile<BLOCK_N, CHUNK_V> v;
+};
 struct Smem {
-  Tile<BLOCK_M, CHUNK> tile_q;
-  Tile<BLOCK_N, CHUNK> tile_k;
-  Tile<BLOCK_N, CHUNK_V> tile_v;
+  Tile<BLOCK_M, CHUNK> tile_q[CHUNKS > 1 ? 2 : 1];  // a chunk lies beside its chunk of K
   Tile<BLOCK_M, BLOCK_N> tile_p;
+  Slot slot[2];
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
 
@@ -54,14 +62,32 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
   for (int chunk = 0; chunk < CHUNKS_V; ++chunk) clear(acc_o[chunk]);
   softmax.clear();
 
-  const auto load_q = [&](int chunk) {
-    load_tile(smem.tile_q, q, m0, seq.seqlen_q, chunk * CHUNK, params.head_dim);
+  const BlockRange blocks = mask.key_blocks(work.block);
+  int slot = 0;  // of the portion to come
+  const auto load_q = [&](int chunk, int to) {
+    load_tile(smem.tile_q[to], q, m0, seq.seqlen_q, chunk * CHUNK, params.head_dim);
   };
-  const auto load_k = [&](int n_block, int chunk) {
-    load_tile(smem.tile_k, k, n_block * BLOCK_N, seq.seqlen_k, chunk * CHUNK, params.head_dim);
+  const auto load = [&](int n_block, int portion, int to) {
+    const int n0 = n_block * BLOCK_N;
+    if (portion < CHUNKS) {
+      if (CHUNKS > 1) load_q(portion, to);
+      load_tile(smem.slot[to].k, k, n0, seq.seqlen_k, portion * CHUNK, params.head_dim);
+    } else {
+      load_tile(smem.slot[to].v, v, n0, seq.seqlen_k, (portion - CHUNKS) * CHUNK_V, params.head_dim_v);
+    }
   };
-  const auto load_v = [&](int n_block, int chunk) {
-    load_tile(smem.tile_v, v, n_block * BLOCK_N, seq.seqlen_k, chunk * CHUNK_V, params.head_dim_v);
+  // Waits for a portion, sends for the one after it, and says in which slot the portion lies.
+  const auto arrive = [&](int n_block, int portion) {
+    wait_copies();
+    sync_block();  // the portion is written, by all threads, and so is P; the portion before is read, so refill its slot
+    const int here = slot;
+    slot ^= 1;
+    if (portion + 1 < PORTIONS) {
+      load(n_block, portion + 1, slot);
+    } else if (n_block + 1 < blocks.end) {
+      load(n_block + 1, 0, slot);
+    }
+    return here;
   };
 
   const auto step = [&](int n_block, bool masked) {
@@ -69,33 +95,26 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
     clear(acc_s);
 #pragma unroll 1
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      if (CHUNKS > 1) load_q(chunk);
-      load_k(n_block, chunk);
-      if (chunk == CHUNKS - 1) load_v(n_block, 0);
-      sync_block();  // the tiles are written, by all threads: any may read them
-      multiply_nt(acc_s, smem.tile_q, smem.tile_k);
-      if (chunk < CHUNKS - 1) sync_block();  // this chunk of Q and K is read: the next may take its place
+      const int here = arrive(n_block, chunk);
+      multiply_nt(acc_s, smem.tile_q[CHUNKS > 1 ? here : 0], smem.slot[here].k);
     }
 
     softmax.step(acc_s, acc_o, score, [&](int r, int c) {
       return !masked || mask.visible(m0 + acc_s.row(r), n_block * BLOCK_N + acc_s.col(c));
     });
     store_scores(smem.tile_p, acc_s);
-    sync_warp();  // P is written: its rows are read by this warp alone
 
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS_V; ++chunk) {
-      if (chunk > 0) {
-        load_v(n_block, chunk);
-        sync_block();  // the chunk of V is written
-      }
-      multiply_nn(acc_o[chunk], smem.tile_p, smem.tile_v);
-      sync_block();  // K, V and P are read: the next chunk or turn may overwrite them
+      const int here = arrive(n_block, CHUNKS + chunk);
+      multiply_nn(acc_o[chunk], smem.tile_p, smem.slot[here].v);
     }
   };
 
-  if (CHUNKS == 1) load_q(0);
-  const BlockRange blocks = mask.key_blocks(work.block);
+  if (blocks.begin < blocks.end) {
+    if (CHUNKS == 1) load_q(0, 0);
+    load(blocks.begin, 0, slot);
+  }
   for (int n_block = blocks.begin; n_block < blocks.full_begin; ++n_block) step(n_block, MASKED);
   for (int n_block = blocks.full_begin; n_block < blocks.full_end; ++n_block) step(n_block, UNMASKED);
   for (int n_block = blocks.full_end; n_block < blocks.end; ++n_block) step(n_block, MASKED);

@@ -34,7 +34,7 @@ struct Mask {
   // The key blocks that query block m_block sees. Its first row sees fewest keys, its last row most.
   __device__ __forceinline__ BlockRange key_blocks(int m_block) const {
     const int first = m_block * BLOCK_M;
-    const int last = min(first, seqlen_q - BLOCK_M) + BLOCK_M - 1;
+    const int last = smaller(first, seqlen_q - BLOCK_M) + BLOCK_M - 1;
     return {0, 0, keys_seen(first) / BLOCK_N, ceil_div(keys_seen(last), BLOCK_N)};
   }
 
@@ -43,18 +43,17 @@ struct Mask {
   // and stores no such key.
   __device__ __forceinline__ BlockRange query_blocks(int n_block) const {
     const int first = n_block * BLOCK_N;
-    const int last = min(first, seqlen_k - BLOCK_N) + BLOCK_N - 1;
+    const int last = smaller(first, seqlen_k - BLOCK_N) + BLOCK_N - 1;
     const int end = ceil_div(seqlen_q, BLOCK_M);
     const int seen = first_query(first);
     const int begin = seen < seqlen_q ? seen / BLOCK_M : end;
-    return {begin, min(ceil_div(first_query(last), BLOCK_M), end), end, end};
+    return {begin, smaller(ceil_div(first_query(last), BLOCK_M), end), end, end};
   }
 
  private:
   static __device__ __forceinline__ int clamp(long long x, int high) {
     return static_cast<int>(x < 0 ? 0 : x > high ? high : x);
   }
-  static __device__ __forceinline__ int min(int a, int b) { return a < b ? a : b; }
 };
 
 __device__ __forceinline__ Mask mask_of(const Sequence& seq) { return {seq.seqlen_q, seq.seqlen_k, seq.q_offset}; }

@@ -84,3 +84,37 @@ __device__ __forceinline__ void store_shared(T* address, const Vector<T, N>& vec
   pun.vector = vector;
   *reinterpret_cast<typename Bits<N * sizeof(T)>::Type*>(address) = pun.bits;
 }
+
+// ---- Copies from global to shared memory that run on while the thread does other work: cp.async, since sm_80.
+#if __CUDA_ARCH__ >= 800
+constexpr bool ASYNC_COPIES = true;
+#else
+constexpr bool ASYNC_COPIES = false;  // copy_async() is an ordinary load and store; better to batch loads
+#endif
+
+// N neighbours (4, 8 or 16 bytes, so aligned), or zeros where not `inside`: `global` is not read then.
+template <int N, typename T>
+__device__ __forceinline__ void copy_async(T* shared, const T* global, bool inside) {
+#if __CUDA_ARCH__ >= 800
+  constexpr int BYTES = N * sizeof(T);
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int bytes = inside ? BYTES : 0;  // the rest of BYTES is filled with zeros
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(BYTES), "r"(bytes)
+                 : "memory");
+  }
+#else
+  Vector<T, N> vector = {};
+  if (inside) vector = load_global<N>(global);
+  store_shared(shared, vector);
+#endif
+}
+
+// The thread's own copies have arrived; a barrier must follow before others read them.
+__device__ __forceinline__ void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}

@@ -77,17 +77,17 @@ __device__ __forceinline__ void multiply(Fragment& fragment, Accumulator factor)
   for (int r = 0; r < fragment.ROWS; ++r) multiply_row(fragment, r, factor);
 }
 
-// The products' loops stay loops: unrolled whole they overrun the instruction cache. A turn of 256 FMAs hides its own
-// bookkeeping; smaller ones are taken two at a time.
-template <int FMAS>
-constexpr int UNROLL_OF = FMAS < 256 ? 2 : 1;
+// The products' loops stay loops: unrolled whole they overrun the instruction cache. A turn begins with its shared
+// loads and waits for them, so it is given enough FMAs to make that wait small.
+template <int FMAS, int ENOUGH>
+constexpr int UNROLL_OF = FMAS < ENOUGH ? ENOUGH / FMAS : 1;
 
 // acc[m][n] += sum over d of a[m][d] * b[n][d].
 // A thread loads ROWS + COLS vectors for ROWS * COLS * WIDTH FMAs.
 template <int M, int N, int DEPTH>
 __device__ __forceinline__ void multiply_nt(Scores<M, N>& acc, const Tile<M, DEPTH>& a, const Tile<N, DEPTH>& b) {
   constexpr int ROWS = Scores<M, N>::ROWS, COLS = Scores<M, N>::COLS;
-  constexpr int UNROLL = UNROLL_OF<ROWS * COLS * WIDTH>;
+  constexpr int UNROLL = UNROLL_OF<ROWS * COLS * WIDTH, 256>;
 #pragma unroll UNROLL
   for (int d = 0; d < DEPTH; d += WIDTH) {
     Vector<Accumulator, WIDTH> b_part[COLS];
@@ -109,7 +109,7 @@ __device__ __forceinline__ void multiply_nt(Scores<M, N>& acc, const Tile<M, DEP
 template <int M, int N, int DEPTH>
 __device__ __forceinline__ void multiply_nn(Outputs<M, N>& acc, const Tile<M, DEPTH>& p, const Tile<DEPTH, N>& b) {
   constexpr int ROWS = Outputs<M, N>::ROWS, COLS = Outputs<M, N>::COLS, VECTOR = Outputs<M, N>::VECTOR;
-  constexpr int UNROLL = UNROLL_OF<ROWS * COLS * WIDTH>;
+  constexpr int UNROLL = UNROLL_OF<ROWS * COLS * WIDTH, 512>;
 #pragma unroll UNROLL
   for (int k = 0; k < DEPTH; k += WIDTH) {
     Vector<Accumulator, WIDTH> p_part[ROWS];

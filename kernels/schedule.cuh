@@ -3,6 +3,7 @@
 #pragma once
 #include "params.cuh"
 #include "memory.cuh"
+#include "integers.cuh"
 
 struct Work {
   int block;  // m_block or n_block
@@ -30,5 +31,3 @@ __device__ __forceinline__ Work scheduled_work(const Params& params, int num_blo
   work.batch = entry_head / num_heads;
   return work;
 }
-
-constexpr __device__ __forceinline__ int ceil_div(int a, int b) { return a / b + (a % b != 0); }

@@ -81,30 +81,21 @@ struct Softmax {
   }
 };
 
-// The backward's view of a query row, for rows [m0, m0 + BLOCK_M) to shared memory; a barrier must follow. A row
-// without a visible key has lse = -inf, and would get p = exp2(s + inf); +inf in its place gives p = 0. Rows beyond
-// the end are such rows too.
-__device__ __forceinline__ void load_row_statistics(
-    Accumulator (&lse_log2)[BLOCK_M], Accumulator (&delta)[BLOCK_M], const Params& params, const Sequence& seq,
-    int head, int m0) {
-  const auto lse_rows = rows_of<const Accumulator>(params.lse, seq, head);
-  const auto delta_rows = rows_of<const Accumulator>(params.delta, seq, head);
-  for (int row = thread_index(); row < BLOCK_M; row += NUM_THREADS) {
-    const bool inside = row < seq.seqlen_q - m0;
-    const Accumulator lse = inside ? load_number(lse_rows, m0 + row) : -math::infinity<Accumulator>();
-    lse_log2[row] = lse == -math::infinity<Accumulator>() ? -lse : lse * Accumulator(math::LOG2E);
-    delta[row] = inside ? load_number(delta_rows, m0 + row) : Accumulator(0);
-  }
+// What to subtract from a row's exponents, from its lse. A row without a visible key has lse = -inf and would get
+// p = exp2(s + inf); +inf in its place gives p = 0.
+__device__ __forceinline__ Accumulator lse_exponent(Accumulator lse) {
+  return lse == -math::infinity<Accumulator>() ? -lse : lse * Accumulator(math::LOG2E);
 }
 
-// acc becomes p = exp2(exponent * logit - lse_log2), 0 where invisible.
+// acc becomes p = exp2(exponent * logit - lse), 0 where invisible.
 template <int M, int N, typename Visible, typename Lse>
-__device__ __forceinline__ void probabilities(Scores<M, N>& acc, const Score& score, Visible visible, Lse lse_log2) {
+__device__ __forceinline__ void probabilities(Scores<M, N>& acc, const Score& score, Visible visible, Lse lse) {
 #pragma unroll
   for (int r = 0; r < acc.ROWS; ++r) {
 #pragma unroll
     for (int c = 0; c < acc.COLS; ++c) {
-      const Accumulator p = math::exp2(math::fma(score.logit(acc.at[r][c]), score.exponent, -lse_log2(r, c)));
+      const Accumulator logit = score.logit(acc.at[r][c]);
+      const Accumulator p = math::exp2(math::fma(logit, score.exponent, -lse_exponent(lse(r, c))));
       acc.at[r][c] = visible(r, c) ? p : Accumulator(0);
     }
   }

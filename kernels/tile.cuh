@@ -1,20 +1,22 @@
 // Tiles in shared memory: always in the Accumulator's type, row-major, zero where the tensor has nothing.
 #pragma once
+#include "integers.cuh"
 #include "types.cuh"
 #include "memory.cuh"
 #include "seqlen.cuh"
 
 constexpr int NUM_THREADS = 32 * NUM_WARPS;
-static_assert(NUM_STAGES == 1, "tiles are loaded when the block before has been used; other blocks of the SM fill the wait");
 
 // Accumulators in 16 bytes: what one shared load brings.
 constexpr int WIDTH = 16 / sizeof(Accumulator);
 
-// Columns of q and k (of v, out and dout) in shared memory at a time, and how many such chunks make a head. One chunk
-// means resident: what a block owns is loaded once and stays.
-constexpr int CHUNK = HEAD_DIM < DIM_CHUNK ? HEAD_DIM : DIM_CHUNK, CHUNKS = HEAD_DIM / CHUNK;
-constexpr int CHUNK_V = HEAD_DIM_V < DIM_CHUNK ? HEAD_DIM_V : DIM_CHUNK, CHUNKS_V = HEAD_DIM_V / CHUNK_V;
+// Columns of q and k (of v, out and dout) in shared memory at a time, and how many such chunks make a head.
+constexpr int CHUNK = smaller(HEAD_DIM, DIM_CHUNK), CHUNKS = HEAD_DIM / CHUNK;
+constexpr int CHUNK_V = smaller(HEAD_DIM_V, DIM_CHUNK), CHUNKS_V = HEAD_DIM_V / CHUNK_V;
 static_assert(HEAD_DIM % CHUNK == 0 && HEAD_DIM_V % CHUNK_V == 0, "a padded width is whole chunks");
+
+// What a main loop reads takes turns in two slots: one is worked on while the other is filled.
+static_assert(NUM_STAGES == 2, "the simt family has two slots");
 
 // COLS is a multiple of 8, so that 16 bytes of padding make a row an odd number of 16-byte units long: 8 rows
 // read at the same column, 16 bytes each, then lie in 8 different groups of banks.
@@ -25,64 +27,126 @@ struct Tile {
   Accumulator at[ROWS][PITCH];
 };
 
-// Loads of one thread under way at a time: enough to hide their latency behind each other.
-constexpr int BATCH = 8;
+template <typename A, typename B>
+constexpr bool SAME_TYPE = false;
+template <typename A>
+constexpr bool SAME_TYPE<A, A> = true;
 
-// Columns [0, cols) of a tile, 16 bytes a load; cols is a multiple of those. Rows from rows_left on become zero.
+// N neighbours on their way from global memory to a tile. A thread begins several, then finishes them, so that their
+// latencies hide behind each other.
+template <typename T, int N, bool ASYNC = ASYNC_COPIES && SAME_TYPE<T, Accumulator>>
+struct Transfer {
+  Vector<T, N> numbers;
+
+  __device__ __forceinline__ void begin(Accumulator*, const T* global, bool inside) {
+    numbers = {};
+    if (inside) numbers = load_global<N>(global);
+  }
+  __device__ __forceinline__ void finish(Accumulator* shared) const {
+    constexpr int PART = N < WIDTH ? N : WIDTH;
+#pragma unroll
+    for (int part = 0; part < N; part += PART) {
+      Vector<Accumulator, PART> converted;
+#pragma unroll
+      for (int e = 0; e < PART; ++e) converted.at[e] = to_accumulator(numbers.at[part + e]);
+      store_shared(shared + part, converted);
+    }
+  }
+};
+
+// What needs no conversion does not pass through registers; it arrives at wait_copies().
+template <typename T, int N>
+struct Transfer<T, N, true> {
+  __device__ __forceinline__ void begin(Accumulator* shared, const T* global, bool inside) {
+    copy_async<N>(shared, global, inside);
+  }
+  __device__ __forceinline__ void finish(Accumulator*) const {}
+};
+
+constexpr int MOST_TRANSFERS = 8;  // of one thread at a time
+
+// The greatest power of two, up to a warp, that divides N.
+template <int N, int POWER = 32>
+constexpr int LANES_OF = N % POWER == 0 ? POWER : LANES_OF<N, POWER / 2>;
+template <int N>
+constexpr int LANES_OF<N, 1> = 1;
+
+// Whether a walk in batches of steps has a row of the tile before it; a constant where they divide the tile.
+template <int ROWS, int ROW_STEP, int BATCH>
+__device__ __forceinline__ bool is_row(int row) {
+  return ROWS % (ROW_STEP * BATCH) == 0 || row < ROWS;
+}
+
+// Columns [0, cols) of a tile, 16 bytes at a time; cols is a multiple of those. Rows from rows_left on become zero.
+// LANES lanes take a row, in STEPS steps; the block takes ROW_STEP rows at once, ROW_STEPS times.
 template <int ROWS, int COLS, typename T>
 __device__ __forceinline__ void load_by_vector(
     Tile<ROWS, COLS>& tile, const T* corner, long long row_stride, int rows_left, int cols) {
-  constexpr int RUN = 16 / sizeof(T);  // elements of one load
-  constexpr int LOADS = ROWS * (COLS / RUN), TURNS = (LOADS + NUM_THREADS - 1) / NUM_THREADS;
-  constexpr int BATCH = TURNS < ::BATCH ? TURNS : ::BATCH;
+  constexpr int RUN = 16 / sizeof(T), LANES = LANES_OF<COLS / RUN>, STEPS = COLS / RUN / LANES;
+  constexpr int ROW_STEP = NUM_THREADS / LANES, ROW_STEPS = ceil_div(ROWS, ROW_STEP);
+  constexpr int BATCH = smaller(ceil_div(MOST_TRANSFERS, STEPS), ROW_STEPS);
+  const int first_row = thread_index() / LANES, first_col = thread_index() % LANES * RUN;
+  const T* source = corner + first_row * row_stride + first_col;
 #pragma unroll 1
-  for (int first = thread_index(); first < LOADS; first += NUM_THREADS * BATCH) {
-    Vector<T, RUN> run[BATCH] = {};
+  for (int turn = 0; turn < ROW_STEPS; turn += BATCH) {
+    Transfer<T, RUN> run[BATCH][STEPS];
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
-      const int i = first + NUM_THREADS * b, row = i / (COLS / RUN), col = i % (COLS / RUN) * RUN;
-      if (row < rows_left && col < cols) run[b] = load_global<RUN>(corner + row * row_stride + col);
+      const int row = first_row + (turn + b) * ROW_STEP;
+#pragma unroll
+      for (int step = 0; step < STEPS; ++step) {
+        const int ahead = step * LANES * RUN, col = first_col + ahead;
+        if (is_row<ROWS, ROW_STEP, BATCH>(row) && col < cols) {
+          run[b][step].begin(&tile.at[row][col], source + ahead, row < rows_left);
+        }
+      }
+      source += ROW_STEP * row_stride;
     }
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
-      const int i = first + NUM_THREADS * b, row = i / (COLS / RUN), col = i % (COLS / RUN) * RUN;
+      const int row = first_row + (turn + b) * ROW_STEP;
 #pragma unroll
-      for (int part = 0; part < RUN; part += WIDTH) {
-        Vector<Accumulator, WIDTH> numbers;
-#pragma unroll
-        for (int e = 0; e < WIDTH; ++e) numbers.at[e] = to_accumulator(run[b].at[part + e]);
-        if (row < ROWS && col < cols) store_shared(&tile.at[row][col + part], numbers);
+      for (int step = 0; step < STEPS; ++step) {
+        const int col = first_col + step * LANES * RUN;
+        if (is_row<ROWS, ROW_STEP, BATCH>(row) && col < cols) run[b][step].finish(&tile.at[row][col]);
       }
     }
   }
 }
 
-// Columns [first_col, COLS) of a tile one by one, a warp a row; what lies beyond rows_left or cols_left becomes zero.
+// Columns [begin, COLS) of a tile one by one, a warp a row; what lies beyond rows_left or cols_left becomes zero.
 template <int ROWS, int COLS, typename T>
 __device__ __forceinline__ void load_by_element(
     Tile<ROWS, COLS>& tile, const T* corner, long long row_stride, long long col_stride, int rows_left, int cols_left,
-    int first_col) {
+    int begin) {
+  constexpr int ROW_STEP = NUM_WARPS, ROW_STEPS = ceil_div(ROWS, ROW_STEP), BATCH = smaller(MOST_TRANSFERS, ROW_STEPS);
 #pragma unroll 1
-  for (int col = first_col + thread_index() % 32; col < COLS; col += 32) {
+  for (int col = begin + thread_index() % 32; col < COLS; col += 32) {
+    const int first_row = thread_index() / 32;
+    const T* source = corner + first_row * row_stride + col * col_stride;
 #pragma unroll 1
-    for (int first = thread_index() / 32; first < ROWS; first += NUM_WARPS * BATCH) {
-      Vector<T, 1> element[BATCH] = {};
+    for (int turn = 0; turn < ROW_STEPS; turn += BATCH) {
+      Transfer<T, 1> element[BATCH];
 #pragma unroll
       for (int b = 0; b < BATCH; ++b) {
-        const int row = first + NUM_WARPS * b;
-        if (row < rows_left && col < cols_left) element[b] = load_global<1>(corner + row * row_stride + col * col_stride);
+        const int row = first_row + (turn + b) * ROW_STEP;
+        if (is_row<ROWS, ROW_STEP, BATCH>(row)) {
+          element[b].begin(&tile.at[row][col], source, row < rows_left && col < cols_left);
+        }
+        source += ROW_STEP * row_stride;
       }
 #pragma unroll
       for (int b = 0; b < BATCH; ++b) {
-        const int row = first + NUM_WARPS * b;
-        if (row < ROWS) tile.at[row][col] = to_accumulator(element[b].at[0]);
+        const int row = first_row + (turn + b) * ROW_STEP;
+        if (is_row<ROWS, ROW_STEP, BATCH>(row)) element[b].finish(&tile.at[row][col]);
       }
     }
   }
 }
 
 // Rows [row0, row_end) and columns [col0, col_end) of the tensor, the rest of the tile zero. By the whole block;
-// a barrier must follow before other threads read. What lies outside those rows and columns is never read.
+// wait_copies() and a barrier must follow before the tile is read. What lies outside those rows and columns is never
+// read.
 template <int ROWS, int COLS, typename T>
 __device__ __forceinline__ void load_tile(
     Tile<ROWS, COLS>& tile, const Rows<const T>& rows, int row0, int row_end, int col0, int col_end) {
@@ -91,8 +155,10 @@ __device__ __forceinline__ void load_tile(
   const int cols_left = col_end < col0 ? 0 : col_end - col0 < COLS ? col_end - col0 : COLS;
   const T* corner = rows.at(row0, col0);  // (rows_left, cols_left); col0 is a multiple of 16
   const int by_vector = rows.vectors ? cols_left / RUN * RUN : 0;
-  load_by_vector(tile, corner, rows.row_stride, rows_left, by_vector);
-  load_by_element(tile, corner, rows.row_stride, rows.col_stride, rows_left, cols_left, by_vector);
+  if (by_vector > 0) load_by_vector(tile, corner, rows.row_stride, rows_left, by_vector);
+  if (by_vector < COLS) {
+    load_by_element(tile, corner, rows.row_stride, rows.col_stride, rows_left, cols_left, by_vector);
+  }
 }
 
 // N neighbouring columns of one row; columns from col_end on are 0 and not read.
@@ -138,4 +204,15 @@ __device__ __forceinline__ Accumulator load_number(const Rows<const Accumulator>
 }
 __device__ __forceinline__ void store_number(const Rows<Accumulator>& rows, int row, Accumulator number) {
   store_global(rows.at(row), Vector<Accumulator, 1>{{number}});
+}
+
+// Numbers [row0, row_end) of such a tensor, and zeros to the end of N. By the whole block, like load_tile.
+template <int N>
+__device__ __forceinline__ void load_numbers(
+    Accumulator (&numbers)[N], const Rows<const Accumulator>& rows, int row0, int row_end) {
+  for (int row = thread_index(); row < N; row += NUM_THREADS) {
+    Transfer<Accumulator, 1> number;
+    number.begin(&numbers[row], rows.at(row0) + row * rows.row_stride, row < row_end - row0);
+    number.finish(&numbers[row]);
+  }
 }
