@@ -25,8 +25,8 @@ from .schedule import ASYNCHRONOUS, ORDERS, Schedule
 
 DEFAULT_SHARED = 48 * 1024  # what a launch may have without asking for more
 MULTIPROCESSORS = 4
+_SHARED = ((90, 227 * 1024), (80, 163 * 1024), (75, 64 * 1024), (70, 96 * 1024), (0, 48 * 1024))  # since an architecture
 
-_live: weakref.WeakSet[Allocation] = weakref.WeakSet()
 _loaded: dict[tuple[str, int], tuple[ctypes.CDLL, tuple[str, ...]]] = {}
 _granules: dict[str, int] = {}  # the shadow's granule in shared memory that a kernel turned out to need
 
@@ -45,13 +45,15 @@ class Device:
         Changes to the text of every kernel: planted bugs.
     arch : int
         Compute capability, 90 for 9.0.
-    shared : int
-        Bytes of shared memory that a block may have.
+    shared : int, optional
+        Bytes of shared memory that a block may have; None is what the architecture has.
 
     Attributes
     ----------
     launches : list of str
         Entry points in the order they ran.
+    live : weakref.WeakSet of Allocation
+        All memory of the device: what a launch by hand may use.
     """
 
     def __init__(
@@ -59,15 +61,16 @@ class Device:
         schedule: Schedule | Callable[[int], Schedule] = Schedule(),
         patches: tuple[Patch, ...] = (),
         arch: int = 90,
-        shared: int = 227 * 1024,
+        shared: int | None = None,
     ) -> None:
         self._schedule = schedule if callable(schedule) else lambda _: schedule
         self.patches = patches
         self.arch = arch
-        self.shared = shared
+        self.shared = shared or next(bytes_ for since, bytes_ in _SHARED if arch >= since)
         self.launches: list[str] = []
         self.arrays: dict[str, ndarray] | None = None  # of the launch at hand, by the name that Params has for them
         self.writes: frozenset[str] = frozenset()
+        self.live: weakref.WeakSet[Allocation] = weakref.WeakSet()
         self.cupy = _cupy(self)
         self._stack = contextlib.ExitStack()
 
@@ -219,7 +222,7 @@ class _Bound:
         if device.arrays is None:  # a launch by hand: all there is, and all of it may be written
             names = {x.allocation: name for name, x in arguments.items()}
             self.arrays = {
-                names.get(a, f"memory_{i}"): _whole(a) for i, a in enumerate(sorted(_live, key=lambda a: a.ptr))
+                names.get(a, f"memory_{i}"): _whole(a) for i, a in enumerate(sorted(device.live, key=lambda a: a.ptr))
             }
             self.writes = frozenset(self.arrays)
         else:
@@ -322,7 +325,7 @@ def _cupy(device: Device) -> ModuleType:
     def empty(shape: Any, dtype: Any = np.float32) -> ndarray:
         x = ndarray(shape, dtype)
         x.allocation.bytes[:] = 0xFF  # NaN
-        _live.add(x.allocation)
+        device.live.add(x.allocation)
         return x
 
     def asarray(values: Any, dtype: Any = None) -> ndarray:
@@ -332,7 +335,7 @@ def _cupy(device: Device) -> ModuleType:
         x = ndarray(host.shape, host.dtype)
         x.host[...] = host
         x.allocation.filled = None
-        _live.add(x.allocation)
+        device.live.add(x.allocation)
         return x
 
     def zeros(shape: Any, dtype: Any = np.float32) -> ndarray:
