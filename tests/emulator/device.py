@@ -383,7 +383,7 @@ def _module(name: str, module: ModuleType) -> Iterator[None]:
 @contextlib.contextmanager
 def _watched_launches(device: Device) -> Iterator[None]:
     """Learn from the library which arrays a launch consists of, and which of them its plan says it writes."""
-    from cupyflash import _compile, _launch
+    from cupyflash import _call, _compile, _launch
 
     run, finish, start = _launch._run, _launch.Partial.finish, _launch.Launch.run
 
@@ -407,14 +407,17 @@ def _watched_launches(device: Device) -> Iterator[None]:
         finally:
             device.arrays = None
 
+    def forget() -> None:  # kernels hold their device, and its patches
+        _compile._loaded.clear()
+        _launch._prepared.cache_clear()
+        _call._device.cache_clear()
+
     loaded = dict(_compile._loaded)
-    _compile._loaded.clear()  # kernels hold their device, and its patches
-    _launch._prepared.cache_clear()
+    forget()
     _launch._run, _launch.Partial.finish, _launch.Launch.run = watched_run, watched_finish, watched_start
     try:
         yield
     finally:
         _launch._run, _launch.Partial.finish, _launch.Launch.run = run, finish, start
-        _compile._loaded.clear()
+        forget()
         _compile._loaded.update(loaded)
-        _launch._prepared.cache_clear()

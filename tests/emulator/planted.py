@@ -96,7 +96,7 @@ _UNALIGNED = Problem("float32", 16, 33, 40, unaligned=True)
 LIBRARY = (
     Planted("rows beyond the end read by vectors", "fwd_simt", "source + ahead, row < rows_left)", "source + ahead, true)", ("out of bounds",), "read of 16"),
     Planted("columns beyond the head read", "fwd_simt", "row < rows_left && col < cols_left", "row < rows_left", ("out of bounds",), "read of 4", Problem("float32", 7, 33, 40)),
-    Planted("columns beyond the head stored", "fwd_simt", "if (col + e < col_end) store_global", "store_global", ("out of bounds",), "write of 4", Problem("float32", 7, 33, 40)),
+    Planted("columns beyond the head stored", "fwd_simt", "if (col + e < col_end) store_global", "store_global", ("out of bounds", "race"), "write of (4|out)", Problem("float32", 7, 33, 40)),
     Planted("rows beyond the end stored", "fwd_simt", "row < seq.seqlen_q - m0", "row < BLOCK_M", ("out of bounds",), "lse"),
     Planted("diagonal off by one", "fwd_simt", "j - i <= q_offset", "j - i < q_offset", ("values",), "", _CAUSAL),
     Planted("another head's keys", "fwd_simt", "work.head / (params.num_heads / params.num_heads_k)", "work.head", ("out of bounds",), "", _GROUPED),
@@ -108,5 +108,7 @@ LIBRARY = (
     Planted("shuffle inside a branch", "bwd_delta", "sum = row_sum_of(sum);  // outside", "if (m < m_end) sum = row_sum_of(sum);  //", ("divergence", "deadlock"), "lane"),
     Planted("one partial too many", "bwd_finish", "i3 < count[3]", "i3 <= count[3]", ("out of bounds",), "partial", _BROADCAST),
     Planted("gradient stored in its input", "bwd_simt_dq", "rows_of<Gradient>(params.dq", "rows_of<Gradient>(params.q", ("write to an input",), "q\\+"),
-    Planted("delta of the next rows", "bwd_simt_dkdv", "params.delta, seq, head), m_block * BLOCK_M", "params.delta, seq, head), (m_block + 1) * BLOCK_M", ("values", "out of bounds"), ""),
+    Planted("delta of the next rows", "bwd_simt_dkdv", "params.delta, seq, head), m0,", "params.delta, seq, head), m0 + 1,", ("values",), ""),
+    Planted("slots not exchanged", "fwd_simt", "slot ^= 1;", "", ("race", "early use", "early overwrite"), "shared"),
+    Planted("delta before it is there", "bwd_delta", "store_number(delta, m, empty", "if (m % 2) store_number(delta, m, empty", ("uninitialised",), "delta"),
 )

@@ -21,7 +21,8 @@ u32 shared_address(const void *p) {
   EMULATOR_ENTER();
   i64 offset = (const u8 *)p - self->block->shared;
   if (offset < 0 || offset > launch->shared_bytes)
-    fail("out of bounds", "the address of something outside shared memory taken as a shared one");
+    fail("out of bounds", "an address at shared%+lld, of %u bytes of shared memory, taken as one in shared memory",
+         (long long)offset, launch->shared_bytes);
   return SHARED_BASE + (u32)offset;
 }
 
