@@ -280,6 +280,7 @@ def _bulk() -> Iterator[Case]:
     source = x[:1024].copy()
     source[:256] = doubles[:128].view(np.float32)  # what the float64 addition reads
     yield Case("bulk_store", "bulk.cu", "bulk_out", (source, *outs), 128, shared=4224)
+    yield Case("bulk_round_trip", "bulk.cu", "round_trip", (x, _zeros(256, "f4"), _zeros(256, "f4")), 128, shared=4224)
     yield Case("mbarrier", "bulk.cu", "phases", (_zeros(10, "i4"),), 128, shared=4224)
 
 

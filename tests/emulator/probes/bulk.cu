@@ -78,3 +78,23 @@ extern "C" __global__ void phases(int* out) {
     mbarrier_inval(mbarrier);
   }
 }
+
+// Global memory written by ordinary stores, then read by a bulk load of the same kernel.
+extern "C" __global__ void round_trip(const float* from, float* through, float* out) {
+  DYNAMIC_SHARED(Smem, smem);
+  const unsigned mbarrier = shared_address(&smem.mbarrier[2]);
+  start(mbarrier, 1);
+  for (int turn = 0; turn < 2; ++turn) {
+    through[128 * turn + thread_index()] = 2 * from[128 * turn + thread_index()];
+    if (turn == 0) fence_proxy_async();
+    if (turn == 1) fence_proxy_async_global();
+    sync_block();
+    if (thread_index() == 0) {
+      mbarrier_expect_tx(mbarrier, 512);
+      bulk_load(shared_address(&smem.at[128 * turn]), through + 128 * turn, 512, mbarrier);
+      mbarrier_arrive(mbarrier);
+    }
+    mbarrier_wait(mbarrier, turn);
+    out[128 * turn + thread_index()] = smem.at[128 * turn + (thread_index() ^ 5)];
+  }
+}
