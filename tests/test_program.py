@@ -536,6 +536,7 @@ def test_units() -> None:
         "12.3 s", "999 ms", "12.3 ms", "1.00 ms", "7.89 us", "0.00 us",
     ]  # fmt: skip
     assert [terminal.rate(r) for r in (75.06e9, 999.4e9, 20.3e12)] == ["75.1 GFLOP/s", "999 GFLOP/s", "20.3 TFLOP/s"]
+    assert [terminal.ratio(r) for r in (0.0314, 2.5, 2e71, float("inf"))] == ["0.031", "2.500", "2e+71", "inf"]
     assert [terminal.size(n) for n in (512, 3 * 2**20, 5 * 2**30)] == ["0.5 KiB", "3.0 MiB", "5.0 GiB"]
 
 

@@ -20,7 +20,7 @@ from . import backend as backends
 from .backend import Backend
 from .bench import positive
 from .contenders import Contender, Ours, contenders
-from .terminal import Progress, as_json, named, rate, seconds, size, table
+from .terminal import Progress, as_json, named, rate, ratio, seconds, size, table
 from .timing import OURS, Cell, clock_for, measure
 from .workload import DIRECTIONS, Workload
 
@@ -174,7 +174,7 @@ def speed_rows(result: Result) -> list[tuple[str, ...]]:
 
 def check_rows(report: bounds.Report) -> list[tuple[str, ...]]:
     """The worst element of each result."""
-    return [(w.name, f"{abs(w.got - w.want):.1e}", f"{w.limit:.1e}", f"{w.ratio:.3f}") for w in report.worst]
+    return [(w.name, f"{abs(w.got - w.want):.1e}", f"{w.limit:.1e}", ratio(w.ratio)) for w in report.worst]
 
 
 def verdict(result: Result) -> str:

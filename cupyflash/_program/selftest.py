@@ -27,7 +27,7 @@ from . import backend as backends
 from .backend import Backend
 from .bench import positive
 from .machine import first_line
-from .terminal import Progress, as_json, named, table
+from .terminal import Progress, as_json, named, ratio, table
 
 SECONDS = 10.0
 GROUP = 16  # cases in a row that share what a kernel is compiled for, where compiling takes longer than running
@@ -92,7 +92,7 @@ def fuzz(found: Findings, limit: float) -> None:
             spent = time.monotonic() - began
             if spent >= limit or len(found.failures) >= ENOUGH:
                 return
-            progress.to(spent, f"{index + 1} cases, worst error / limit {found.ratio:.2f}")
+            progress.to(spent, f"{index + 1} cases, worst error / limit {ratio(found.ratio)}")
 
 
 # ------------------------------------------------------------------------------------------------------ cases
@@ -271,7 +271,7 @@ def worst_table(found: Findings) -> str:
         if name not in found.worst[dtype]:
             return "-"
         index, worst = found.worst[dtype][name]
-        return f"{worst.ratio:.3f} ({index})"
+        return f"{ratio(worst.ratio)} ({index})"
 
     rows = [(name, *(entry(dtype, name) for dtype in dtypes)) for name in RESULTS]
     title = (

@@ -33,6 +33,11 @@ def size(count: float) -> str:
     return f"{count / 2**30:.1f} GiB"
 
 
+def ratio(value: float) -> str:
+    """An error as a part of its limit; what is far beyond it may be huge."""
+    return f"{value:.3f}" if value < 100 else f"{value:.3g}"
+
+
 def _three_digits(value: float) -> str:
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
