@@ -1,11 +1,14 @@
 """The emulator itself: what it accepts, what it reports and how, on kernels of a few lines."""
 
+# ruff: noqa: E501  (kernels on one line each read best)
+
 import re
 
 import numpy as np
 import pytest
 from emulator import KINDS, BuildError, Device, EmulatorError, Schedule, build, why_not
 from emulator.errors import KINDS as ALL_KINDS
+from emulator.schedule import SIMPLEST
 
 from cupyflash._compile import kernels_dir
 
@@ -18,7 +21,7 @@ def emulator():
     why_not()
 
 
-def launch(body, *, schedule=Schedule(), grid=1, block=64, shared=1024, n=64, prefix="", dtype=np.int32, arch=90):
+def launch(body, *, schedule=SIMPLEST, grid=1, block=64, shared=1024, n=64, prefix="", dtype=np.int32, arch=90):
     """Run `body` with `int* x` (0, 1, 2, ...), `int* y` (never written) and `unsigned char* bytes`, shared memory."""
     kind = {np.int32: "int", np.float32: "float", np.float64: "double", np.uint16: "unsigned short"}[dtype]
     text = f"""{prefix}
@@ -57,7 +60,9 @@ def test_a_report_names_both_sides():
     error = report("s[0] = t;\n  y[t] = t;\n")
     assert error.kind == "race"
     text = str(error)
-    assert re.search(r"write of shared\+0 is not ordered after a write by thread 0 \(warp 0, lane 0\) at kernels/probe.cu:8", text)
+    assert re.search(
+        r"write of shared\+0 is not ordered after a write by thread 0 \(warp 0, lane 0\) at kernels/probe.cu:8", text
+    )
     assert "by thread 1 (warp 0, lane 1) of block (0, 0, 0) at kernels/probe.cu:8" in text
     assert "replay with Schedule(order='in order', asynchronous='eager', resident=1, seed=0)" in text
 
@@ -240,7 +245,10 @@ def test_short_last_warp():
 
 def test_words_have_every_name_of_the_device():
     """Each function, struct, macro and constant of a replaced word exists in its replacement."""
-    pattern = re.compile(r"^(?:struct (?:alignas\(\S+\) )?(\w+) \{|#define (\w+)\(|__device__ .*?\b(\w+)\(|constexpr \w+ (\w+) =)", re.MULTILINE)
+    pattern = re.compile(
+        r"^(?:struct (?:alignas\(\S+\) )?(\w+) \{|#define (\w+)\(|__device__ .*?\b(\w+)\(|constexpr \w+ (\w+) =)",
+        re.MULTILINE,
+    )
     own = {"WGMMA_", "Bits", "Pun", "IS_FLOAT16"}  # how the device's side is written
     for path in WORDS.glob("*.cuh"):
         device, host = ((folder / path.name).read_text(encoding="utf-8") for folder in (kernels_dir(), WORDS))

@@ -7,9 +7,9 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from conftest import PROFILE
 from emulator import Device, EmulatorError, Schedule, emulate, why_not
 
-from conftest import PROFILE
 from cupyflash import Tile, _launch, attention, attention_backward
 from cupyflash.testing import cases, data
 
@@ -51,7 +51,9 @@ def test_many_problems_of_one_spec(spec, choices, seed):
     dtype, head_dim, head_dim_v = spec
     case = data.random_case(_pick(choices), dtypes=(dtype,), styles=data.GPU_STYLES, work=4 * WORK)
     case = dataclasses.replace(case, head_dim=head_dim, head_dim_v=head_dim_v, causal=bool(case.causal), q_offset=None)
-    case = dataclasses.replace(case, offset_shape=None, seqlen_q=min(case.seqlen_q, 64), seqlen_k=min(case.seqlen_k, 64))
+    case = dataclasses.replace(
+        case, offset_shape=None, seqlen_q=min(case.seqlen_q, 64), seqlen_k=min(case.seqlen_k, 64)
+    )
     hypothesis.note(repr(case))
     _run(case, seed)
 
@@ -76,7 +78,9 @@ def test_same_bits_under_every_schedule():
     results = []
     for seed in range(6):
         out, lse = emulate(attention, q, k, v, return_lse=True, schedule=Schedule.draw(seed))
-        results.append((out, lse, *emulate(attention_backward, dout, q, k, v, out, lse, schedule=Schedule.draw(seed))[:3]))
+        results.append(
+            (out, lse, *emulate(attention_backward, dout, q, k, v, out, lse, schedule=Schedule.draw(seed))[:3])
+        )
     for other in results[1:]:
         for x, y in zip(results[0], other, strict=True):
             np.testing.assert_array_equal(x, y)
@@ -123,7 +127,9 @@ def test_too_small_a_grid_is_found(monkeypatch):
 
 def test_a_tile_of_the_users_choice():
     q, k, v = _arrays(50, 50)
-    got = emulate(attention, q, k, v, tile=Tile(block_m=32, block_n=32), schedule=Schedule.draw(random.Random(0).randrange(99)))
+    got = emulate(
+        attention, q, k, v, tile=Tile(block_m=32, block_n=32), schedule=Schedule.draw(random.Random(0).randrange(99))
+    )
     np.testing.assert_allclose(got, attention(q, k, v), rtol=1e-4, atol=1e-5)
 
 

@@ -4,7 +4,6 @@ import re
 
 import pytest
 from emulator import golden, removals, samples
-
 from nvrtc import nvrtc
 
 pytestmark = pytest.mark.nvrtc
@@ -26,7 +25,8 @@ extern "C" __global__ void words(const unsigned* in, float* out, double* out64, 
   mma_m16n8k8<Float16>(d, b, one[0]); mma_m16n8k8<Bfloat16>(d, b, one[0]); mma_m16n8k4_tf32(d, b, one[0]);
   mma_m8n8k4_f64(e, d[0], d[1]);
   barrier_arrive(1, 64); barrier_sync(2, 64);
-  add_release(flag, load_acquire(flag + 1)); store_release(flag + 2, pack<Float16>(d[0], d[1]) + pack<Bfloat16>(d[2], d[3]));
+  add_release(flag, load_acquire(flag + 1));
+  store_release(flag + 2, pack<Float16>(d[0], d[1]) + pack<Bfloat16>(d[2], d[3]));
   for (int i = 0; i < 4; ++i) out[i] = d[i] + a[i];
   out64[0] = e[0] + e[1];
 }
@@ -88,7 +88,8 @@ def _products(n):
             majors = "Major::K, Major::MN" if form == "ss" else "Major::MN"
             a = "a" if form == "ss" else "r"
             kernels.append(f"""
-extern "C" __global__ void __launch_bounds__(128) {form}_{element}(float* out, const unsigned* in, unsigned long long a, unsigned long long b) {{
+extern "C" __global__ void __launch_bounds__(128) {form}_{element}(
+    float* out, const unsigned* in, unsigned long long a, unsigned long long b) {{
   float d[{n // 2}];
   unsigned r[4] = {{in[0], in[1], in[2], in[3]}};
   (void)r;

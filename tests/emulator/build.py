@@ -47,9 +47,8 @@ def cache() -> Path:
     for folder in (Path(named),) if named else (base / "cupyflash-emulator",):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = tempfile.TemporaryFile(dir=folder)
-            probe.close()
-            return folder
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
         except OSError:
             if named:
                 raise
@@ -163,5 +162,6 @@ def kernel(text: str, arch: int) -> tuple[ctypes.CDLL, tuple[str, ...]]:
     core()
     entries = entry_points(text)
     exports = "".join(f"EMULATOR_ENTRY({name})\n" for name in entries)
-    unit = f'#define __CUDA_ARCH__ {10 * arch}\n#include "device.h"\n#line 1 "kernels/{(*entries, "text")[0]}"\n{for_cpu(text)}\n{exports}'
+    head = f'#define __CUDA_ARCH__ {10 * arch}\n#include "device.h"\n#line 1 "kernels/{(*entries, "text")[0]}"\n'
+    unit = f"{head}{for_cpu(text)}\n{exports}"
     return ctypes.CDLL(str(_build(entries[0] if entries else "kernel", unit, _KERNEL_FLAGS))), entries

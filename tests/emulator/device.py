@@ -21,11 +21,16 @@ import numpy as np
 from . import build
 from .errors import EmulatorError
 from .memory import DEVICE_NUMBER, Allocation, MemoryPointer, ndarray
-from .schedule import ASYNCHRONOUS, ORDERS, Schedule
+from .schedule import ASYNCHRONOUS, ORDERS, SIMPLEST, Schedule
 
 DEFAULT_SHARED = 48 * 1024  # what a launch may have without asking for more
-MULTIPROCESSORS = 4
-_SHARED = ((90, 227 * 1024), (80, 163 * 1024), (75, 64 * 1024), (70, 96 * 1024), (0, 48 * 1024))  # since an architecture
+_SHARED = (
+    (90, 227 * 1024),
+    (80, 163 * 1024),
+    (75, 64 * 1024),
+    (70, 96 * 1024),
+    (0, 48 * 1024),
+)  # since an architecture
 
 _loaded: dict[tuple[str, int], tuple[ctypes.CDLL, tuple[str, ...]]] = {}
 _granules: dict[str, int] = {}  # the shadow's granule in shared memory that a kernel turned out to need
@@ -48,6 +53,8 @@ class Device:
     shared : int, optional
         Bytes of shared memory that a block may have; None is what the architecture has.
 
+    The device has as many multiprocessors as the first launch's schedule has resident blocks.
+
     Attributes
     ----------
     launches : list of str
@@ -58,7 +65,7 @@ class Device:
 
     def __init__(
         self,
-        schedule: Schedule | Callable[[int], Schedule] = Schedule(),
+        schedule: Schedule | Callable[[int], Schedule] = SIMPLEST,
         patches: tuple[Patch, ...] = (),
         arch: int = 90,
         shared: int | None = None,
@@ -91,7 +98,7 @@ class Device:
 def emulate(
     function: Callable[..., Any],
     *arrays: Any,
-    schedule: Schedule | Callable[[int], Schedule] = Schedule(),
+    schedule: Schedule | Callable[[int], Schedule] = SIMPLEST,
     patches: tuple[Patch, ...] = (),
     **options: Any,
 ) -> Any:
@@ -150,7 +157,8 @@ class Kernel:
             bound = _Bound(device, by_hand)
             build.core().emulator_configure(
                 (ctypes.c_uint32 * 3)(*_three(grid)), (ctypes.c_uint32 * 3)(*_three(block)), shared_mem, granule,
-                ORDERS.index(schedule.order), ASYNCHRONOUS.index(schedule.asynchronous), schedule.resident, schedule.seed,
+                ORDERS.index(schedule.order), ASYNCHRONOUS.index(schedule.asynchronous), schedule.resident,
+                schedule.seed,
             )  # fmt: skip
             bound.bind()
             report = self._run(pointers)
@@ -313,7 +321,7 @@ def _cupy(device: Device) -> ModuleType:
     module = ModuleType("cupy")
     properties = {
         "name": b"emulated", "major": device.arch // 10, "minor": device.arch % 10,
-        "sharedMemPerBlockOptin": device.shared, "multiProcessorCount": MULTIPROCESSORS,
+        "sharedMemPerBlockOptin": device.shared, "multiProcessorCount": device.next_schedule().resident,
     }  # fmt: skip
     runtime = SimpleNamespace(
         getDevice=lambda: DEVICE_NUMBER,
@@ -352,7 +360,13 @@ def _cupy(device: Device) -> ModuleType:
         def get_function(self, name: str) -> Kernel:
             return Kernel(device, self._code, name)
 
-    module.ndarray, module.empty, module.asarray, module.zeros, module.RawModule = ndarray, empty, asarray, zeros, RawModule
+    module.ndarray, module.empty, module.asarray, module.zeros, module.RawModule = (
+        ndarray,
+        empty,
+        asarray,
+        zeros,
+        RawModule,
+    )
     module.encode_tiled = _encode_tiled
     module.cuda = SimpleNamespace(
         runtime=runtime, get_current_stream=lambda: SimpleNamespace(ptr=0), Device=lambda _: contextlib.nullcontext()

@@ -171,7 +171,7 @@ def _float_bits() -> np.ndarray:
     exact = np.arange(65536, dtype=np.uint32)
     half = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
     near = np.concatenate([exact << 16, half])
-    near = near[:: 16]
+    near = near[::16]
     steps = np.array([0, 1, -1, 0x1000, 0x0FFF, 0x1001, 0x8000, 0x7FFF, 0x8001], np.int64)
     bits = (near[:, None].astype(np.int64) + steps).ravel() & 0xFFFFFFFF
     return np.concatenate([bits.astype(np.uint32), _rng("bits").integers(0, 2**32, 2**14, np.uint32)]).view(np.float32)
@@ -187,18 +187,27 @@ def _numbers() -> Iterator[Case]:
     shorts, words = (_zeros(x.size, t) for t in ("u2", "u4"))
     yield launch("narrow", x, shorts, shorts, words, words, n=x.size)
     r = _rng("functions")
-    y = np.concatenate([r.uniform(-150, 130, 6000), r.standard_normal(2000), np.linspace(-2, 2, 101), np.exp(r.uniform(-80, 80, 4000)),
-                        [0, -0.0, np.inf, -np.inf, np.nan, 128, 127.99999, -126, -126.5, -149, -150]])  # fmt: skip
+    special = (0, -0.0, np.inf, -np.inf, np.nan, 128, 127.99999, -126, -126.5, -149, -150)
+    spread = (r.uniform(-150, 130, 6000), r.standard_normal(2000), np.exp(r.uniform(-80, 80, 4000)))
+    y = np.concatenate([*spread, np.linspace(-2, 2, 101), special])
     y = y.astype(np.float32)
     two_ulp = lambda z: 2 * np.spacing(np.abs(z))  # noqa: E731
-    yield launch("functions", y, _zeros(y.size, "f4", two_ulp), _zeros(y.size, "f4", two_ulp), _zeros(y.size, "f4"), n=y.size)
+    yield launch(
+        "functions", y, _zeros(y.size, "f4", two_ulp), _zeros(y.size, "f4", two_ulp), _zeros(y.size, "f4"), n=y.size
+    )
 
 
 def _warps() -> Iterator[Case]:
     r = _rng("warp")
     x = r.integers(-1000, 1000, 128).astype(np.int32)
     yield Case("shuffles", "warp.cu", "shuffles", (x, _zeros(32 * 160, "i4")), 32)
-    yield Case("words", "warp.cu", "words", (r.standard_normal(32, np.float32), _zeros(256, "f4"), r.standard_normal(32), _zeros(256, "f8")), 32)
+    yield Case(
+        "words",
+        "warp.cu",
+        "words",
+        (r.standard_normal(32, np.float32), _zeros(256, "f4"), r.standard_normal(32), _zeros(256, "f8")),
+        32,
+    )
     yield Case("votes", "warp.cu", "votes", (x, _zeros(416, "i4")), 32)
     yield Case("block_votes", "warp.cu", "block_votes", (np.abs(x) % 200, _zeros(384, "i4")), 128)
     numbers = (_zeros(12, "i4"), _zeros(8, "u4"), _zeros(2, "u8"), _zeros(16, "f4"), _zeros(2, "f8"))
@@ -246,10 +255,15 @@ def _mma() -> Iterator[Case]:
             size = max(np.abs(x).max() * np.abs(y).max(), np.abs(c).max())
             bound = None if data == "integers" else _rounding(k, float(size))
             if kind == "f64":
-                bound = None if data == "integers" else lambda z, s=size, k=k: (k + 2) * 2.0**-52 * np.maximum(s, np.abs(z))
+                bound = (
+                    None if data == "integers" else lambda z, s=size, k=k: (k + 2) * 2.0**-52 * np.maximum(s, np.abs(z))
+                )
                 operands = (x, y, c, Out(np.zeros(32 * d), bound))
             elif kind == "tf32":  # float32 numbers whose low bits the product must not read
-                u, v = (z.astype(np.float32).view(np.uint32) | (r.integers(0, 2**13, z.size).astype(np.uint32)) for z in (x, y))
+                u, v = (
+                    z.astype(np.float32).view(np.uint32) | (r.integers(0, 2**13, z.size).astype(np.uint32))
+                    for z in (x, y)
+                )
                 operands = (u, v, c.astype(np.float32), _zeros(32 * d, "f4", bound))
             else:
                 operands = (_pack(x, kind), _pack(y, kind), c.astype(np.float32), _zeros(32 * d, "f4", bound))
@@ -265,7 +279,14 @@ def _matrices() -> Iterator[Case]:
         for suffix in ("", "_trans"):
             values = r.integers(0, 2**32, 128, np.uint32)
             entry = f"store_x{count}{suffix}"
-            yield Case(f"stmatrix_x{count}{suffix}", "matrix.cu", entry, (memory, rows, values, _zeros(1024, "u4")), 32, shared=4096)
+            yield Case(
+                f"stmatrix_x{count}{suffix}",
+                "matrix.cu",
+                entry,
+                (memory, rows, values, _zeros(1024, "u4")),
+                32,
+                shared=4096,
+            )
     source = r.integers(0, 256, 1024).astype(np.uint8)
     yield Case("cp_async", "matrix.cu", "copies", (memory, source, _zeros(1024 + 32, "u4")), 32, shared=4096)
 
@@ -274,9 +295,16 @@ def _bulk() -> Iterator[Case]:
     r = _rng("bulk")
     x = r.integers(-100, 100, 2048).astype(np.float32)
     for first, count in ((0, 512), (16, 64), (4, 8)):
-        yield Case(f"bulk_load_{first}_{count}", "bulk.cu", "bulk_in", (x, _zeros(1024, "f4"), first, count), 128, shared=4224)
+        yield Case(
+            f"bulk_load_{first}_{count}", "bulk.cu", "bulk_in", (x, _zeros(1024, "f4"), first, count), 128, shared=4224
+        )
     doubles = r.integers(-100, 100, 512).astype(np.float64)
-    outs = (_zeros(1024, "f4"), Out(r.integers(-9, 9, 512).astype(np.float32)), Out(r.integers(-9, 9, 128).astype(np.float64)), _zeros(1, "f4"))
+    outs = (
+        _zeros(1024, "f4"),
+        Out(r.integers(-9, 9, 512).astype(np.float32)),
+        Out(r.integers(-9, 9, 128).astype(np.float64)),
+        _zeros(1, "f4"),
+    )
     source = x[:1024].copy()
     source[:256] = doubles[:128].view(np.float32)  # what the float64 addition reads
     yield Case("bulk_store", "bulk.cu", "bulk_out", (source, *outs), 128, shared=4224)
@@ -308,15 +336,26 @@ def _tensors() -> Iterator[Case]:
                 tensor = Tensor(memory, _U16, shape, strides, box, swizzle, offset=32)
                 count = int(np.prod(box)) * 2
                 at = (*corner, 0, 0, 0)[:5]
-                yield Case(f"{name}.load", "tensor.cu", "box_in", (tensor, _zeros(count // 4, "u4"), rank, count, *at), 128, shared=33800)
+                yield Case(
+                    f"{name}.load",
+                    "tensor.cu",
+                    "box_in",
+                    (tensor, _zeros(count // 4, "u4"), rank, count, *at),
+                    128,
+                    shared=33800,
+                )
                 words = r.integers(0, 2**32, count // 4, np.uint32)
-                yield Case(f"{name}.store", "tensor.cu", "box_out", (tensor, words, 0, rank, count, *at), 128, shared=33800)
+                yield Case(
+                    f"{name}.store", "tensor.cu", "box_out", (tensor, words, 0, rank, count, *at), 128, shared=33800
+                )
     r = _rng("tensor_add")
     memory = r.integers(-50, 50, 4 * 3 * 9 * 40).astype(np.float32)
     tensor = Tensor(memory, _F32, (36, 9, 3, 4), (160, 1440, 4320), (32, 5, 2, 3), 3)
     values = r.integers(-50, 50, 960).astype(np.float32).view(np.uint32)
     for number, corner in enumerate(((0, 0, 0, 0), (12, 6, -1, 2))):
-        yield Case(f"tensor_add_{number}", "tensor.cu", "box_out", (tensor, values, 1, 4, 3840, *corner, 0), 128, shared=33800)
+        yield Case(
+            f"tensor_add_{number}", "tensor.cu", "box_out", (tensor, values, 1, 4, 3840, *corner, 0), 128, shared=33800
+        )
 
 
 def _descriptor(leading: int, stride: int, swizzle: int, start: int = 0) -> np.uint64:
@@ -335,7 +374,9 @@ def _operand(major: str, swizzle: int, rows: int, start: int) -> tuple[np.uint64
         return _descriptor(128 * (rows // 8), 128, 0, start), 256 * (rows // 8)
     per_chunk = swizzle // 2
     chunks = -(-rows // per_chunk)
-    return _descriptor(1024 * 16, 8 * swizzle, swizzle, start) if chunks > 1 else _descriptor(16, 8 * swizzle, swizzle, start), 16 * swizzle
+    return _descriptor(1024 * 16, 8 * swizzle, swizzle, start) if chunks > 1 else _descriptor(
+        16, 8 * swizzle, swizzle, start
+    ), 16 * swizzle
 
 
 def _wgmma() -> Iterator[Case]:
@@ -406,7 +447,12 @@ def make(folder: Path) -> int:
     np.savez_compressed(folder / "golden.npz", **arrays)
     wanted = {case.name for case in cases()}
     missing = sorted(wanted - {name.rsplit(".", 1)[0] for name in arrays})
-    lines = [*_machine(), f"{len(wanted) - len(missing)} of {len(wanted)} cases", *(f"missing: {name}" for name in missing), *notes]
+    lines = [
+        *_machine(),
+        f"{len(wanted) - len(missing)} of {len(wanted)} cases",
+        *(f"missing: {name}" for name in missing),
+        *notes,
+    ]
     (folder / "golden.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     return 1 if missing else 0

@@ -49,7 +49,7 @@ class _Device:
 DEVICE_NUMBER = 1000  # no real device has it, so that nothing cached for one is taken for the other
 
 
-class ndarray:  # noqa: N801  (CuPy's name)
+class ndarray:
     """An array in emulated device memory: views, copies from and to the host, no arithmetic."""
 
     device = _Device(DEVICE_NUMBER)

@@ -1,4 +1,4 @@
-"""Small kernels in the manner of families to come, which test the checker itself: each with its launch and its answer."""
+"""Small kernels in the manner of families to come, which test the checker: each with its launch and its answer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def sm90(xp: Any, seed: int) -> None:
     a, b, c = (r.integers(-2, 3, (n, 64)).astype(np.float16) for n in (rows, keys, keys))
     device = [xp.asarray(x) for x in (a, b, c)]
     out = xp.empty((rows, 64))
-    maps = [tensor_map(xp, Tensor(x, _FLOAT16, (64, len(x)), (128,), (64, 64), 3), d) for x, d in zip((a, b, c), device, strict=True)]
+    maps = [
+        tensor_map(xp, Tensor(x, _FLOAT16, (64, len(x)), (128,), (64, 64), 3), d)
+        for x, d in zip((a, b, c), device, strict=True)
+    ]
     maps.append(tensor_map(xp, Tensor(np.empty(0), _FLOAT32, (64, rows), (256,), (32, 64), 3), out))
     shared = 3 * 2 * 8192 + 2 * 2 * 8192 + 40
     _kernel(xp, "sm90", shared + 984)((2,), (384,), (*maps, np.int32(turns)), shared_mem=shared + 984)

@@ -47,3 +47,6 @@ class Schedule:
             return Schedule()
         pick = random.Random(seed)
         return Schedule(pick.choice(ORDERS), pick.choice(ASYNCHRONOUS), pick.randint(1, 4), seed)
+
+
+SIMPLEST = Schedule()
