@@ -101,8 +101,9 @@ class Call:
         offsets = inputs.get("q_offset")
         if self.place is None:
             _cpu.backward(
-                problem, *(tensors[name] for name in ("dout", "q", "k", "v", "out", "lse")), tensors.get("dlse"),
-                offsets, grads.get("dq"), grads.get("dk"), grads.get("dv"), plan.block_m, plan.block_n,
+                problem, tensors["dout"], tensors["q"], tensors["k"], tensors["v"], tensors["out"], tensors["lse"],
+                tensors.get("dlse"), offsets, grads.get("dq"), grads.get("dk"), grads.get("dv"),
+                plan.block_m, plan.block_n,
             )  # fmt: skip
             return
         from . import _launch

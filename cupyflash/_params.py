@@ -76,14 +76,15 @@ class Template:
     """A Params struct without its addresses, for every launch that one call makes."""
 
     packed: bytes
-    offsets: tuple[tuple[int, ...], ...]  # for each launch: bytes to add to each named tensor's address
-    names: tuple[str, ...]
+    slots: tuple[tuple[str, int], ...]  # each tensor's name, and where its address goes, in units of 8 bytes
+    offsets: tuple[tuple[int, ...], ...]  # for each launch: bytes to add to each tensor's address
 
     def fill(self, launch: int, addresses: Mapping[str, int]) -> np.ndarray:
         """The struct of one launch, as the one-element array that a RawKernel passes by value."""
         buffer = bytearray(self.packed)
-        for name, offset in zip(self.names, self.offsets[launch], strict=True):
-            struct.pack_into("<Q", buffer, TENSORS.index(name) * _TENSOR.size, addresses[name] + offset)
+        words = memoryview(buffer).cast("Q")
+        for (name, slot), offset in zip(self.slots, self.offsets[launch], strict=True):
+            words[slot] = addresses[name] + offset
         return np.frombuffer(buffer, _DTYPE)
 
 
@@ -123,7 +124,8 @@ def make_template(
         tuple(itemsize * sum(map(operator.mul, index, strides[name])) for name, _, itemsize in tensors)
         for index in walks
     )
-    return Template(bytes(packed), offsets, tuple(name for name, _, _ in tensors))
+    slots = tuple((name, TENSORS.index(name) * _TENSOR.size // 8) for name, _, _ in tensors)
+    return Template(bytes(packed), slots, offsets)
 
 
 def collapse(

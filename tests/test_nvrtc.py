@@ -10,12 +10,11 @@ import random
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import PROFILE, SEED
+from nvrtc import compile_spec
 
 from cupyflash import _tiles, explain
 from cupyflash._compile import Spec, kernels_dir, source
-
-from conftest import PROFILE, SEED
-from nvrtc import compile_spec
 
 pytestmark = pytest.mark.nvrtc
 # Hopper is compiled as 90a, where its own instructions exist.
