@@ -7,21 +7,25 @@ import itertools
 
 import hypothesis
 import hypothesis.strategies as st
+import ml_dtypes
 import numpy as np
 import pytest
 
-from cupyflash import AttentionGradients, attention, attention_backward, attention_vjp
+from cupyflash import AttentionGradients, Tile, attention, attention_backward, attention_vjp
 from cupyflash.testing import bounds, cases, data, reference
 from cupyflash.testing.data import Case
 
 CASE = Case(seed=1, num_heads_k=2, group=2, seqlen_q=21, seqlen_k=34, head_dim=12, head_dim_v=7, causal=True)
 
 
-def setup(backend, case=CASE):
+TILES = pytest.mark.parametrize("tile", [None, Tile(16, 16)], ids=["own tile", "small tile"])
+
+
+def setup(backend, case=CASE, tile=None):
     """The inputs as NumPy arrays and on the backend, out and lse, and the options."""
     x = case.inputs()
     q, k, v, dout, dlse = backend.arrays(x)
-    options = case.options()
+    options = case.options() | ({} if tile is None else {"tile": tile})
     out, lse = attention(q, k, v, return_lse=True, **options)
     return x, (q, k, v), dout, dlse, (out, lse), options
 
@@ -145,9 +149,7 @@ def test_deterministic_false_keeps_the_bounds(backend):
 @pytest.mark.parametrize("dtype", data.DTYPES[2:], ids=str)
 def test_an_unrounded_out_helps_16_bit_gradients(backend, dtype):
     """With a common offset in v, dp - delta cancels; delta of a rounded out is off by its rounding."""
-    case = Case(
-        seed=3, dtype=dtype.name, data="offset_v", seqlen_q=60, seqlen_k=80, head_dim=32, head_dim_v=32
-    )
+    case = Case(seed=3, dtype=dtype.name, data="offset_v", seqlen_q=60, seqlen_k=80, head_dim=32, head_dim_v=32)
     x = case.inputs()
     q, k, v, dout = backend.arrays(x[:4])
     exact = reference.forward(x.q, x.k, x.v)
@@ -182,10 +184,11 @@ def test_out_and_lse_are_taken_as_given(backend, choices):
 # ------------------------------------------------------------------------------------------------------ rules
 
 
+@TILES
 @pytest.mark.parametrize("dtype", data.DTYPES, ids=str)
-def test_rows_that_see_nothing_have_no_gradient(backend, dtype):
+def test_rows_that_see_nothing_have_no_gradient(backend, dtype, tile):
     case = dataclasses.replace(CASE, dtype=dtype.name, q_offset=-5)
-    x, qkv, dout, _, (out, lse), options = setup(backend, case)
+    x, qkv, dout, _, (out, lse), options = setup(backend, case, tile)
     dlse = x.dlse.copy()
     dlse[:, :5] = [[np.nan], [np.inf], [-np.inf], [1]]
     grads = attention_backward(dout, *qkv, out, lse, dlse=backend.array(dlse), **options)
@@ -193,6 +196,7 @@ def test_rows_that_see_nothing_have_no_gradient(backend, dtype):
     assert (backend.numpy(lse)[:, :5] == -np.inf).all()
     assert (dq[:, :5] == 0).all()
     assert (dq[:, 5:] != 0).any()
+    options.pop("tile", None)
     seen = 21 - 5  # keys that the last row sees
     assert (dk[:, seen:] == 0).all()
     assert (dv[:, seen:] == 0).all()
@@ -234,21 +238,57 @@ def test_a_bad_number_stays_in_its_batch_entry_and_kv_head(backend, dtype, which
         np.testing.assert_array_equal(a[others], b[others])
 
 
+@TILES
+@pytest.mark.parametrize("large", [1e4, None])
 @pytest.mark.parametrize("dtype", data.DTYPES, ids=str)
-def test_masked_numbers_do_not_reach_gradients(backend, dtype):
-    """Large finite k, v of keys that no row sees: no bit of any gradient changes, theirs are 0."""
+def test_masked_numbers_do_not_reach_gradients(backend, dtype, large, tile):
+    """Finite k, v of keys that no row sees, up to the largest: no bit of any gradient changes, theirs are 0."""
     case = dataclasses.replace(CASE, dtype=dtype.name, causal="top_left")
-    x, qkv, dout, dlse, result, options = setup(backend, case)
+    large = large or ml_dtypes.finfo(dtype).max
+    x, qkv, dout, dlse, result, options = setup(backend, case, tile)
     want = attention_backward(dout, *qkv, *result, dlse=dlse, **options)
-    x.k[:, 21:], x.v[:, 21:] = 1e4, -3e4
+    x.k[:, 21:], x.v[:, 21:] = large, -large
     q, k, v, dout, dlse = backend.arrays(x)
-    got = attention_backward(
-        dout, q, k, v, *attention(q, k, v, return_lse=True, **options), dlse=dlse, **options
-    )
+    got = attention_backward(dout, q, k, v, *attention(q, k, v, return_lse=True, **options), dlse=dlse, **options)
     for a, b in zip(got, want, strict=True):
         assert same_bits(backend, a, b)
     assert (backend.numpy(got.dk)[:, 21:] == 0).all()
     assert (backend.numpy(got.dv)[:, 21:] == 0).all()
+
+
+@TILES
+@pytest.mark.parametrize("dtype", data.DTYPES, ids=str)
+def test_products_with_masked_values_may_overflow(backend, dtype, tile):
+    """The largest number in a v that only row 20 sees, where dout is 0: other rows' dp of it is inf and not used."""
+    case = dataclasses.replace(CASE, dtype=dtype.name, causal="top_left")
+    x, (q, k, v), *_, options = setup(backend, case, tile)
+    x.dout[:, 20] = 0
+    dout = backend.array(x.dout)
+    want = attention_backward(dout, q, k, v, *attention(q, k, v, return_lse=True, **options), **options)
+    x.v[:, 20] = ml_dtypes.finfo(dtype).max
+    v = backend.array(x.v)
+    got = attention_backward(dout, q, k, v, *attention(q, k, v, return_lse=True, **options), **options)
+    for a, b in zip(got, want, strict=True):
+        assert same_bits(backend, a, b)
+    assert (backend.numpy(got.dv)[:, 20] == 0).all()
+
+
+@TILES
+@pytest.mark.parametrize("dtype", data.DTYPES, ids=str)
+def test_an_lse_of_minus_infinity_says_that_a_row_saw_nothing(backend, dtype, tile):
+    """Also where the diagonal lets it see keys: its dlse is not read, and it adds nothing to any gradient."""
+    case = dataclasses.replace(CASE, dtype=dtype.name, causal=False)
+    x, qkv, dout, _, (out, lse), options = setup(backend, case, tile)
+    out, lse, dlse = backend.numpy(out).copy(), backend.numpy(lse).copy(), x.dlse.copy()
+    nothing = np.zeros(lse.shape, bool)
+    nothing[:, [2, 3, 20]] = True
+    out[nothing], lse[nothing], dlse[nothing] = 0, -np.inf, np.nan
+    grads = attention_backward(dout, *qkv, *backend.arrays((out, lse)), dlse=backend.array(dlse), **options)
+    grads = tuple(map(backend.numpy, grads))
+    assert (grads[0][nothing] == 0).all()
+    options.pop("tile", None)
+    report = bounds.check_backward(x.dout, x.q, x.k, x.v, out, lse, grads, dlse=dlse, **options)
+    assert report.ok, str(report)
 
 
 @pytest.mark.parametrize("name", data.RANDOM_SETS)
@@ -278,9 +318,7 @@ def test_16_bit_results_are_about_the_ideal(backend, dtype):
     report = bounds.check_ideal("out", out, want.out, limit.out, reference.ideal_forward(*x[:3], **options))
     grads = attention_backward(dout, *qkv, *result, dlse=dlse, **options)
     arguments = (x.dout, x.q, x.k, x.v, out, lse)
-    want, limit = bounds.backward_limits(
-        *arguments, dlse=x.dlse, chains=chains, out_dtype=np.float32, **options
-    )
+    want, limit = bounds.backward_limits(*arguments, dlse=x.dlse, chains=chains, out_dtype=np.float32, **options)
     ideal = reference.ideal_backward(*arguments, dlse=x.dlse, **options)
     for name, got, w, most, best in zip(want._fields, grads, want, limit, ideal, strict=True):
         report = report + bounds.check_ideal(name, backend.numpy(got), w, most, best, rms=1.5)
