@@ -727,7 +727,8 @@ def test_bench_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     code, found = in_process(capsys, "bench", "--family", "simt", "--seqlen", "256", "--heads", "2", "--rounds", "2")
     assert code == 0
     assert [c["contenders"][0]["name"] for c in found["cells"]] == ["cupyflash"] * 2
-    assert all(len(c["contenders"][0]["samples"]) == 2 for c in found["cells"])
+    # Rounds that take too long are left out, and on a busy GPU two may.
+    assert all(1 <= len(c["contenders"][0]["samples"]) <= 2 for c in found["cells"])
 
 
 @pytest.mark.gpu
