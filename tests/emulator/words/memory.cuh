@@ -3,6 +3,7 @@
 #pragma once
 
 __device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int thread_index_again() { return thread_index(); }
 __device__ __forceinline__ int block_index() { return static_cast<int>(blockIdx.x); }
 
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
