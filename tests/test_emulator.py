@@ -230,6 +230,33 @@ def test_blocks_race():
     assert "of block (1, 0, 0)" in str(error)
 
 
+SPINS = {
+    "an atomic that adds nothing": "if (t == 0) { while (atomicAdd(&x[9], 0) != 77) {}\n y[0] = 1; }\n if (t == 40) atomicExch(&x[9], 77);\n",
+    "compare and swap": "if (t == 0) { while (atomicCAS(&x[9], 77, 1) != 77) {}\n y[0] = 1; }\n if (t == 40) atomicExch(&x[9], 77);\n",
+    "an ordered load": "if (t == 0) { while (load_acquire(&x[9]) != 77) {}\n y[0] = 1; }\n if (t == 40) store_release(&x[9], 77);\n",
+    "try_wait": (
+        "if (t == 0) { mbarrier_init(shared_address(s), 1); } __syncthreads();\n"
+        "if (t == 0) { while (!mbarrier_try_wait(shared_address(s), 0)) {}\n y[0] = 1; }\n if (t == 40) mbarrier_arrive(shared_address(s));\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPINS)
+def test_spins_wait_for_other_threads(name):
+    for seed in range(6):
+        assert launch(SPINS[name], schedule=Schedule.draw(seed), prefix="// " + name)[0] == 1
+
+
+def test_spins_that_nobody_ends():
+    for name, body in SPINS.items():
+        error = report(body.replace("t == 40", "t == 400"), prefix="// endless " + name)
+        assert error.kind == "deadlock"
+        assert re.search(r"flag at x\+36|mbarrier at shared\+0", str(error))
+    error = report("volatile int* flag = x; while (flag[3] == 3) {}\n")
+    assert error.kind == "deadlock"
+    assert "spins" in str(error)
+
+
 def test_launch_limits():
     assert report("y[t] = 0;", block=2048).kind == "launch"
     assert report("y[t] = 0;", shared=300 * 1024).kind == "launch"

@@ -117,7 +117,8 @@ void wake_pollers(const void *p) {
   }
 }
 
-// The same load with the same result twice in a row is a spin: it runs again when the flag is written.
+// The same load, or atomic that changes nothing, with the same result twice in a row is a spin: the thread goes on
+// when the flag is written.
 void wait_if_spinning(const void *p, u64 value) {
   if (self->polled == (u64)p && self->polled_value == value) {
     std::string name = name_of(p);
@@ -132,7 +133,8 @@ uint64_t atomic(AtomicOperation operation, AtomicType type, void *p, uint64_t va
   maybe_yield();
   u32 bytes = width_of(type);
   check_address(p, bytes, "an atomic");
-  if (operation == ATOMIC_CAS && read_bytes(p, bytes) != compare) wait_if_spinning(p, read_bytes(p, bytes));
+  u64 now = read_bytes(p, bytes);
+  if (combine(operation, type, now, value, compare) == now) wait_if_spinning(p, now);
   on_access(p, bytes, {true, true});
   u64 old = read_bytes(p, bytes);
   u64 result = combine(operation, type, old, value, compare);
@@ -140,7 +142,7 @@ uint64_t atomic(AtomicOperation operation, AtomicType type, void *p, uint64_t va
   observe(p, order & ACQUIRE);
   publish(p, order & RELEASE, false);
   if (result != old) wake_pollers(p);
-  self->polled = operation == ATOMIC_CAS && old != compare ? (u64)p : 0, self->polled_value = old;
+  self->polled = result == old ? (u64)p : 0, self->polled_value = old;
   return old;
 }
 

@@ -77,6 +77,7 @@ void mbarrier_arrive(uint32_t address, uint32_t count, uint32_t bytes, bool expe
     fail("mbarrier", "the mbarrier at shared+%u takes %u arrivals a phase: %u more are left, %u come", address - SHARED_BASE,
          m.count, m.pending, count);
   if (bytes > MAX_COUNT) fail("mbarrier", "expect_tx of %u bytes", bytes);
+  self->polled = 0;
   gather(m.gathering, m.gathering_fenced, *self);
   tick();
   m.bytes += bytes;
@@ -102,8 +103,14 @@ void acquire_phase(const Mbarrier &m) {
 bool mbarrier_test(uint32_t address, uint32_t parity) {
   EMULATOR_ENTER();
   Mbarrier &m = live_mbarrier(address, "mbarrier.try_wait");
-  bool done = (m.phase & 1) != (parity & 1);
-  if (done) acquire_phase(m);
+  // try_wait may block: asked the same twice in a row, with nothing between, it is a spin.
+  u64 question = address * 2 + (parity & 1), phase = m.phase;
+  if ((phase & 1) == (parity & 1) && self->polled == question && self->polled_value == phase)
+    wait_for(Wait::MBARRIER, address, parity & 1, "mbarrier.try_wait");
+  self->polled = question, self->polled_value = phase;
+  Mbarrier &after = self->block->mbarriers[address];
+  bool done = (after.phase & 1) != (parity & 1);
+  if (done) acquire_phase(after);
   return done;
 }
 

@@ -22,6 +22,7 @@ void switch_to(Thread *next) {
   Thread *before = self;
   if (next == before) return;
   self = next;
+  launch->accesses = 0;
   emulator_switch(before ? &before->context : &abandoned, next->context);
 }
 

@@ -316,8 +316,13 @@ Buffer &buffer_of(const void *p, u64 bytes, const char *what) {
   return *buffer;
 }
 
+constexpr u64 ENDLESS = 30'000'000;  // accesses of one thread without a wait: seconds here, for kernels this small
+
 void on_access(const void *p, u32 bytes, Access access) {
   Block &block = *self->block;
+  if (++launch->accesses > ENDLESS)
+    fail("deadlock", "a thread spins: %llu accesses without a wait that the emulator knows (an ordered load, an atomic)",
+         (unsigned long long)ENDLESS);
   if (!is_shared(p)) {
     if (on_stack(p)) {
       if (self->registers) on_stack_access(p, bytes, access.write);

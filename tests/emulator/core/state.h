@@ -263,6 +263,7 @@ struct Launch {
   Context host;        // the launcher, while a fiber runs
   bool failed = false;
   std::string kind, message;
+  u64 accesses = 0;        // since the last switch: a spin on an ordinary load never ends
   bool any_fence = false;  // proxy fences are rare: skip their clocks until the first
 };
 
