@@ -69,6 +69,15 @@ def _need_compiler() -> str:
 
 
 @functools.cache
+def _kernel_flags() -> tuple[str, ...]:
+    """With -ftrivial-auto-var-init, since GCC 12: a register that nothing has written holds nonsense, not 0 by luck."""
+    wish = "-ftrivial-auto-var-init=pattern"
+    command = [_need_compiler(), wish, "-fsyntax-only", "-x", "c++", "-"]
+    asked = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    return _KERNEL_FLAGS if asked.returncode else (*_KERNEL_FLAGS, wish)
+
+
+@functools.cache
 def _headers() -> str:
     """All that a build may include."""
     paths = [*sorted(CORE.iterdir()), *sorted(WORDS.iterdir())]
@@ -164,4 +173,4 @@ def kernel(text: str, arch: int) -> tuple[ctypes.CDLL, tuple[str, ...]]:
     exports = "".join(f"EMULATOR_ENTRY({name})\n" for name in entries)
     head = f'#define __CUDA_ARCH__ {10 * arch}\n#include "device.h"\n#line 1 "kernels/{(*entries, "text")[0]}"\n'
     unit = f"{head}{for_cpu(text)}\n{exports}"
-    return ctypes.CDLL(str(_build(entries[0] if entries else "kernel", unit, _KERNEL_FLAGS))), entries
+    return ctypes.CDLL(str(_build(entries[0] if entries else "kernel", unit, _kernel_flags()))), entries

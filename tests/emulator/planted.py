@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from .removals import Problem
+from .samples import SAMPLES
 
 RAGGED = Problem("float32", 16, 70, 70)
 
@@ -18,7 +20,8 @@ class Planted:
     kernel : str
         A sample's name, or one of the library's kernels.
     old, new : str
-        The patch; ``old`` occurs in the text exactly once.
+        The patch: a pattern and what takes its place, as in ``re.sub``, in the text of the kernel and all its words.
+        Samples do not change under others' hands, so that their patches are plain text.
     kinds : tuple of str
         What the report's kind may be; the first one is the usual one, others show under some schedules.
     says : str
@@ -34,6 +37,14 @@ class Planted:
     kinds: tuple[str, ...]
     says: str = ""
     problem: Problem = RAGGED
+
+    def applies(self, text: str) -> bool:
+        return self.patch(text) != text
+
+    def patch(self, text: str) -> str:
+        if self.kernel in SAMPLES:
+            return text.replace(self.old, self.new)
+        return re.sub(self.old, self.new, text)
 
 
 PLANTED = (
@@ -363,130 +374,71 @@ PLANTED = (
 _CAUSAL = Problem("float32", 16, 70, 70, (("causal", True),))
 _GROUPED = Problem("float32", 16, 33, 40, heads=2, heads_k=1)
 _BROADCAST = Problem("float32", 7, 33, 40, batch=(2, 1))
+_NARROW = Problem("float32", 7, 33, 40)
 _UNALIGNED = Problem("float32", 16, 33, 40, unaligned=True)
 
-# In the library's own kernels: kernel is its name, the text that of its file and all its words.
+# In the library's own kernels.
 LIBRARY = (
     Planted(
-        "rows beyond the end read by vectors",
-        "fwd_simt",
-        "source + ahead, row < rows_left)",
-        "source + ahead, true)",
-        ("out of bounds",),
-        "read of 16",
+        "rows beyond the end read by vectors", "fwd_simt",
+        r"(source \+ ahead, )row < rows_left\)", r"\1true)", ("out of bounds",), "read of 16",
     ),
     Planted(
-        "columns beyond the head read",
-        "fwd_simt",
-        "row < rows_left && col < cols_left",
-        "row < rows_left",
-        ("out of bounds",),
-        "read of 4",
-        Problem("float32", 7, 33, 40),
+        "columns beyond the head read", "fwd_simt",
+        "row < rows_left && col < cols_left", "row < rows_left", ("out of bounds",), "read of 4", _NARROW,
     ),
     Planted(
-        "columns beyond the head stored",
-        "fwd_simt",
-        "if (col + e < col_end) store_global",
-        "store_global",
-        ("out of bounds", "race"),
-        "write of (4|out)",
-        Problem("float32", 7, 33, 40),
+        "columns beyond the head stored", "fwd_simt",
+        r"if \(col \+ e < col_end\) store_global", "store_global", ("out of bounds", "race"), "write of", _NARROW,
     ),
     Planted(
-        "rows beyond the end stored", "fwd_simt", "row < seq.seqlen_q - m0", "row < BLOCK_M", ("out of bounds",), "lse"
+        "rows beyond the end stored", "fwd_simt",
+        r"row < \w+\.seqlen_q - \w+\) store_number", "row < BLOCK_M) store_number", ("out of bounds",), "lse",
     ),
     Planted("diagonal off by one", "fwd_simt", "j - i <= q_offset", "j - i < q_offset", ("values",), "", _CAUSAL),
     Planted(
-        "another head's keys",
-        "fwd_simt",
-        "work.head / (params.num_heads / params.num_heads_k)",
-        "work.head",
-        ("out of bounds",),
-        "",
-        _GROUPED,
+        "another head's keys", "fwd_simt",
+        r"(\w+\.head) / \(params\.num_heads / params\.num_heads_k\)", r"\1", ("out of bounds",), "", _GROUPED,
     ),
     Planted(
-        "vectors from unaligned memory",
-        "fwd_simt",
-        "is_aligned(rows.data, 16)",
-        "true",
-        ("misaligned",),
-        "16",
-        _UNALIGNED,
+        "vectors from unaligned memory", "fwd_simt",
+        r"is_aligned\(rows\.data, 16\)", "true", ("misaligned",), "16", _UNALIGNED,
     ),
     Planted(
-        "rows too close in shared memory",
-        "fwd_simt",
-        "PITCH = COLS + WIDTH;",
-        "PITCH = COLS + WIDTH - 1;",
-        ("misaligned",),
-        "16",
+        "rows too close in shared memory", "fwd_simt",
+        r"PITCH = COLS \+ WIDTH;", "PITCH = COLS + WIDTH - 1;", ("misaligned",), "16",
     ),
     Planted(
-        "more shared memory than planned",
-        "fwd_simt",
-        "struct Smem {",
-        "struct Smem { Accumulator more[64];",
-        ("out of bounds",),
-        "bytes of shared memory",
+        "more shared memory than planned", "fwd_simt",
+        r"struct Smem \{", "struct Smem { Accumulator more[64];", ("out of bounds",), "bytes of shared memory",
     ),
     Planted(
-        "maximum of fewer lanes",
-        "fwd_simt",
-        "x = math::max(x, shuffle_xor(x, 4));",
-        "if (thread_x() < 4) x = math::max(x, shuffle_xor(x, 4));",
-        ("divergence", "deadlock"),
-        "shfl|lane",
+        "maximum of fewer lanes", "fwd_simt",
+        r"(x = math::max\(x, shuffle_xor\(x, 4\)\);)", r"if (thread_index() % 8 < 4) \1",
+        ("divergence", "deadlock"), "shfl|lane",
+    ),
+    Planted("scores not cleared", "fwd_simt", r"clear\(acc_s\);", "", ("values",), ""),
+    Planted("slots not exchanged", "fwd_simt", r"slot \^= 1;", "", ("race", "early use", "early overwrite"), "shared"),
+    Planted("every lane stores delta", "bwd_delta", r" && thread_x\(\) == 0\)", ")", ("race",), "delta"),
+    Planted(
+        "delta before it is there", "bwd_delta",
+        r"store_number\(delta, (\w+),", r"if (\1 % 2) store_number(delta, \1,", ("uninitialised",), "delta",
     ),
     Planted(
-        "every lane stores delta",
-        "bwd_delta",
-        "if (m < m_end && thread_x() == 0)",
-        "if (m < m_end)",
-        ("race",),
-        "delta",
+        "shuffle inside a branch", "bwd_delta",
+        r"sum = row_sum_of\(sum\);", "if (thread_y() % 4 < 2) sum = row_sum_of(sum);",
+        ("divergence", "deadlock"), "lane",
     ),
     Planted(
-        "shuffle inside a branch",
-        "bwd_delta",
-        "sum = row_sum_of(sum);  // outside",
-        "if (m < m_end) sum = row_sum_of(sum);  //",
-        ("divergence", "deadlock"),
-        "lane",
+        "one partial too many", "bwd_finish",
+        r"i3 < count\[3\]", "i3 <= count[3]", ("out of bounds",), "partial", _BROADCAST,
     ),
     Planted(
-        "one partial too many",
-        "bwd_finish",
-        "i3 < count[3]",
-        "i3 <= count[3]",
-        ("out of bounds",),
-        "partial",
-        _BROADCAST,
+        "gradient stored in its input", "bwd_simt_dq",
+        r"rows_of<Gradient>\(params\.dq", "rows_of<Gradient>(params.q", ("write to an input",), r"q\+",
     ),
     Planted(
-        "gradient stored in its input",
-        "bwd_simt_dq",
-        "rows_of<Gradient>(params.dq",
-        "rows_of<Gradient>(params.q",
-        ("write to an input",),
-        "q\\+",
+        "delta of the next rows", "bwd_simt_dkdv",
+        r"(params\.delta, \w+, \w+\), \w+),", r"\1 + 1,", ("values",), "",
     ),
-    Planted(
-        "delta of the next rows",
-        "bwd_simt_dkdv",
-        "params.delta, seq, head), m0,",
-        "params.delta, seq, head), m0 + 1,",
-        ("values",),
-        "",
-    ),
-    Planted("slots not exchanged", "fwd_simt", "slot ^= 1;", "", ("race", "early use", "early overwrite"), "shared"),
-    Planted(
-        "delta before it is there",
-        "bwd_delta",
-        "store_number(delta, m, empty",
-        "if (m % 2) store_number(delta, m, empty",
-        ("uninitialised",),
-        "delta",
-    ),
-)
+)  # fmt: skip

@@ -74,9 +74,9 @@ Release &release_of(Released &released, u32 block) {
 
 // What `self` publishes at p: all it knows (release), what it knew at its last release fence (relaxed), or nothing.
 void publish(const void *p, bool release, bool replaces) {
-  Released &released = launch->released[(u64)p];
-  if (replaces) released.clear();
+  if (replaces) launch->released.erase((u64)p);  // an atomic, in contrast, continues what was released here
   if (!release && !self->released_by_fence) return;
+  Released &released = launch->released[(u64)p];
   Release &mine = release_of(released, self->block->index);
   if (release) {
     mine.clock.join(published(*self));
