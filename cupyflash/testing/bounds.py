@@ -73,9 +73,17 @@ def longest_chains(
 # -------------------------------------------------------------------------------------------------- roundings
 
 
+# On the CPU a probability below the smallest normal number is raised to exp of a whole number in the base
+# that NumPy computes fastest, 2 or e: to at most e times that number.
+FLOOR = 3
+
+
 @dataclass(frozen=True)
 class Arithmetic:
-    """The accumulator's roundoff and smallest normal number; what is smaller may become 0 (GPUs flush)."""
+    """The accumulator's roundoff, and `FLOOR` times its smallest normal number, below which numbers mean little.
+
+    GPUs take subnormals as 0, and the CPU raises probabilities: either way an error of at most `tiny`.
+    """
 
     u: float
     tiny: float
@@ -83,8 +91,8 @@ class Arithmetic:
     def grow(self, count: Any) -> Any:
         """The relative error of `count` roundings: (1 + u)**count - 1 <= expm1(count u).
 
-        Exponent errors are counted in u as well, and exp turns them into exactly this. exp(300) stands for all
-        that is larger: it promises nothing, and products with it are finite.
+        Exponent errors are counted in u as well, and exp turns them into exactly this. exp(300) stands for
+        all that is larger: it promises nothing, and products with it are finite.
         """
         return np.expm1(np.minimum(count * self.u, 300))
 
@@ -92,7 +100,7 @@ class Arithmetic:
 def arithmetic(dtype: npt.DTypeLike) -> Arithmetic:
     """The arithmetic of the accumulator for inputs of `dtype`."""
     info = np.finfo(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
-    return Arithmetic(u=float(info.eps) / 2, tiny=float(info.tiny))
+    return Arithmetic(u=float(info.eps) / 2, tiny=FLOOR * float(info.tiny))
 
 
 def finfo(dtype: npt.DTypeLike) -> Any:
@@ -163,8 +171,9 @@ def forward_limits(
     |log| (|log| <= |lse| + T_i, and e has 2 u T_i to spare); conversion from base 2, 2 u; the last sum, 1 u.
     Together e + u (N_k + 8 + 5 |lse|).
 
-    What is smaller than `tiny` may be taken as 0 (inputs, products, sums): in a logit it costs at most
-    tiny (1 + |scale|) (D + sum |q| + sum |k| + sum |q k|), in the result tiny (1 + Sk) (1 + max |v|).
+    What is smaller than `tiny` may be taken as 0 (inputs, products, sums), or a p as `tiny`: in a logit it
+    costs at most tiny (1 + |scale|) (D + sum |q| + sum |k| + sum |q k|), in the result tiny (1 + Sk) (1 + max
+    |v|).
     """
     this = reference.pairs(q, k, v, rows=rows, **options)
     p, lse = reference.softmax(this.logits())
