@@ -305,3 +305,18 @@ def test_builds_are_kept_by_content(tmp_path, monkeypatch):
         assert len(list((tmp_path / "builds").glob("*.so"))) == 2
     finally:
         build.cache.cache_clear()
+
+
+def test_without_a_compiler(monkeypatch):
+    """Skipped with a reason on a user's machine, failed where CI promises a compiler."""
+    monkeypatch.setenv("CUPYFLASH_EMULATOR_CXX", "no-such-compiler")
+    build.compiler.cache_clear()
+    try:
+        monkeypatch.delenv("CI", raising=False)
+        with pytest.raises(pytest.skip.Exception, match="g\\+\\+"):
+            why_not()
+        monkeypatch.setenv("CI", "true")
+        with pytest.raises(pytest.fail.Exception, match="g\\+\\+"):
+            why_not()
+    finally:
+        build.compiler.cache_clear()

@@ -15,7 +15,7 @@ def why_not() -> None:
     import pytest
 
     if compiler() is None:
-        reason = "the emulator needs g++ (or $CXX)"
+        reason = "the emulator needs GCC's g++ (or $CUPYFLASH_EMULATOR_CXX)"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)

@@ -34,9 +34,17 @@ class BuildError(RuntimeError):
     """g++ refused a kernel."""
 
 
+@functools.cache
 def compiler() -> str | None:
-    """The C++ compiler: $CXX if it is set, else g++; None where there is none."""
-    return shutil.which(os.environ.get("CXX", "g++"))
+    """GCC's C++ compiler: $CUPYFLASH_EMULATOR_CXX, or g++; None where there is none.
+
+    Clang under g++'s name does not count: its hooks are other ones.
+    """
+    found = shutil.which(os.environ.get("CUPYFLASH_EMULATOR_CXX", "g++"))
+    if found is None:
+        return None
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    return None if version.returncode or "clang" in version.stdout else found
 
 
 @functools.cache
