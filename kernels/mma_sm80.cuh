@@ -1,9 +1,11 @@
-// Instructions since sm_80 (barriers and ordered accesses since sm_70), each under its own name: matrix products of a
-// warp, matrix moves, asynchronous copies, named barriers, and accesses that order memory between thread blocks.
+// Instructions since sm_80 (barriers and ordered accesses since sm_70), each under its own name: matrix
+// products of a warp, matrix moves, asynchronous copies, named barriers, and accesses that order memory between
+// thread blocks.
 //
 // Fragments of mma.m16n8k*, lane = 4 g + t:  d[0..1]: row g, columns 2 t and 2 t + 1;  d[2..3]: row g + 8.
 //   16-bit A: a[0] row g, columns 2 t and 2 t + 1; a[1] row g + 8; a[2], a[3] the same, 8 columns on.
-//   16-bit B: b[0] rows 2 t and 2 t + 1 of column g; b[1] 8 rows on.   32- and 64-bit A and B: t in place of 2 t, 4 on.
+//   16-bit B: b[0] rows 2 t and 2 t + 1 of column g; b[1] 8 rows on.   32- and 64-bit A and B: t in place of 2
+//   t, 4 on.
 #pragma once
 #include "types.cuh"
 
@@ -32,14 +34,18 @@ __device__ __forceinline__ unsigned pack<Bfloat16>(float low, float high) {
 template <typename Element>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
 template <>
-__device__ __forceinline__ void mma_m16n8k16<Float16>(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+__device__ __forceinline__ void mma_m16n8k16<Float16>(float (&d)[4], const unsigned (&a)[4],
+                                                      const unsigned (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
+      "%1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 template <>
-__device__ __forceinline__ void mma_m16n8k16<Bfloat16>(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+__device__ __forceinline__ void mma_m16n8k16<Bfloat16>(float (&d)[4], const unsigned (&a)[4],
+                                                       const unsigned (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
+      "%1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -65,8 +71,10 @@ __device__ __forceinline__ void mma_m16n8k4_tf32(float (&d)[4], const unsigned (
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(b));
 }
-__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4],
+                                                 const unsigned (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
+      "%1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -78,8 +86,9 @@ __device__ __forceinline__ void mma_m8n8k4_f64(double (&d)[2], double a, double 
       : "d"(a), "d"(b));
 }
 
-// ---- 8 x 8 matrices of 16-bit elements between shared memory and registers. Lane 8 i + r gives the address of row r of
-// matrix i, 16-byte aligned; lane l gets elements 2 l and 2 l + 1 of matrix i in r[i], or of its transpose.
+// ---- 8 x 8 matrices of 16-bit elements between shared memory and registers. Lane 8 i + r gives the address of
+// row r of matrix i, 16-byte aligned; lane l gets elements 2 l and 2 l + 1 of matrix i in r[i], or of its
+// transpose.
 __device__ __forceinline__ void ldmatrix_x1(unsigned (&r)[1], unsigned shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(shared) : "memory");
 }
@@ -96,7 +105,10 @@ __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], unsigned shared) {
                : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x1_trans(unsigned (&r)[1], unsigned shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(shared) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+               : "=r"(r[0])
+               : "r"(shared)
+               : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x2_trans(unsigned (&r)[2], unsigned shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
@@ -118,8 +130,8 @@ __device__ __forceinline__ unsigned movmatrix_trans(unsigned r) {
   return transposed;
 }
 
-// ---- asynchronous copies, global to shared: BYTES = 4, 8 or 16, both addresses aligned to it; what lies beyond
-// source_bytes is written as zeros and not read.
+// ---- asynchronous copies, global to shared: BYTES = 4, 8 or 16, both addresses aligned to it; what lies
+// beyond source_bytes is written as zeros and not read.
 template <int BYTES>
 __device__ __forceinline__ void cp_async(unsigned shared, const void* global, int source_bytes = BYTES) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
@@ -142,7 +154,8 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
 }
 
-// ---- named barriers, 0 to 15 (sync_block uses 0); `threads` counts both those that wait and those that only arrive
+// ---- named barriers, 0 to 15 (sync_block uses 0); `threads` counts both those that wait and those that only
+// arrive
 __device__ __forceinline__ void barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
 }
@@ -154,12 +167,21 @@ __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
 // All that this thread wrote, or saw written, before the release is seen by whoever acquires the value after.
 __device__ __forceinline__ int load_acquire(const int* flag) {
   int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(flag)) : "memory");
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+               : "=r"(value)
+               : "l"(__cvta_generic_to_global(flag))
+               : "memory");
   return value;
 }
 __device__ __forceinline__ void store_release(int* flag, int value) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" : : "l"(__cvta_generic_to_global(flag)), "r"(value) : "memory");
+  asm volatile("st.release.gpu.global.s32 [%0], %1;"
+               :
+               : "l"(__cvta_generic_to_global(flag)), "r"(value)
+               : "memory");
 }
 __device__ __forceinline__ void add_release(int* flag, int value) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" : : "l"(__cvta_generic_to_global(flag)), "r"(value) : "memory");
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;"
+               :
+               : "l"(__cvta_generic_to_global(flag)), "r"(value)
+               : "memory");
 }

@@ -1,19 +1,20 @@
-// Instructions of sm_90 (compile for sm_90a), each under its own name: mbarriers, bulk and tensor copies, wgmma,
-// registers by warpgroup. What they need of each other is said where it is easy to get wrong.
+// Instructions of sm_90 (compile for sm_90a), each under its own name: mbarriers, bulk and tensor copies,
+// wgmma, registers by warpgroup. What they need of each other is said where it is easy to get wrong.
 #pragma once
 #include "types.cuh"
 #include "mma_sm80.cuh"
 #include "descriptors.cuh"
 
-// ---- float64 products of a warp, twice the rate of m8n8k4. Fragments as in mma_sm80.cuh: a[2 i], a[2 i + 1] are rows
-// g and g + 8 of column t + 4 i; b[i] is row t + 4 i of column g.
+// ---- float64 products of a warp, twice the rate of m8n8k4. Fragments as in mma_sm80.cuh: a[2 i], a[2 i + 1]
+// are rows g and g + 8 of column t + 4 i; b[i] is row t + 4 i of column g.
 __device__ __forceinline__ void mma_m16n8k4_f64(double (&d)[4], const double (&a)[2], double b) {
   asm("mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
       : "+d"(d[0]), "+d"(d[1]), "+d"(d[2]), "+d"(d[3])
       : "d"(a[0]), "d"(a[1]), "d"(b));
 }
 __device__ __forceinline__ void mma_m16n8k8_f64(double (&d)[4], const double (&a)[4], const double (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+      "%2, %3};"
       : "+d"(d[0]), "+d"(d[1]), "+d"(d[2]), "+d"(d[3])
       : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(b[0]), "d"(b[1]));
 }
@@ -21,8 +22,8 @@ __device__ __forceinline__ void mma_m16n8k16_f64(double (&d)[4], const double (&
   asm("mma.sync.aligned.m16n8k16.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7, %8, %9, %10, %11}, "
       "{%12, %13, %14, %15}, {%0, %1, %2, %3};"
       : "+d"(d[0]), "+d"(d[1]), "+d"(d[2]), "+d"(d[3])
-      : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(a[4]), "d"(a[5]), "d"(a[6]), "d"(a[7]), "d"(b[0]), "d"(b[1]),
-        "d"(b[2]), "d"(b[3]));
+      : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(a[4]), "d"(a[5]), "d"(a[6]), "d"(a[7]), "d"(b[0]),
+        "d"(b[1]), "d"(b[2]), "d"(b[3]));
 }
 
 // ---- the reverse of ldmatrix
@@ -42,7 +43,10 @@ __device__ __forceinline__ void stmatrix_x4(unsigned shared, const unsigned (&r)
                : "memory");
 }
 __device__ __forceinline__ void stmatrix_x1_trans(unsigned shared, const unsigned (&r)[1]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" : : "r"(shared), "r"(r[0]) : "memory");
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};"
+               :
+               : "r"(shared), "r"(r[0])
+               : "memory");
 }
 __device__ __forceinline__ void stmatrix_x2_trans(unsigned shared, const unsigned (&r)[2]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};"
@@ -78,8 +82,8 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
-// ---- mbarriers: 8 bytes of shared memory, 8-byte aligned. A phase ends when `count` threads have arrived and all bytes
-// announced have come; phases have parity 0, 1, 0, ... An arrival releases, a wait acquires.
+// ---- mbarriers: 8 bytes of shared memory, 8-byte aligned. A phase ends when `count` threads have arrived and
+// all bytes announced have come; phases have parity 0, 1, 0, ... An arrival releases, a wait acquires.
 __device__ __forceinline__ void mbarrier_init(unsigned mbarrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(mbarrier), "r"(count) : "memory");
 }
@@ -94,23 +98,29 @@ __device__ __forceinline__ void mbarrier_arrive(unsigned mbarrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(mbarrier) : "memory");
 }
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(unsigned mbarrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(mbarrier), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               :
+               : "r"(mbarrier), "r"(bytes)
+               : "memory");
 }
 __device__ __forceinline__ void mbarrier_expect_tx(unsigned mbarrier, int bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" : : "r"(mbarrier), "r"(bytes) : "memory");
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;"
+               :
+               : "r"(mbarrier), "r"(bytes)
+               : "memory");
 }
 // Whether the phase of this parity has ended; may come back early with false.
 __device__ __forceinline__ bool mbarrier_try_wait(unsigned mbarrier, int parity) {
   unsigned done;
-  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-               : "=r"(done)
-               : "r"(mbarrier), "r"(parity)
-               : "memory");
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(mbarrier), "r"(parity)
+      : "memory");
   return done != 0;
 }
 __device__ __forceinline__ void mbarrier_wait(unsigned mbarrier, int parity) {
-  while (!mbarrier_try_wait(mbarrier, parity)) {
-  }
+  while (!mbarrier_try_wait(mbarrier, parity)) {}
 }
 
 // ---- the async proxy: bulk and tensor copies and wgmma see ordinary writes only behind a fence
@@ -118,7 +128,9 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 __device__ __forceinline__ void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+__device__ __forceinline__ void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
 
 // ---- bulk copies: one thread issues, `bytes` and addresses are multiples of 16
 __device__ __forceinline__ void bulk_load(unsigned shared, const void* global, int bytes, unsigned mbarrier) {
@@ -147,7 +159,8 @@ __device__ __forceinline__ void bulk_add(double* global, unsigned shared, int by
 }
 // Stores and reductions of this thread since the last commit are one group.
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// All but the last N groups have read their shared memory (bulk_wait_read) and written their global memory (bulk_wait).
+// All but the last N groups have read their shared memory (bulk_wait_read) and written their global memory
+// (bulk_wait).
 template <int N>
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" : : "n"(N) : "memory");
@@ -157,8 +170,9 @@ __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" : : "n"(N) : "memory");
 }
 
-// ---- tensor copies: a box of a tensor, by coordinates from the innermost dimension outwards. A parameter of the kernel,
-// `const __grid_constant__ TensorMap map`. Shared memory is aligned to the swizzle's pattern, at least to 128 bytes.
+// ---- tensor copies: a box of a tensor, by coordinates from the innermost dimension outwards. A parameter of
+// the kernel, `const __grid_constant__ TensorMap map`. Shared memory is aligned to the swizzle's pattern, at
+// least to 128 bytes.
 struct alignas(64) TensorMap {
   unsigned long long opaque[16];
 };
@@ -168,29 +182,35 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
 }
 
 // What lies outside the tensor is written as zeros and counts in the mbarrier's bytes.
-__device__ __forceinline__ void tensor_load(unsigned shared, const TensorMap& map, unsigned mbarrier, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-               :
-               : "r"(shared), "l"(&map), "r"(mbarrier), "r"(x), "r"(y)
-               : "memory");
-}
-__device__ __forceinline__ void tensor_load(unsigned shared, const TensorMap& map, unsigned mbarrier, int x, int y, int z) {
+__device__ __forceinline__ void tensor_load(unsigned shared, const TensorMap& map, unsigned mbarrier, int x,
+                                            int y) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+      "[%2];"
+      :
+      : "r"(shared), "l"(&map), "r"(mbarrier), "r"(x), "r"(y)
+      : "memory");
+}
+__device__ __forceinline__ void tensor_load(unsigned shared, const TensorMap& map, unsigned mbarrier, int x,
+                                            int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, "
+      "%5}], [%2];"
       :
       : "r"(shared), "l"(&map), "r"(mbarrier), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
-__device__ __forceinline__ void tensor_load(
-    unsigned shared, const TensorMap& map, unsigned mbarrier, int x, int y, int z, int w) {
+__device__ __forceinline__ void tensor_load(unsigned shared, const TensorMap& map, unsigned mbarrier, int x,
+                                            int y, int z, int w) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, "
+      "%5, %6}], [%2];"
       :
       : "r"(shared), "l"(&map), "r"(mbarrier), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
 }
-__device__ __forceinline__ void tensor_load(
-    unsigned shared, const TensorMap& map, unsigned mbarrier, int x, int y, int z, int w, int v) {
+__device__ __forceinline__ void tensor_load(unsigned shared, const TensorMap& map, unsigned mbarrier, int x,
+                                            int y, int z, int w, int v) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
       "[%1, {%3, %4, %5, %6, %7}], [%2];"
@@ -212,26 +232,30 @@ __device__ __forceinline__ void tensor_store(const TensorMap& map, unsigned shar
                : "l"(&map), "r"(shared), "r"(x), "r"(y), "r"(z)
                : "memory");
 }
-__device__ __forceinline__ void tensor_store(const TensorMap& map, unsigned shared, int x, int y, int z, int w) {
+__device__ __forceinline__ void tensor_store(const TensorMap& map, unsigned shared, int x, int y, int z,
+                                             int w) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
                :
                : "l"(&map), "r"(shared), "r"(x), "r"(y), "r"(z), "r"(w)
                : "memory");
 }
-__device__ __forceinline__ void tensor_store(const TensorMap& map, unsigned shared, int x, int y, int z, int w, int v) {
+__device__ __forceinline__ void tensor_store(const TensorMap& map, unsigned shared, int x, int y, int z, int w,
+                                             int v) {
   asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
                :
                : "l"(&map), "r"(shared), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v)
                : "memory");
 }
 __device__ __forceinline__ void tensor_add(const TensorMap& map, unsigned shared, int x, int y, int z, int w) {
-  asm volatile("cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
-               :
-               : "l"(&map), "r"(shared), "r"(x), "r"(y), "r"(z), "r"(w)
-               : "memory");
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+      :
+      : "l"(&map), "r"(shared), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
 }
 
-// ---- registers of a warpgroup: all its threads, N a multiple of 8 from 24 to 256. Raising waits until the block has them.
+// ---- registers of a warpgroup: all its threads, N a multiple of 8 from 24 to 256. Raising waits until the
+// block has them.
 template <int N>
 __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(N));
@@ -241,8 +265,9 @@ __device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(N));
 }
 
-// ---- wgmma: a warpgroup's product of 16-bit operands, M = 64, K = 16, N = 2 * REGISTERS from 8 to 256, float32
-// accumulators. Warp w of the group has rows 16 w to 16 w + 15; for each 8 columns i, d[4 i .. 4 i + 3] lie as mma's.
+// ---- wgmma: a warpgroup's product of 16-bit operands, M = 64, K = 16, N = 2 * REGISTERS from 8 to 256,
+// float32 accumulators. Warp w of the group has rows 16 w to 16 w + 15; for each 8 columns i, d[4 i .. 4 i + 3]
+// lie as mma's.
 //
 //     wgmma_fence();             // registers that were written since (d, a) are handed over
 //     wgmma_first_ss(d, ...);    // d = a b: outputs only, so that d is no input that must be kept in registers
@@ -251,7 +276,9 @@ __device__ __forceinline__ void setmaxnreg_inc() {
 //     wgmma_wait<0>();           // d, a and shared memory are free again, for this warp
 //     wgmma_hold(d);             // no earlier use of d may move behind this, no later one before it
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 // Waits for all but the last N groups.
 template <int N>
 __device__ __forceinline__ void wgmma_wait() {
@@ -263,8 +290,8 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[REGISTERS]) {
   for (int i = 0; i < REGISTERS; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Every N has its own instruction, with N / 2 accumulators. WGMMA_D_n is their list in the text, WGMMA_OUT_n(C) their
-// operands under constraint C; WGMMA_EACH_N also gives the numbers of the seven operands behind them.
+// Every N has its own instruction, with N / 2 accumulators. WGMMA_D_n is their list in the text, WGMMA_OUT_n(C)
+// their operands under constraint C; WGMMA_EACH_N also gives the numbers of the seven operands behind them.
 #define WGMMA_D_8 "%0, %1, %2, %3"
 #define WGMMA_D_16 WGMMA_D_8 ", %4, %5, %6, %7"
 #define WGMMA_D_24 WGMMA_D_16 ", %8, %9, %10, %11"
@@ -364,19 +391,21 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[REGISTERS]) {
   X(256, 128, 129, 130, 131, 132, 133, 134, __VA_ARGS__)
 
 // P: whether d counts; the operands behind d are numbered from A0 on.
-#define WGMMA_SS(n, A0, A1, A2, A3, A4, A5, A6, TYPE, P, C)                                                       \
-  if constexpr (2 * REGISTERS == n) {                                                                             \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " #P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." TYPE \
-                 "." TYPE " {" WGMMA_D_##n "}, %" #A0 ", %" #A1 ", p, 1, 1, %" #A2 ", %" #A3 ";\n}"               \
-                 : WGMMA_OUT_##n(C)                                                                               \
-                 : "l"(a), "l"(b), "n"(static_cast<int>(MAJOR_A)), "n"(static_cast<int>(MAJOR_B)));               \
+#define WGMMA_SS(n, A0, A1, A2, A3, A4, A5, A6, TYPE, P, C)                                                  \
+  if constexpr (2 * REGISTERS == n) {                                                                        \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " #P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n         \
+                 "k16.f32." TYPE "." TYPE " {" WGMMA_D_##n "}, %" #A0 ", %" #A1 ", p, 1, 1, %" #A2 ", %" #A3 \
+                                                           ";\n}"                                            \
+                 : WGMMA_OUT_##n(C)                                                                          \
+                 : "l"(a), "l"(b), "n"(static_cast<int>(MAJOR_A)), "n"(static_cast<int>(MAJOR_B)));          \
   }
-#define WGMMA_RS(n, A0, A1, A2, A3, A4, A5, A6, TYPE, P, C)                                                       \
-  if constexpr (2 * REGISTERS == n) {                                                                             \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " #P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." TYPE \
-                 "." TYPE " {" WGMMA_D_##n "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #A4 ", p, 1, 1, %" #A5 ";\n}" \
-                 : WGMMA_OUT_##n(C)                                                                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(static_cast<int>(MAJOR_B)));           \
+#define WGMMA_RS(n, A0, A1, A2, A3, A4, A5, A6, TYPE, P, C)                                             \
+  if constexpr (2 * REGISTERS == n) {                                                                   \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " #P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n    \
+                 "k16.f32." TYPE "." TYPE " {" WGMMA_D_##n "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3    \
+                                                           "}, %" #A4 ", p, 1, 1, %" #A5 ";\n}"         \
+                 : WGMMA_OUT_##n(C)                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(static_cast<int>(MAJOR_B))); \
   }
 
 template <typename Element>
@@ -394,7 +423,8 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[REGISTERS], unsigned long lo
   }
 }
 template <typename Element, Major MAJOR_A, Major MAJOR_B, int REGISTERS>
-__device__ __forceinline__ void wgmma_first_ss(float (&d)[REGISTERS], unsigned long long a, unsigned long long b) {
+__device__ __forceinline__ void wgmma_first_ss(float (&d)[REGISTERS], unsigned long long a,
+                                               unsigned long long b) {
   if constexpr (IS_FLOAT16<Element>) {
     WGMMA_EACH_N(WGMMA_SS, "f16", 0, "=f")
   } else {
@@ -412,7 +442,8 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[REGISTERS], const unsigned (
   }
 }
 template <typename Element, Major MAJOR_B, int REGISTERS>
-__device__ __forceinline__ void wgmma_first_rs(float (&d)[REGISTERS], const unsigned (&a)[4], unsigned long long b) {
+__device__ __forceinline__ void wgmma_first_rs(float (&d)[REGISTERS], const unsigned (&a)[4],
+                                               unsigned long long b) {
   if constexpr (IS_FLOAT16<Element>) {
     WGMMA_EACH_N(WGMMA_RS, "f16", 0, "=f")
   } else {

@@ -162,15 +162,13 @@ def for_cpu(text: str) -> str:
 
 def entry_points(text: str) -> tuple[str, ...]:
     """The kernels that a text defines, also through a macro whose first parameter is the kernel's name."""
-    names: list[str] = []
     text = _ATTRIBUTE.sub("", text).replace("\\\n", " ")
-    for line in text.splitlines():
+    macros = [line for line in text.splitlines() if line.lstrip().startswith("#")]
+    names = _ENTRY.findall("\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#")))
+    for line in macros:
         macro = _MACRO.match(line)
-        found = _ENTRY.findall(line)
-        if macro and macro[2] in found:
+        if macro and macro[2] in _ENTRY.findall(line):
             names += re.findall(rf"^{macro[1]}\((\w+)", text, re.MULTILINE)
-        else:
-            names += found
     return tuple(names)
 
 

@@ -313,7 +313,7 @@ PLANTED = (
     Planted(
         "no wait for the turn",
         "ordered",
-        "while (load_acquire(&state[1]) != ticket) {\n    }",
+        "while (load_acquire(&state[1]) != ticket) {}",
         "",
         ("race between blocks",),
         "",

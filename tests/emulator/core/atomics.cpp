@@ -1,7 +1,7 @@
 // Atomics, ordered loads and stores, fences: how blocks tell each other things.
 //
-// The model is that of C++: a release publishes what the thread knows at the place it writes; an acquire that reads
-// the value takes it; relaxed operations do so together with fences before the write and after the read.
+// The model is that of C++: a release publishes what the thread knows at the place it writes; an acquire that
+// reads the value takes it; relaxed operations do so together with fences before the write and after the read.
 #include <cmath>
 #include <cstring>
 
@@ -15,8 +15,11 @@ namespace {
 
 u32 width_of(AtomicType type) {
   switch (type) {
-    case TYPE_I64: case TYPE_U64: case TYPE_F64: return 8;
-    case TYPE_F16: case TYPE_BF16: return 2;
+    case TYPE_I64:
+    case TYPE_U64:
+    case TYPE_F64: return 8;
+    case TYPE_F16:
+    case TYPE_BF16: return 2;
     default: return 4;
   }
 }
@@ -72,7 +75,8 @@ Release &release_of(Released &released, u32 block) {
   return released.back();
 }
 
-// What `self` publishes at p: all it knows (release), what it knew at its last release fence (relaxed), or nothing.
+// What `self` publishes at p: all it knows (release), what it knew at its last release fence (relaxed), or
+// nothing.
 void publish(const void *p, bool release, bool replaces) {
   if (replaces) launch->released.erase((u64)p);  // an atomic, in contrast, continues what was released here
   if (!release && !self->released_by_fence) return;
@@ -117,8 +121,8 @@ void wake_pollers(const void *p) {
   }
 }
 
-// The same load, or atomic that changes nothing, with the same result twice in a row is a spin: the thread goes on
-// when the flag is written.
+// The same load, or atomic that changes nothing, with the same result twice in a row is a spin: the thread goes
+// on when the flag is written.
 void wait_if_spinning(const void *p, u64 value) {
   if (self->polled == (u64)p && self->polled_value == value) {
     std::string name = name_of(p);
@@ -128,7 +132,8 @@ void wait_if_spinning(const void *p, u64 value) {
 
 }  // namespace
 
-uint64_t atomic(AtomicOperation operation, AtomicType type, void *p, uint64_t value, uint64_t compare, MemoryOrder order) {
+uint64_t atomic(AtomicOperation operation, AtomicType type, void *p, uint64_t value, uint64_t compare,
+                MemoryOrder order) {
   EMULATOR_ENTER();
   maybe_yield();
   u32 bytes = width_of(type);
@@ -153,7 +158,8 @@ void atomic_vector_add(AtomicType type, void *p, const void *values, int count) 
   on_access(p, bytes * (u32)count, {true, true});
   for (int i = 0; i < count; i++) {
     u8 *at = (u8 *)p + (u32)i * bytes;
-    u64 result = combine(ATOMIC_ADD, type, read_bytes(at, bytes), read_bytes((const u8 *)values + (u32)i * bytes, bytes), 0);
+    u64 result = combine(ATOMIC_ADD, type, read_bytes(at, bytes),
+                         read_bytes((const u8 *)values + (u32)i * bytes, bytes), 0);
     memcpy(at, &result, bytes);
     publish(at, false, false);
   }

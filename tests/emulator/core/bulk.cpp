@@ -46,7 +46,8 @@ void check_mbarrier_fence(u32 address, const char *instruction) {
   Mbarrier &m = live_mbarrier(address, instruction);
   if (!m.fenced || (m.fence_slot != self->index && self->clock.of(m.fence_slot) < m.fence_tick))
     fail("missing mbarrier fence",
-         "%s reports to the mbarrier at shared+%u, initialised at %s, with no fence.mbarrier_init or fence.proxy.async "
+         "%s reports to the mbarrier at shared+%u, initialised at %s, with no fence.mbarrier_init or "
+         "fence.proxy.async "
          "between",
          instruction, address - SHARED_BASE, place_of(m.init_pc).c_str());
 }
@@ -81,8 +82,7 @@ u32 reduce_width(int operation) {
 
 void reduce_bytes(u8 *to, const u8 *from, u32 bytes, int operation) {
   u32 width = reduce_width(operation);
-  for (u32 i = 0; i < bytes; i += width)
-    switch (operation) {
+  for (u32 i = 0; i < bytes; i += width) switch (operation) {
       case BULK_ADD_F32: add<float>(to + i, from + i); break;
       case BULK_ADD_F64: add<double>(to + i, from + i); break;
       case BULK_ADD_U32: add<u32>(to + i, from + i); break;
@@ -128,7 +128,7 @@ void finish_store(Bulk &bulk) {
 
 // ---- tensors
 struct Walk {  // one row of a box: contiguous in global and in shared memory
-  u8 *global;   // nullptr: outside the tensor
+  u8 *global;  // nullptr: outside the tensor
   u32 shared_offset;
   u32 before, inside, after;  // bytes of the row outside, inside and outside the tensor
 };
@@ -150,13 +150,13 @@ void walk_box(const TensorMap &map, const int *coordinates, Visit visit) {
       offset += at * (i64)map.strides[d];
     }
     i64 begin = coordinates[0], end = begin + map.box[0];
-    i64 first = begin < 0 ? 0 : begin, last = end > (i64)map.dims[0] ? (i64)map.dims[0] : end;
+    i64 first = begin<0 ? 0 : begin, last = end>(i64) map.dims[0] ? (i64)map.dims[0] : end;
     if (outside || last <= first) {
       visit(Walk{nullptr, r * row_bytes, row_bytes, 0, 0});
     } else {
       u32 e = map.element_bytes;
-      visit(Walk{map.base + offset + first * e, r * row_bytes, (u32)(first - begin) * e, (u32)(last - first) * e,
-                 (u32)(end - last) * e});
+      visit(Walk{map.base + offset + first * e, r * row_bytes, (u32)(first - begin) * e,
+                 (u32)(last - first) * e, (u32)(end - last) * e});
     }
   }
 }
@@ -177,21 +177,25 @@ const TensorMap &checked_map(const void *p, int rank, u32 shared, const char *in
   const TensorMap &map = *(const TensorMap *)p;
   if ((u64)p % 64) fail("misaligned", "%s: the tensor map is not 64-byte aligned", instruction);
   if (map.magic != TensorMap::MAGIC) fail("tensor map", "%s: this is no encoded tensor map", instruction);
-  if ((int)map.rank != rank) fail("tensor map", "%s of rank %d with a map of rank %u", instruction, rank, map.rank);
-  // A tile that does not start where the swizzle's pattern does is moved as the hardware does, but no kernel wants it.
+  if ((int)map.rank != rank)
+    fail("tensor map", "%s of rank %d with a map of rank %u", instruction, rank, map.rank);
+  // A tile that does not start where the swizzle's pattern does is moved as the hardware does, but no kernel
+  // wants it.
   shared_at(shared, map.box_bytes(), swizzle_pattern(map.swizzle), instruction);
   return map;
 }
 
-void store_tensor(Bulk::Kind kind, const void *p, u32 source, int rank, const int *coordinates, const char *instruction) {
+void store_tensor(Bulk::Kind kind, const void *p, u32 source, int rank, const int *coordinates,
+                  const char *instruction) {
   const TensorMap &map = checked_map(p, rank, source, instruction);
   Bulk &bulk = begin(kind);
   bulk.element = map.reduce_operation;
   walk_box(map, coordinates, [&](const Walk &row) {
     if (row.inside)
-      in_chunks(source + row.shared_offset + row.before, row.inside, map.swizzle, [&](u32 at, u32 done, u32 bytes) {
-        add_piece(bulk, row.global + done, self->block->shared + (at - SHARED_BASE), bytes);
-      });
+      in_chunks(source + row.shared_offset + row.before, row.inside, map.swizzle,
+                [&](u32 at, u32 done, u32 bytes) {
+                  add_piece(bulk, row.global + done, self->block->shared + (at - SHARED_BASE), bytes);
+                });
   });
   finish_store(bulk);
 }
@@ -225,7 +229,8 @@ void finish_block_async(Block &block) {
     for (u32 t = 0; t < block.num_threads && !waited; t++)
       waited = block.threads[t].clock.of(block.num_threads + i) >= block.load_ticks[i];
     if (!waited)
-      fail("unfinished", "the block ends and no thread has waited for the bulk load at %s", place(block.load_pcs[i]).c_str());
+      fail("unfinished", "the block ends and no thread has waited for the bulk load at %s",
+           place(block.load_pcs[i]).c_str());
   }
   while (!block.in_flight.empty()) land_at(block, 0);  // stores whose source was read: memory gets them in time
   for (u32 w = 0; w < block.num_warps; w++)
@@ -239,7 +244,8 @@ void bulk_load(uint32_t destination, const void *source, uint32_t bytes, uint32_
   EMULATOR_ENTER();
   const char *name = "cp.async.bulk to shared memory";
   if (bytes % 16) fail("misaligned", "%s of %u bytes: no multiple of 16", name, bytes);
-  if ((u64)source % 16) fail("misaligned", "%s from %s, which is not 16-byte aligned", name, name_of(source).c_str());
+  if ((u64)source % 16)
+    fail("misaligned", "%s from %s, which is not 16-byte aligned", name, name_of(source).c_str());
   check_mbarrier_fence(mbarrier, name);
   u8 *to = shared_at(destination, bytes, 16, name);
   Bulk &bulk = begin(Bulk::LOAD);
@@ -248,7 +254,8 @@ void bulk_load(uint32_t destination, const void *source, uint32_t bytes, uint32_
   finish_issue();
 }
 
-static void store_bulk(Bulk::Kind kind, void *destination, u32 source, u32 bytes, int operation, const char *name) {
+static void store_bulk(Bulk::Kind kind, void *destination, u32 source, u32 bytes, int operation,
+                       const char *name) {
   if (bytes % 16) fail("misaligned", "%s of %u bytes: no multiple of 16", name, bytes);
   if ((u64)destination % 16)
     fail("misaligned", "%s to %s, which is not 16-byte aligned", name, name_of(destination).c_str());

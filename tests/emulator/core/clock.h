@@ -1,7 +1,8 @@
 // Vector clocks: what one thread knows of the progress of others.
 //
-// Slots of a block's clock are its threads, then AGENTS slots for asynchronous operations, which act on memory as
-// threads of their own. A node is never changed once it is shared, so threads that left the same barrier share one.
+// Slots of a block's clock are its threads, then AGENTS slots for asynchronous operations, which act on memory
+// as threads of their own. A node is never changed once it is shared, so threads that left the same barrier
+// share one.
 #pragma once
 #include <cstdint>
 #include <cstdlib>

@@ -13,7 +13,8 @@ u8 *shared_at(u32 address, u32 bytes, u32 alignment, const char *instruction) {
     fail("out of bounds", "%s of %u bytes at shared%+lld, of %u bytes of shared memory", instruction, bytes,
          (long long)offset, launch->shared_bytes);
   if (address % alignment)
-    fail("misaligned", "%s at shared+%lld, which is not %u-byte aligned", instruction, (long long)offset, alignment);
+    fail("misaligned", "%s at shared+%lld, which is not %u-byte aligned", instruction, (long long)offset,
+         alignment);
   return self->block->shared + offset;
 }
 
@@ -21,7 +22,8 @@ u32 shared_address(const void *p) {
   EMULATOR_ENTER();
   i64 offset = (const u8 *)p - self->block->shared;
   if (offset < 0 || offset > launch->shared_bytes)
-    fail("out of bounds", "an address at shared%+lld, of %u bytes of shared memory, taken as one in shared memory",
+    fail("out of bounds",
+         "an address at shared%+lld, of %u bytes of shared memory, taken as one in shared memory",
          (long long)offset, launch->shared_bytes);
   return SHARED_BASE + (u32)offset;
 }
@@ -96,9 +98,11 @@ void copy_async_wait_all() {
 void finish_thread_async() {
   for (auto &group : self->copy_groups)
     if (!group.empty())
-      fail("unfinished", "a thread exits without waiting for its cp.async at %s", place_of(group[0].pc).c_str());
+      fail("unfinished", "a thread exits without waiting for its cp.async at %s",
+           place_of(group[0].pc).c_str());
   if (!self->copies.empty())
-    fail("unfinished", "a thread exits without waiting for its cp.async at %s", place_of(self->copies[0].pc).c_str());
+    fail("unfinished", "a thread exits without waiting for its cp.async at %s",
+         place_of(self->copies[0].pc).c_str());
   if (self->registers && !self->registers->pending.empty())
     fail("unfinished", "a thread exits without waiting for its wgmma at %s",
          place_of(self->registers->pending[0].pc).c_str());
@@ -107,7 +111,8 @@ void finish_thread_async() {
     for (u64 id : group) {
       const StoreAgents &store = launch->store_agents[id];
       if (!store.read_waited)
-        fail("unfinished", "a thread exits while its bulk store at %s may still read shared memory", place(store.pc).c_str());
+        fail("unfinished", "a thread exits while its bulk store at %s may still read shared memory",
+             place(store.pc).c_str());
     }
 }
 

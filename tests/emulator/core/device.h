@@ -1,4 +1,5 @@
-// What a kernel sees when g++ compiles it: CUDA's qualifiers, types and functions, and the emulator behind them.
+// What a kernel sees when g++ compiles it: CUDA's qualifiers, types and functions, and the emulator behind
+// them.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -7,17 +8,18 @@
 
 // Declared by hand: the C++ headers take g++ longer than most kernels do.
 extern "C" {
-#define EMULATOR_MATH_1(name) \
+#define EMULATOR_MATH_1(name)   \
   double name(double) noexcept; \
   float name##f(float) noexcept;
-#define EMULATOR_MATH_2(name) \
+#define EMULATOR_MATH_2(name)           \
   double name(double, double) noexcept; \
   float name##f(float, float) noexcept;
-EMULATOR_MATH_1(exp) EMULATOR_MATH_1(exp2) EMULATOR_MATH_1(expm1) EMULATOR_MATH_1(log) EMULATOR_MATH_1(log2)
-EMULATOR_MATH_1(log1p) EMULATOR_MATH_1(sqrt) EMULATOR_MATH_1(fabs) EMULATOR_MATH_1(floor) EMULATOR_MATH_1(ceil)
-EMULATOR_MATH_1(trunc) EMULATOR_MATH_1(rint) EMULATOR_MATH_1(sin) EMULATOR_MATH_1(cos) EMULATOR_MATH_1(tanh)
-EMULATOR_MATH_2(fmin) EMULATOR_MATH_2(fmax) EMULATOR_MATH_2(fmod) EMULATOR_MATH_2(pow) EMULATOR_MATH_2(copysign)
-double fma(double, double, double) noexcept;
+EMULATOR_MATH_1(exp)
+EMULATOR_MATH_1(exp2) EMULATOR_MATH_1(expm1) EMULATOR_MATH_1(log) EMULATOR_MATH_1(log2) EMULATOR_MATH_1(log1p)
+    EMULATOR_MATH_1(sqrt) EMULATOR_MATH_1(fabs) EMULATOR_MATH_1(floor) EMULATOR_MATH_1(ceil)
+        EMULATOR_MATH_1(trunc) EMULATOR_MATH_1(rint) EMULATOR_MATH_1(sin) EMULATOR_MATH_1(cos)
+            EMULATOR_MATH_1(tanh) EMULATOR_MATH_2(fmin) EMULATOR_MATH_2(fmax) EMULATOR_MATH_2(fmod)
+                EMULATOR_MATH_2(pow) EMULATOR_MATH_2(copysign) double fma(double, double, double) noexcept;
 float fmaf(float, float, float) noexcept;
 double ldexp(double, int) noexcept;
 float ldexpf(float, int) noexcept;
@@ -47,13 +49,13 @@ void *memset(void *, int, size_t) noexcept;
 constexpr int warpSize = 32;
 
 // ---- vector types
-#define EMULATOR_VECTORS(T, name, a2, a4)                                                            \
-  struct name##1 { T x; };                                                                           \
-  struct alignas(a2) name##2 { T x, y; };                                                            \
-  struct name##3 { T x, y, z; };                                                                     \
-  struct alignas(a4) name##4 { T x, y, z, w; };                                                      \
-  EMULATOR_WORD name##2 make_##name##2(T x, T y) { return {x, y}; }                                  \
-  EMULATOR_WORD name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                          \
+#define EMULATOR_VECTORS(T, name, a2, a4)                                   \
+  struct name##1 { T x; };                                                  \
+  struct alignas(a2) name##2 { T x, y; };                                   \
+  struct name##3 { T x, y, z; };                                            \
+  struct alignas(a4) name##4 { T x, y, z, w; };                             \
+  EMULATOR_WORD name##2 make_##name##2(T x, T y) { return {x, y}; }         \
+  EMULATOR_WORD name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
   EMULATOR_WORD name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 EMULATOR_VECTORS(signed char, char, 2, 4)
 EMULATOR_VECTORS(unsigned char, uchar, 2, 4)
@@ -69,7 +71,9 @@ using dim3 = emulator::Dim3;
 
 // ---- synchronisation
 EMULATOR_WORD void __syncthreads() { emulator::sync_threads(); }
-EMULATOR_WORD int __syncthreads_count(int p) { return (int)emulator::sync_threads_vote(p, emulator::SYNC_COUNT); }
+EMULATOR_WORD int __syncthreads_count(int p) {
+  return (int)emulator::sync_threads_vote(p, emulator::SYNC_COUNT);
+}
 EMULATOR_WORD int __syncthreads_and(int p) { return (int)emulator::sync_threads_vote(p, emulator::SYNC_AND); }
 EMULATOR_WORD int __syncthreads_or(int p) { return (int)emulator::sync_threads_vote(p, emulator::SYNC_OR); }
 EMULATOR_WORD void __syncwarp(unsigned mask = ~0u) { emulator::sync_warp(mask); }
@@ -104,13 +108,19 @@ template <class T>
 EMULATOR_WORD T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
   return emulator_shuffle("__shfl_xor_sync", mask, value, lanes, width, emulator::SHUFFLE_XOR);
 }
-EMULATOR_WORD unsigned __ballot_sync(unsigned mask, int p) { return emulator::vote("__ballot_sync", mask, p, emulator::VOTE_BALLOT); }
-EMULATOR_WORD int __all_sync(unsigned mask, int p) { return (int)emulator::vote("__all_sync", mask, p, emulator::VOTE_ALL); }
-EMULATOR_WORD int __any_sync(unsigned mask, int p) { return (int)emulator::vote("__any_sync", mask, p, emulator::VOTE_ANY); }
+EMULATOR_WORD unsigned __ballot_sync(unsigned mask, int p) {
+  return emulator::vote("__ballot_sync", mask, p, emulator::VOTE_BALLOT);
+}
+EMULATOR_WORD int __all_sync(unsigned mask, int p) {
+  return (int)emulator::vote("__all_sync", mask, p, emulator::VOTE_ALL);
+}
+EMULATOR_WORD int __any_sync(unsigned mask, int p) {
+  return (int)emulator::vote("__any_sync", mask, p, emulator::VOTE_ANY);
+}
 EMULATOR_WORD unsigned __activemask() { return emulator::active_mask(); }
-#define EMULATOR_REDUCE(name, T, mode)                                                \
-  EMULATOR_WORD T name(unsigned mask, T value) {                                      \
-    return (T)emulator::reduce(#name, mask, (unsigned)value, emulator::mode);         \
+#define EMULATOR_REDUCE(name, T, mode)                                        \
+  EMULATOR_WORD T name(unsigned mask, T value) {                              \
+    return (T)emulator::reduce(#name, mask, (unsigned)value, emulator::mode); \
   }
 EMULATOR_REDUCE(__reduce_add_sync, unsigned, REDUCE_ADD)
 EMULATOR_REDUCE(__reduce_add_sync, int, REDUCE_ADD)
@@ -123,15 +133,35 @@ EMULATOR_REDUCE(__reduce_or_sync, unsigned, REDUCE_OR)
 EMULATOR_REDUCE(__reduce_xor_sync, unsigned, REDUCE_XOR)
 
 // ---- atomics: relaxed, as in CUDA
-template <class T> struct EmulatorAtomic;
-template <> struct EmulatorAtomic<int> { static constexpr auto type = emulator::TYPE_I32; };
-template <> struct EmulatorAtomic<unsigned> { static constexpr auto type = emulator::TYPE_U32; };
-template <> struct EmulatorAtomic<long long> { static constexpr auto type = emulator::TYPE_I64; };
-template <> struct EmulatorAtomic<unsigned long long> { static constexpr auto type = emulator::TYPE_U64; };
-template <> struct EmulatorAtomic<float> { static constexpr auto type = emulator::TYPE_F32; };
-template <> struct EmulatorAtomic<double> { static constexpr auto type = emulator::TYPE_F64; };
 template <class T>
-EMULATOR_WORD T emulator_atomic(emulator::AtomicOperation operation, T *p, T value, T compare, emulator::MemoryOrder order) {
+struct EmulatorAtomic;
+template <>
+struct EmulatorAtomic<int> {
+  static constexpr auto type = emulator::TYPE_I32;
+};
+template <>
+struct EmulatorAtomic<unsigned> {
+  static constexpr auto type = emulator::TYPE_U32;
+};
+template <>
+struct EmulatorAtomic<long long> {
+  static constexpr auto type = emulator::TYPE_I64;
+};
+template <>
+struct EmulatorAtomic<unsigned long long> {
+  static constexpr auto type = emulator::TYPE_U64;
+};
+template <>
+struct EmulatorAtomic<float> {
+  static constexpr auto type = emulator::TYPE_F32;
+};
+template <>
+struct EmulatorAtomic<double> {
+  static constexpr auto type = emulator::TYPE_F64;
+};
+template <class T>
+EMULATOR_WORD T emulator_atomic(emulator::AtomicOperation operation, T *p, T value, T compare,
+                                emulator::MemoryOrder order) {
   uint64_t bits = 0, other = 0;
   __builtin_memcpy(&bits, &value, sizeof(T));
   __builtin_memcpy(&other, &compare, sizeof(T));
@@ -139,10 +169,10 @@ EMULATOR_WORD T emulator_atomic(emulator::AtomicOperation operation, T *p, T val
   __builtin_memcpy(&value, &bits, sizeof(T));
   return value;
 }
-#define EMULATOR_ATOMIC(name, operation)                                                        \
-  template <class T>                                                                            \
-  EMULATOR_WORD T name(T *p, T value) {                                                         \
-    return emulator_atomic(emulator::operation, p, value, T(), emulator::RELAXED);              \
+#define EMULATOR_ATOMIC(name, operation)                                           \
+  template <class T>                                                               \
+  EMULATOR_WORD T name(T *p, T value) {                                            \
+    return emulator_atomic(emulator::operation, p, value, T(), emulator::RELAXED); \
   }
 EMULATOR_ATOMIC(atomicAdd, ATOMIC_ADD)
 EMULATOR_ATOMIC(atomicMin, ATOMIC_MIN)
@@ -160,7 +190,10 @@ EMULATOR_WORD T atomicCAS(T *p, T compare, T value) {
 #define __expf expf
 #define __logf logf
 #define __log2f log2f
-template <class T> EMULATOR_WORD T __ldg(const T *p) { return *p; }
+template <class T>
+EMULATOR_WORD T __ldg(const T *p) {
+  return *p;
+}
 EMULATOR_WORD int min(int a, int b) { return a < b ? a : b; }
 EMULATOR_WORD int max(int a, int b) { return a > b ? a : b; }
 EMULATOR_WORD unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
@@ -241,9 +274,11 @@ size_t argument_sizes(void (*)(A...), uint64_t *sizes) {
   return i;
 }
 }  // namespace emulator
-#define EMULATOR_ENTRY(kernel)                                                                                    \
-  extern "C" const char *emulator_run_##kernel(void **arguments) {                                                \
-    return emulator::enter(                                                                                       \
-        kernel, +[](void *p) { emulator::arguments_of(kernel, p).call(kernel); }, arguments);                     \
-  }                                                                                                               \
-  extern "C" uint64_t emulator_sizes_##kernel(uint64_t *sizes) { return emulator::argument_sizes(kernel, sizes); }
+#define EMULATOR_ENTRY(kernel)                                                                \
+  extern "C" const char *emulator_run_##kernel(void **arguments) {                            \
+    return emulator::enter(                                                                   \
+        kernel, +[](void *p) { emulator::arguments_of(kernel, p).call(kernel); }, arguments); \
+  }                                                                                           \
+  extern "C" uint64_t emulator_sizes_##kernel(uint64_t *sizes) {                              \
+    return emulator::argument_sizes(kernel, sizes);                                           \
+  }

@@ -72,7 +72,8 @@ namespace emulator {
 void Stack::allocate() {
   if (base) return;
   constexpr size_t GUARD = 64 * 1024;  // a multiple of every page size in use
-  void *p = mmap(nullptr, BYTES + GUARD, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void *p =
+      mmap(nullptr, BYTES + GUARD, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED || mprotect(p, GUARD, PROT_NONE)) {
     perror("emulator: no memory for a fiber's stack");
     abort();

@@ -21,9 +21,9 @@ float float_of(uint32_t bits) {
 uint16_t to_float16(float value) {
   uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000;
   bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return 0x7fff;                        // the device's canonical NaN
-  if (bits >= 0x477ff000) return (uint16_t)(sign | 0x7c00);    // rounds to infinity
-  if (bits < 0x38800000) {                                     // a subnormal: let the float adder round it
+  if (bits > 0x7f800000) return 0x7fff;                      // the device's canonical NaN
+  if (bits >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // rounds to infinity
+  if (bits < 0x38800000) {                                   // a subnormal: let the float adder round it
     uint32_t sum = bits_of(float_of(bits) + 0.5f);
     return (uint16_t)(sign | (sum - 0x3f000000));
   }

@@ -1,5 +1,5 @@
-// What the compiler calls: -fsanitize=thread at every load and store, -fsanitize=alignment,bounds,... at faults.
-// Linking without the sanitizers' libraries leaves these names to us.
+// What the compiler calls: -fsanitize=thread at every load and store, -fsanitize=alignment,bounds,... at
+// faults. Linking without the sanitizers' libraries leaves these names to us.
 #include <cstring>
 
 #include "report.h"
@@ -7,18 +7,18 @@
 
 using namespace emulator;
 
-#define EMULATOR_HOOK(name, bytes, access)                   \
-  extern "C" void name(const void *p) {                      \
+#define EMULATOR_HOOK(name, bytes, access)                    \
+  extern "C" void name(const void *p) {                       \
     if (!self) return; /* static initialisers, on the host */ \
-    self->pc = __builtin_return_address(0);                  \
-    access(p, bytes);                                        \
+    self->pc = __builtin_return_address(0);                   \
+    access(p, bytes);                                         \
   }
-#define EMULATOR_HOOKS(bytes)                                          \
-  EMULATOR_HOOK(__tsan_read##bytes, bytes, on_load)                    \
-  EMULATOR_HOOK(__tsan_write##bytes, bytes, on_store)                  \
-  EMULATOR_HOOK(__tsan_unaligned_read##bytes, bytes, on_load)          \
-  EMULATOR_HOOK(__tsan_unaligned_write##bytes, bytes, on_store)        \
-  EMULATOR_HOOK(__tsan_volatile_read##bytes, bytes, on_load)           \
+#define EMULATOR_HOOKS(bytes)                                   \
+  EMULATOR_HOOK(__tsan_read##bytes, bytes, on_load)             \
+  EMULATOR_HOOK(__tsan_write##bytes, bytes, on_store)           \
+  EMULATOR_HOOK(__tsan_unaligned_read##bytes, bytes, on_load)   \
+  EMULATOR_HOOK(__tsan_unaligned_write##bytes, bytes, on_store) \
+  EMULATOR_HOOK(__tsan_volatile_read##bytes, bytes, on_load)    \
   EMULATOR_HOOK(__tsan_volatile_write##bytes, bytes, on_store)
 EMULATOR_HOOKS(1)
 EMULATOR_HOOKS(2)
@@ -57,8 +57,10 @@ EMULATOR_FAULT(add_overflow, (void *, void *, void *), "undefined", "a signed ad
 EMULATOR_FAULT(sub_overflow, (void *, void *, void *), "undefined", "a signed subtraction overflows")
 EMULATOR_FAULT(mul_overflow, (void *, void *, void *), "undefined", "a signed multiplication overflows")
 EMULATOR_FAULT(negate_overflow, (void *, void *), "undefined", "a signed negation overflows")
-EMULATOR_FAULT(divrem_overflow, (void *, void *, void *), "undefined", "a division by zero, or one that overflows")
-EMULATOR_FAULT(shift_out_of_bounds, (void *, void *, void *), "undefined", "a shift by more than the type's width")
+EMULATOR_FAULT(divrem_overflow, (void *, void *, void *), "undefined",
+               "a division by zero, or one that overflows")
+EMULATOR_FAULT(shift_out_of_bounds, (void *, void *, void *), "undefined",
+               "a shift by more than the type's width")
 EMULATOR_FAULT(missing_return, (void *), "undefined", "a function ends without its return")
 EMULATOR_FAULT(builtin_unreachable, (void *), "undefined", "unreachable code is reached")
 
@@ -119,9 +121,11 @@ Bytes load_constant_bytes(const void *p, uint32_t bytes) {
   check_vector(p, bytes);
   on_load(p, bytes);
   if (is_shared(p)) fail("misuse", "a load through the read-only path of %s", name_of(p).c_str());
-  if (!self->stack.contains((u64)p) && (u64)p - launch->module_begin >= launch->module_end - launch->module_begin) {
+  if (!self->stack.contains((u64)p) &&
+      (u64)p - launch->module_begin >= launch->module_end - launch->module_begin) {
     Buffer &buffer = buffer_of(p, bytes, "read");
-    if (!buffer.cells.empty() && buffer.cells[(u64)((const u8 *)p - buffer.data) >> buffer.shift].writer_block != NOBODY)
+    if (!buffer.cells.empty() &&
+        buffer.cells[(u64)((const u8 *)p - buffer.data) >> buffer.shift].writer_block != NOBODY)
       fail("misuse", "a load through the read-only path of %s, which this kernel writes", name_of(p).c_str());
   }
   return read_checked(p, bytes);

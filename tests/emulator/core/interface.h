@@ -27,7 +27,16 @@ enum ShuffleMode { SHUFFLE_INDEX, SHUFFLE_UP, SHUFFLE_DOWN, SHUFFLE_XOR };
 uint32_t vote(const char *name, uint32_t mask, bool predicate, int mode);
 enum VoteMode { VOTE_BALLOT, VOTE_ALL, VOTE_ANY };
 uint32_t reduce(const char *name, uint32_t mask, uint32_t value, int mode);
-enum ReduceMode { REDUCE_ADD, REDUCE_MIN, REDUCE_MAX, REDUCE_MIN_SIGNED, REDUCE_MAX_SIGNED, REDUCE_AND, REDUCE_OR, REDUCE_XOR };
+enum ReduceMode {
+  REDUCE_ADD,
+  REDUCE_MIN,
+  REDUCE_MAX,
+  REDUCE_MIN_SIGNED,
+  REDUCE_MAX_SIGNED,
+  REDUCE_AND,
+  REDUCE_OR,
+  REDUCE_XOR
+};
 uint32_t match_any(uint32_t mask, uint64_t value);
 bool elect(uint32_t mask);
 void load_matrix(uint32_t *registers, int count, uint32_t address, bool transposed);
@@ -62,7 +71,15 @@ void fence_mbarrier_init();
 // bulk.cpp: sizes and coordinates as in PTX
 void bulk_load(uint32_t destination, const void *source, uint32_t bytes, uint32_t mbarrier);
 void bulk_store(void *destination, uint32_t source, uint32_t bytes);
-enum BulkReduce { BULK_ADD_F32, BULK_ADD_F64, BULK_ADD_F16, BULK_ADD_BF16, BULK_ADD_U32, BULK_MIN_F16, BULK_MAX_F16 };
+enum BulkReduce {
+  BULK_ADD_F32,
+  BULK_ADD_F64,
+  BULK_ADD_F16,
+  BULK_ADD_BF16,
+  BULK_ADD_U32,
+  BULK_MIN_F16,
+  BULK_MAX_F16
+};
 void bulk_reduce(void *destination, uint32_t source, uint32_t bytes, BulkReduce operation);
 void tensor_load(uint32_t destination, const void *map, uint32_t mbarrier, int rank, const int *coordinates);
 void tensor_store(const void *map, uint32_t source, int rank, const int *coordinates);
@@ -80,17 +97,27 @@ void wgmma(Format format, int n, float *d, const uint32_t *a, uint64_t a_descrip
            bool a_transposed, bool b_transposed, bool accumulate);
 
 // atomics.cpp
-enum AtomicOperation { ATOMIC_ADD, ATOMIC_MIN, ATOMIC_MAX, ATOMIC_AND, ATOMIC_OR, ATOMIC_XOR, ATOMIC_EXCHANGE, ATOMIC_CAS };
+enum AtomicOperation {
+  ATOMIC_ADD,
+  ATOMIC_MIN,
+  ATOMIC_MAX,
+  ATOMIC_AND,
+  ATOMIC_OR,
+  ATOMIC_XOR,
+  ATOMIC_EXCHANGE,
+  ATOMIC_CAS
+};
 enum AtomicType { TYPE_I32, TYPE_U32, TYPE_I64, TYPE_U64, TYPE_F32, TYPE_F64, TYPE_F16, TYPE_BF16 };
 enum MemoryOrder { RELAXED = 0, ACQUIRE = 1, RELEASE = 2, ACQUIRE_RELEASE = 3 };
-uint64_t atomic(AtomicOperation operation, AtomicType type, void *p, uint64_t value, uint64_t compare, MemoryOrder order);
+uint64_t atomic(AtomicOperation operation, AtomicType type, void *p, uint64_t value, uint64_t compare,
+                MemoryOrder order);
 void atomic_vector_add(AtomicType type, void *p, const void *values, int count);  // red.global.add.v2, .v4
 uint64_t load_ordered(const void *p, uint32_t bytes, MemoryOrder order);
 void store_ordered(void *p, uint64_t value, uint32_t bytes, MemoryOrder order);
 void memory_fence(MemoryOrder order);
 
-// hooks.cpp: loads and stores by words that know more than an ordinary access says. bytes: 1, 2, 4, 8 or 16, and the
-// address's alignment.
+// hooks.cpp: loads and stores by words that know more than an ordinary access says. bytes: 1, 2, 4, 8 or 16,
+// and the address's alignment.
 struct Bytes {
   uint64_t low, high;
 };
@@ -110,4 +137,3 @@ float from_bfloat16(uint16_t bits);
 const char *run_kernel(void (*entry)(void *), void *arguments, size_t argument_bytes, const void *symbol);
 
 }  // namespace emulator
-

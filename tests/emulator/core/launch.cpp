@@ -92,7 +92,8 @@ void *emulator_allocate(uint64_t bytes) {
   u64 inner = (bytes + GUARD) / GUARD * GUARD;
   auto buffer = std::make_unique<Buffer>();
   buffer->mapped = inner + 2 * GUARD;
-  buffer->mapping = mmap(nullptr, buffer->mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  buffer->mapping =
+      mmap(nullptr, buffer->mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (buffer->mapping == MAP_FAILED) return nullptr;
   buffer->data = (u8 *)buffer->mapping + GUARD;
   buffer->bytes = bytes;
@@ -109,12 +110,14 @@ void emulator_free(void *p) {
   delete buffer;
 }
 
-void emulator_configure(const uint32_t *grid, const uint32_t *block, uint32_t shared_bytes, uint32_t shared_granule,
-                        int order, int async, uint32_t resident_blocks, uint64_t seed) {
+void emulator_configure(const uint32_t *grid, const uint32_t *block, uint32_t shared_bytes,
+                        uint32_t shared_granule, int order, int async, uint32_t resident_blocks,
+                        uint64_t seed) {
   next = std::make_unique<Launch>();
   next->grid = {grid[0], grid[1], grid[2]}, next->block_dim = {block[0], block[1], block[2]};
   next->shared_bytes = shared_bytes, next->shared_shift = (u32)__builtin_ctz(shared_granule);
-  next->schedule = {(Order)order, (Async)async, resident_blocks, seed * 0x9E3779B97F4A7C15ull + 0x632BE59BD9B4E019ull};
+  next->schedule = {(Order)order, (Async)async, resident_blocks,
+                    seed * 0x9E3779B97F4A7C15ull + 0x632BE59BD9B4E019ull};
   if (!next->schedule.random) next->schedule.random = 1;
   for (int i = 0; i < 8; i++) next->schedule.draw(2);
 }
@@ -125,8 +128,8 @@ int emulator_array(const char *name, uint64_t origin, int writable) {
   return (int)next->arrays.size();
 }
 
-// The memory that the next launch may use, granule by granule: `owners` holds numbers of arrays, 0 for none; `written`
-// whether each granule holds a value already, nullptr where that is known from before.
+// The memory that the next launch may use, granule by granule: `owners` holds numbers of arrays, 0 for none;
+// `written` whether each granule holds a value already, nullptr where that is known from before.
 void emulator_bind(void *p, uint32_t granule, const uint8_t *owners, int writable, const uint8_t *written) {
   Buffer *buffer = (Buffer *)p;
   u64 granules = (buffer->bytes + granule - 1) / granule;

@@ -25,8 +25,9 @@ Mbarrier &live_mbarrier(u32 address, const char *instruction) {
   if (value != mark_of(address))
     fail("mbarrier", "%s: the mbarrier at shared+%u was overwritten", instruction, address - SHARED_BASE);
   if (m.init_slot != self->index && self->clock.of(m.init_slot) < m.init_tick)
-    fail("race", "%s of the mbarrier at shared+%u is not ordered after its initialisation by %s at %s", instruction,
-         address - SHARED_BASE, who(*self->block, m.init_slot).c_str(), place_of(m.init_pc).c_str());
+    fail("race", "%s of the mbarrier at shared+%u is not ordered after its initialisation by %s at %s",
+         instruction, address - SHARED_BASE, who(*self->block, m.init_slot).c_str(),
+         place_of(m.init_pc).c_str());
   return m;
 }
 
@@ -42,7 +43,8 @@ void advance_mbarrier(Block &block, u32 address, Mbarrier &m) {
   }
   for (u32 t = 0; t < block.num_threads; t++) {
     Thread &thread = block.threads[t];
-    if (!thread.done && thread.wait == Wait::MBARRIER && thread.wait_on == address && (m.phase & 1) != thread.wait_for)
+    if (!thread.done && thread.wait == Wait::MBARRIER && thread.wait_on == address &&
+        (m.phase & 1) != thread.wait_for)
       wake(thread);
   }
 }
@@ -74,8 +76,8 @@ void mbarrier_arrive(uint32_t address, uint32_t count, uint32_t bytes, bool expe
   EMULATOR_ENTER();
   Mbarrier &m = live_mbarrier(address, expects ? "mbarrier.arrive.expect_tx" : "mbarrier.arrive");
   if (count == 0 || count > m.pending)
-    fail("mbarrier", "the mbarrier at shared+%u takes %u arrivals a phase: %u more are left, %u come", address - SHARED_BASE,
-         m.count, m.pending, count);
+    fail("mbarrier", "the mbarrier at shared+%u takes %u arrivals a phase: %u more are left, %u come",
+         address - SHARED_BASE, m.count, m.pending, count);
   if (bytes > MAX_COUNT) fail("mbarrier", "expect_tx of %u bytes", bytes);
   self->polled = 0;
   gather(m.gathering, m.gathering_fenced, *self);

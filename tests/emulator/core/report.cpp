@@ -18,8 +18,9 @@ std::string format_text(const char *format, va_list arguments) {
 
 // Frames of words, of the emulator itself and of the C++ library are not where a reader wants to look.
 bool is_kernel_frame(const std::string &frame) {
-  return frame.find("/emulator/words/") == std::string::npos && frame.find("/emulator/core/") == std::string::npos &&
-         frame.compare(0, 5, "/usr/") != 0 && frame.compare(0, 2, "??") != 0;
+  return frame.find("/emulator/words/") == std::string::npos &&
+         frame.find("/emulator/core/") == std::string::npos && frame.compare(0, 5, "/usr/") != 0 &&
+         frame.compare(0, 2, "??") != 0;
 }
 
 // addr2line prints the innermost inlined frame first.
@@ -29,7 +30,8 @@ std::vector<std::string> frames(const void *pc) {
   if (!pc || !dladdr(pc, &info)) return found;
   char command[1024], line[1024];
   unsigned long offset = (unsigned long)((const u8 *)pc - (const u8 *)info.dli_fbase) - 1;  // inside the call
-  snprintf(command, sizeof command, "env -u LD_PRELOAD addr2line -i -e '%s' 0x%lx 2>/dev/null", info.dli_fname, offset);
+  snprintf(command, sizeof command, "env -u LD_PRELOAD addr2line -i -e '%s' 0x%lx 2>/dev/null", info.dli_fname,
+           offset);
   FILE *pipe = popen(command, "r");
   if (!pipe) return found;
   while (fgets(line, sizeof line, pipe)) {
@@ -89,8 +91,8 @@ void fail(const char *kind, const char *format, ...) {
   launch->kind = kind;
   launch->failed = true;
   if (self)
-    launch->message += "\n  by " + who(*self->block, self->index) + " of block " + coordinates(self->block->index) +
-                       " at " + place(self->pc);
+    launch->message += "\n  by " + who(*self->block, self->index) + " of block " +
+                       coordinates(self->block->index) + " at " + place(self->pc);
   leave();
 }
 
@@ -108,10 +110,11 @@ std::string describe_wait(const Thread &thread) {
     }
     case Wait::MBARRIER: {
       const Mbarrier &m = block.mbarriers[(u32)thread.wait_on];
-      snprintf(text, sizeof text,
-               "mbarrier at shared+%u, parity %u: its phase is %llu, %u of %u arrivals and %lld bytes are missing",
-               (u32)thread.wait_on - SHARED_BASE, (u32)thread.wait_for, (unsigned long long)m.phase, m.pending, m.count,
-               (long long)m.bytes);
+      snprintf(
+          text, sizeof text,
+          "mbarrier at shared+%u, parity %u: its phase is %llu, %u of %u arrivals and %lld bytes are missing",
+          (u32)thread.wait_on - SHARED_BASE, (u32)thread.wait_for, (unsigned long long)m.phase, m.pending,
+          m.count, (long long)m.bytes);
       break;
     }
     case Wait::POLL:
@@ -121,8 +124,7 @@ std::string describe_wait(const Thread &thread) {
     case Wait::COLLECTIVE:
       snprintf(text, sizeof text, "%s with the lanes of mask %08x", thread.wait_name, (u32)thread.wait_on);
       break;
-    case Wait::NOT:
-      snprintf(text, sizeof text, "nothing");
+    case Wait::NOT: snprintf(text, sizeof text, "nothing");
   }
   return text;
 }
@@ -148,7 +150,8 @@ void describe_block(Block &block, std::string &text, int &lines) {
       seen |= alike;
       if (lines++ < 16) {
         char lanes[64];
-        snprintf(lanes, sizeof lanes, "\n    warp %u (%d lanes) waits for ", warp.index, __builtin_popcount(alike));
+        snprintf(lanes, sizeof lanes, "\n    warp %u (%d lanes) waits for ", warp.index,
+                 __builtin_popcount(alike));
         text += lanes + describe_wait(thread) + ", at " + place(thread.pc);
       }
     }

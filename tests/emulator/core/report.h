@@ -10,12 +10,12 @@ namespace emulator {
 [[noreturn]] void fail(const char *kind, const char *format, ...) __attribute__((format(printf, 2, 3)));
 [[noreturn]] void fail_deadlock();
 
-std::string place(const void *pc);        // "kernels/x.cu:12 (from kernels/y.cu:40)"
-std::string place_of(u32 pc);             // of a cell's record
-u32 short_pc(const void *pc);             // a cell's record of it: the offset in the kernel's library
+std::string place(const void *pc);              // "kernels/x.cu:12 (from kernels/y.cu:40)"
+std::string place_of(u32 pc);                   // of a cell's record
+u32 short_pc(const void *pc);                   // a cell's record of it: the offset in the kernel's library
 std::string who(const Block &block, u32 slot);  // "thread 37 (warp 1, lane 5)"
-std::string who_in(u32 block, u32 slot);  // the same, with the block where it isn't the running one
-std::string coordinates(u32 block);       // "(1, 0, 0)"
+std::string who_in(u32 block, u32 slot);        // the same, with the block where it isn't the running one
+std::string coordinates(u32 block);             // "(1, 0, 0)"
 bool same_line(const void *a, const void *b);
 
 }  // namespace emulator

@@ -176,8 +176,7 @@ void run_blocks() {
       emulator_switch(&launch->host, first->context);  // comes back when a block has finished, or at a failure
       self = nullptr;
     }
-  } catch (const HostLeft &) {
-  }
+  } catch (const HostLeft &) {}
 }
 
 void wait_for(Wait wait, u64 on, u64 until, const char *name) {

@@ -42,11 +42,11 @@ bool known(const Viewpoint &view, u32 block, u32 slot, u32 tick) {
 [[noreturn]] void fail_writer(const Viewpoint &view, const Cell &cell, const std::string &name) {
   std::string other = place_of(cell.writer_pc);
   if (cell.flags & PENDING)
-    fail("early use", "%s of %s, the destination of a cp.async at %s that was not waited for", verb(view.access),
-         name.c_str(), other.c_str());
+    fail("early use", "%s of %s, the destination of a cp.async at %s that was not waited for",
+         verb(view.access), name.c_str(), other.c_str());
   if (cell.writer_block != view.block)
-    fail("race between blocks", "%s of %s is not ordered after a write by %s at %s", verb(view.access), name.c_str(),
-         who_in(cell.writer_block, cell.writer_slot).c_str(), other.c_str());
+    fail("race between blocks", "%s of %s is not ordered after a write by %s at %s", verb(view.access),
+         name.c_str(), who_in(cell.writer_block, cell.writer_slot).c_str(), other.c_str());
   if (cell.writer_slot >= self->block->num_threads)
     fail("early use", "%s of %s, the destination of an asynchronous copy at %s whose end was not waited for",
          verb(view.access), name.c_str(), other.c_str());
@@ -57,18 +57,19 @@ bool known(const Viewpoint &view, u32 block, u32 slot, u32 tick) {
 [[noreturn]] void fail_reader(const Viewpoint &view, const Reads &reads, u32 slot, const std::string &name) {
   std::string other = place_of(reads.pc);
   if (reads.block != view.block)
-    fail("race between blocks", "%s of %s is not ordered after a read by %s at %s", verb(view.access), name.c_str(),
-         who_in(reads.block, slot).c_str(), other.c_str());
+    fail("race between blocks", "%s of %s is not ordered after a read by %s at %s", verb(view.access),
+         name.c_str(), who_in(reads.block, slot).c_str(), other.c_str());
   if (slot >= self->block->num_threads)
-    fail("early overwrite", "%s of %s, which an asynchronous operation issued at %s may still read", verb(view.access),
-         name.c_str(), other.c_str());
+    fail("early overwrite", "%s of %s, which an asynchronous operation issued at %s may still read",
+         verb(view.access), name.c_str(), other.c_str());
   fail("race", "%s of %s is not ordered after a read by %s at %s", verb(view.access), name.c_str(),
        who(*self->block, slot).c_str(), other.c_str());
 }
 
 [[noreturn]] void fail_proxy(const Viewpoint &view, const Cell &cell, const std::string &name) {
   fail("missing proxy fence", "%s of %s meets an ordinary write by %s at %s with no fence.proxy.async between",
-       verb(view.access), name.c_str(), who_in(cell.writer_block, cell.writer_slot).c_str(), place_of(cell.writer_pc).c_str());
+       verb(view.access), name.c_str(), who_in(cell.writer_block, cell.writer_slot).c_str(),
+       place_of(cell.writer_pc).c_str());
 }
 
 // ---- one cell
@@ -84,7 +85,8 @@ void check_writer(const Viewpoint &view, const Cell &cell, const std::string &na
   if (cell.flags & PENDING) fail_writer(view, cell, name);
   if (cell.writer_block == NOBODY) return;
   bool both_atomic = view.access.atomic && cell.flags & BY_ATOMIC;
-  if (!both_atomic && !known(view, cell.writer_block, cell.writer_slot, cell.writer_tick)) fail_writer(view, cell, name);
+  if (!both_atomic && !known(view, cell.writer_block, cell.writer_slot, cell.writer_tick))
+    fail_writer(view, cell, name);
   if (!both_atomic && cell.flags & MANY_ATOMICS)
     for (const Writer &w : launch->atomic_writers[&cell])
       if (!known(view, w.block, w.slot, w.tick)) {
@@ -107,9 +109,10 @@ struct Namer {  // names cost time: made only for a failure
 };
 
 void check(const Viewpoint &view, const Cell &cell, const Namer &namer) {
-  bool suspicious = cell.flags & (PENDING | MBARRIER | MANY_ATOMICS) || !(cell.flags & WRITTEN) ||
-                    (view.access.async && !(cell.flags & BY_ASYNC)) ||
-                    (cell.writer_block != NOBODY && !known(view, cell.writer_block, cell.writer_slot, cell.writer_tick));
+  bool suspicious =
+      cell.flags & (PENDING | MBARRIER | MANY_ATOMICS) || !(cell.flags & WRITTEN) ||
+      (view.access.async && !(cell.flags & BY_ASYNC)) ||
+      (cell.writer_block != NOBODY && !known(view, cell.writer_block, cell.writer_slot, cell.writer_tick));
   if (suspicious) {
     std::string name = namer;
     if (cell.flags & MBARRIER)
@@ -134,7 +137,8 @@ void check(const Viewpoint &view, const Cell &cell, const Namer &namer) {
 void record_write(const Viewpoint &view, Cell &cell) {
   if (view.access.atomic && cell.flags & BY_ATOMIC && cell.writer_block != NOBODY &&
       !known(view, cell.writer_block, cell.writer_slot, cell.writer_tick)) {
-    launch->atomic_writers[&cell].push_back({cell.writer_block, cell.writer_tick, cell.writer_pc, cell.writer_slot});
+    launch->atomic_writers[&cell].push_back(
+        {cell.writer_block, cell.writer_tick, cell.writer_pc, cell.writer_slot});
     cell.flags |= MANY_ATOMICS;
   } else if (cell.flags & MANY_ATOMICS && !view.access.atomic) {
     launch->atomic_writers.erase(&cell);
@@ -143,7 +147,8 @@ void record_write(const Viewpoint &view, Cell &cell) {
   cell.writer_block = view.block, cell.writer_slot = (u16)view.slot, cell.writer_tick = view.tick;
   cell.writer_pc = short_pc(self->pc);
   u16 many = cell.flags & MANY_ATOMICS;
-  cell.flags = (u16)(WRITTEN | many | (view.access.async ? BY_ASYNC : 0) | (view.access.atomic ? BY_ATOMIC : 0));
+  cell.flags =
+      (u16)(WRITTEN | many | (view.access.async ? BY_ASYNC : 0) | (view.access.atomic ? BY_ATOMIC : 0));
   if (view.access.atomic) return;  // atomic reads stay: a plain write after this must still know them
   cell.reads.lanes = 0;
   if (cell.more) cell.more->clear();
@@ -205,7 +210,8 @@ std::string nearest(const u8 *p) {
   u64 shared = (u64)(p - self->block->shared);
   if (shared - launch->shared_bytes < best) {
     best = shared - launch->shared_bytes;
-    name = "shared+" + std::to_string(shared) + ", of " + std::to_string(launch->shared_bytes) + " bytes of shared memory";
+    name = "shared+" + std::to_string(shared) + ", of " + std::to_string(launch->shared_bytes) +
+           " bytes of shared memory";
   }
   for (const Buffer *buffer : launch->buffers) {
     i64 offset = p - buffer->data;
@@ -251,7 +257,8 @@ Span span_of(const void *p, u32 bytes, Access access) {
   offset = (u64)((const u8 *)p - buffer.data);
   check_rights(buffer, offset, bytes, access);
   u64 first = offset >> buffer.shift, last = (offset + bytes - 1) >> buffer.shift;
-  return {buffer.cells.empty() ? nullptr : &buffer.cells[first], (u32)(last - first + 1), buffer.shift, first, &buffer};
+  return {buffer.cells.empty() ? nullptr : &buffer.cells[first], (u32)(last - first + 1), buffer.shift, first,
+          &buffer};
 }
 
 void visit(const Viewpoint &view, const Span &span, const Reads &read) {
@@ -277,8 +284,9 @@ bool on_stack(const void *p) { return self->stack.contains((u64)p); }
 void check_registers(u64 begin, u64 end, bool write) {
   for (const RegisterRange &range : self->registers->pending)
     if (begin < range.end && range.begin < end && (write || range.accumulator))
-      fail("wgmma registers", "%s of %s register of the wgmma at %s before wgmma.wait_group", write ? "write" : "read",
-           range.accumulator ? "an accumulator" : "an operand", place_of(range.pc).c_str());
+      fail("wgmma registers", "%s of %s register of the wgmma at %s before wgmma.wait_group",
+           write ? "write" : "read", range.accumulator ? "an accumulator" : "an operand",
+           place_of(range.pc).c_str());
 }
 
 void on_stack_access(const void *p, u32 bytes, bool write) {
@@ -306,22 +314,25 @@ Buffer &buffer_of(const void *p, u64 bytes, const char *what) {
     for (Buffer *candidate : launch->buffers)
       if ((u64)(q - candidate->data) < candidate->bytes) buffer = candidate;
     if (!buffer)
-      fail("out of bounds", "%s of %llu bytes at %s (address %p)", what, (unsigned long long)bytes, nearest(q).c_str(), p);
+      fail("out of bounds", "%s of %llu bytes at %s (address %p)", what, (unsigned long long)bytes,
+           nearest(q).c_str(), p);
     launch->last_buffer = buffer;
   }
   u64 offset = (u64)(q - buffer->data);
   if (offset + bytes > buffer->bytes)
-    fail("out of bounds", "%s of %llu bytes at %s, which end outside its memory", what, (unsigned long long)bytes,
-         nearest(q).c_str());
+    fail("out of bounds", "%s of %llu bytes at %s, which end outside its memory", what,
+         (unsigned long long)bytes, nearest(q).c_str());
   return *buffer;
 }
 
-constexpr u64 ENDLESS = 30'000'000;  // accesses of one thread without a wait: seconds here, for kernels this small
+constexpr u64 ENDLESS =
+    30'000'000;  // accesses of one thread without a wait: seconds here, for kernels this small
 
 void on_access(const void *p, u32 bytes, Access access) {
   Block &block = *self->block;
   if (++launch->accesses > ENDLESS)
-    fail("deadlock", "a thread spins: %llu accesses without a wait that the emulator knows (an ordered load, an atomic)",
+    fail("deadlock",
+         "a thread spins: %llu accesses without a wait that the emulator knows (an ordered load, an atomic)",
          (unsigned long long)ENDLESS);
   if (!is_shared(p)) {
     if (on_stack(p)) {
@@ -333,7 +344,8 @@ void on_access(const void *p, u32 bytes, Access access) {
   Span span = span_of(p, bytes, access);
   if (!span.cells) return;
   u32 tick = self->warp->tick;
-  Reads read{block.index, tick, 1u << self->lane, short_pc(self->pc), (u16)(self->warp->index * WARP), access.atomic};
+  Reads read{block.index,  tick, 1u << self->lane, short_pc(self->pc), (u16)(self->warp->index * WARP),
+             access.atomic};
   if (!access.write && !access.async) {
     // What a lane reads again in the same tick was checked the first time: a write since would have erased it.
     bool again = true;
@@ -341,7 +353,8 @@ void on_access(const void *p, u32 bytes, Access access) {
       again = span.cells[i].reads.lanes & read.lanes && same_group(span.cells[i].reads, read);
     if (again) return;
   }
-  visit({block.index, self->index, self->clock, self->fenced[span.buffer != nullptr], tick, access}, span, read);
+  visit({block.index, self->index, self->clock, self->fenced[span.buffer != nullptr], tick, access}, span,
+        read);
 }
 
 void on_load(const void *p, u32 bytes) { on_access(p, bytes, {false}); }
@@ -381,7 +394,8 @@ void on_product_read(const void *p, u32 bytes, u32 agent) {
       Thread &thread = block.threads[mine->warp->index * WARP + lane];
       // Lanes mostly share what they know.
       bool writer_in_warp = cell.writer_slot / WARP == mine->warp->index;
-      if (lane && !writer_in_warp && clock == thread.clock.identity() && fenced == thread.fenced[0].identity()) continue;
+      if (lane && !writer_in_warp && clock == thread.clock.identity() && fenced == thread.fenced[0].identity())
+        continue;
       clock = thread.clock.identity(), fenced = thread.fenced[0].identity();
       check({block.index, thread.index, thread.clock, thread.fenced[0], tick, access}, cell, namer);
     }
@@ -425,7 +439,8 @@ void watch_registers() {
 
 void note_register_write(const void *p, u32 bytes) {
   Registers &registers = *self->registers;
-  u64 first = (u64)((const u8 *)p - self->stack.base) / 4, last = (u64)((const u8 *)p + bytes - 1 - self->stack.base) / 4;
+  u64 first = (u64)((const u8 *)p - self->stack.base) / 4,
+      last = (u64)((const u8 *)p + bytes - 1 - self->stack.base) / 4;
   for (u64 i = first; i <= last; i++) registers.written[i] = registers.fences;
 }
 

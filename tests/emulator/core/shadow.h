@@ -16,8 +16,8 @@ void on_store(const void *p, u32 bytes);
 // The same for an instruction the emulator carries out itself.
 void on_access(const void *p, u32 bytes, Access access);
 
-// An asynchronous operation: its accesses are checked as the running thread's at issue and recorded for an agent,
-// so that whoever does not know the agent's tick collides with them.
+// An asynchronous operation: its accesses are checked as the running thread's at issue and recorded for an
+// agent, so that whoever does not know the agent's tick collides with them.
 void on_async_access(const void *p, u32 bytes, Access access, u32 agent);
 
 // A wgmma's read of shared memory: checked for every lane of the running warp.

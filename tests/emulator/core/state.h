@@ -48,12 +48,12 @@ struct Reads {
 };
 
 enum Flag : u16 {
-  WRITTEN = 1,       // holds a value
-  PENDING = 2,       // a cp.async is on its way here
-  BY_ASYNC = 4,      // last written through the async proxy
-  BY_ATOMIC = 8,     // last written by an atomic
-  MANY_ATOMICS = 16, // by several unordered ones: see Launch::atomic_writers
-  MBARRIER = 32,     // part of a live mbarrier
+  WRITTEN = 1,        // holds a value
+  PENDING = 2,        // a cp.async is on its way here
+  BY_ASYNC = 4,       // last written through the async proxy
+  BY_ATOMIC = 8,      // last written by an atomic
+  MANY_ATOMICS = 16,  // by several unordered ones: see Launch::atomic_writers
+  MBARRIER = 32,      // part of a live mbarrier
 };
 constexpr u32 NOBODY = ~0u;  // as a block: written before this launch
 
@@ -76,9 +76,9 @@ struct Buffer {
   u64 bytes;
   void *mapping;
   u64 mapped;
-  u32 shift = 0;           // log2 of the granule: the elements' size
-  std::vector<u8> owners;  // for each granule the array it belongs to in this launch, from 1; 0: none
-  std::vector<Cell> cells; // once the memory was writable: what no kernel writes can't race
+  u32 shift = 0;            // log2 of the granule: the elements' size
+  std::vector<u8> owners;   // for each granule the array it belongs to in this launch, from 1; 0: none
+  std::vector<Cell> cells;  // once the memory was writable: what no kernel writes can't race
 };
 
 // An array of this launch.
@@ -101,7 +101,8 @@ struct CopyAsync {  // one cp.async
   bool landed;
 };
 
-// Register ranges of one thread that unfinished wgmmas own. Registers are elements of arrays on the fiber's stack.
+// Register ranges of one thread that unfinished wgmmas own. Registers are elements of arrays on the fiber's
+// stack.
 struct RegisterRange {
   u64 begin, end, operation;
   bool accumulator;  // else an A operand: may be read, not written
@@ -128,8 +129,8 @@ struct Thread {
   u64 wait_on, wait_for;
   const char *wait_name;
 
-  Clock clock;      // own slot left out: it is the warp's tick
-  Clock fenced[2];  // what a proxy fence has passed, of shared and of global memory
+  Clock clock;                   // own slot left out: it is the warp's tick
+  Clock fenced[2];               // what a proxy fence has passed, of shared and of global memory
   std::vector<Release> relaxed;  // seen by relaxed loads; an acquire fence takes them into `clock`
   Clock release_fence;           // `clock` at the last release fence
   bool released_by_fence;
@@ -171,8 +172,8 @@ struct Barrier {
   u32 expected = 0, arrived = 0;
   std::vector<Thread *> waiting;
   Clock clock, fenced[2];
-  bool plain = false;           // __syncthreads
-  const void *pc = nullptr;     // of the first arrival
+  bool plain = false;        // __syncthreads
+  const void *pc = nullptr;  // of the first arrival
 };
 
 struct Mbarrier {
@@ -259,8 +260,8 @@ struct Launch {
   std::unordered_map<u64, Released> released;
   std::unordered_map<const Cell *, std::vector<Writer>> atomic_writers;
   std::unordered_map<u64, StoreAgents> store_agents;  // of bulk stores not waited for yet
-  u64 operations = 0;  // ids of bulk copies and wgmmas
-  Context host;        // the launcher, while a fiber runs
+  u64 operations = 0;                                 // ids of bulk copies and wgmmas
+  Context host;                                       // the launcher, while a fiber runs
   bool failed = false;
   std::string kind, message;
   u64 accesses = 0;        // since the last switch: a spin on an ordinary load never ends
@@ -279,12 +280,12 @@ void run_blocks();
 [[noreturn]] void leave();  // to the host, for good
 
 // ---- happens-before (order.cpp)
-void tick();                          // `self` has released: later accesses are not covered
+void tick();                            // `self` has released: later accesses are not covered
 Clock published(const Thread &thread);  // its clock with its own progress in it
 void acquire(Thread &thread, const Clock &clock);
 void acquire_fenced(Thread &thread, const Clock (&fenced)[2]);
 void gather(Clock &into, Clock (&fenced)[2], const Thread &thread);  // an arrival
-u32 new_agent(Block &block);  // its slot; the tick is agent_tick()
+u32 new_agent(Block &block);                                         // its slot; the tick is agent_tick()
 u32 agent_tick(const Block &block, u32 slot);
 
 }  // namespace emulator

@@ -9,7 +9,9 @@
 
 namespace emulator {
 
-float element_of(u16 bits, Format format) { return format == BFLOAT16 ? from_bfloat16(bits) : from_float16(bits); }
+float element_of(u16 bits, Format format) {
+  return format == BFLOAT16 ? from_bfloat16(bits) : from_float16(bits);
+}
 
 void multiply(u32 m, u32 n, u32 k, const float *a, const float *b, const float *c, float *d) {
   double sums[256];
@@ -27,7 +29,8 @@ void unpack_a(u32 lane, const u32 *registers, Format format, float *a, u32 colum
   u32 row = lane / 4, column = lane % 4 * 2;
   for (u32 i = 0; i < columns / 4; i++)  // rows r and r + 8, then the next eight columns
     for (u32 e = 0; e < 2; e++)
-      a[(row + i % 2 * 8) * columns + column + i / 2 * 8 + e] = element_of((u16)(registers[i] >> 16 * e), format);
+      a[(row + i % 2 * 8) * columns + column + i / 2 * 8 + e] =
+          element_of((u16)(registers[i] >> 16 * e), format);
 }
 
 namespace {

@@ -56,7 +56,8 @@ uint64_t shuffle(const char *name, uint32_t mask, uint64_t value, int argument, 
       auto *a = (ShuffleArgument *)c.arguments[lane];
       u32 source = shuffle_source(lane, a->argument, a->width, mode);
       if (!(c.mask >> source & 1))
-        fail("divergence", "%s: lane %u reads lane %u, which does not take part (mask %08x)", name, lane, source, c.mask);
+        fail("divergence", "%s: lane %u reads lane %u, which does not take part (mask %08x)", name, lane,
+             source, c.mask);
       a->result = ((ShuffleArgument *)c.arguments[source])->value;
     });
   });
@@ -103,7 +104,9 @@ uint32_t match_any(uint32_t mask, uint64_t value) {
   collective("__match_any_sync", false, mask, &mine, [&](Collective &c) {
     each_lane(c.mask, [&](u32 lane) {
       auto *a = (Argument *)c.arguments[lane];
-      each_lane(c.mask, [&](u32 other) { a->result |= (u32)(((Argument *)c.arguments[other])->value == a->value) << other; });
+      each_lane(c.mask, [&](u32 other) {
+        a->result |= (u32)(((Argument *)c.arguments[other])->value == a->value) << other;
+      });
     });
   });
   return mine.result;
@@ -112,15 +115,19 @@ uint32_t match_any(uint32_t mask, uint64_t value) {
 bool elect(uint32_t mask) {
   EMULATOR_ENTER();
   bool mine = false;
-  collective("elect.sync", true, mask, &mine, [&](Collective &c) { *(bool *)c.arguments[__builtin_ctz(c.mask)] = true; });
+  collective("elect.sync", true, mask, &mine,
+             [&](Collective &c) { *(bool *)c.arguments[__builtin_ctz(c.mask)] = true; });
   return mine;
 }
 
-// Lanes that run: a fiber that waits elsewhere is not known to be apart, so this is every lane that has not exited.
+// Lanes that run: a fiber that waits elsewhere is not known to be apart, so this is every lane that has not
+// exited.
 uint32_t active_mask() {
   EMULATOR_ENTER();
   u32 mask = 0;
-  each_lane(self->warp->lanes, [&](u32 lane) { mask |= (u32)!self->block->threads[self->warp->index * WARP + lane].done << lane; });
+  each_lane(self->warp->lanes, [&](u32 lane) {
+    mask |= (u32)!self->block->threads[self->warp->index * WARP + lane].done << lane;
+  });
   return mask;
 }
 
@@ -138,8 +145,8 @@ void sync_warp(uint32_t mask) {
   });
 }
 
-// ---- 8 x 8 matrices of 16-bit elements: lane 8 i + r names row r of matrix i; lane l holds elements (l / 4, 2 (l % 4))
-// and the next, or, transposed, the same of the transpose.
+// ---- 8 x 8 matrices of 16-bit elements: lane 8 i + r names row r of matrix i; lane l holds elements (l / 4, 2
+// (l % 4)) and the next, or, transposed, the same of the transpose.
 namespace {
 
 struct MatrixArgument {

@@ -1,5 +1,5 @@
-// wgmma: each warp of the warpgroup multiplies its own 16 rows; operands in shared memory are read at any time between
-// issue and wait, registers belong to the product until then.
+// wgmma: each warp of the warpgroup multiplies its own 16 rows; operands in shared memory are read at any time
+// between issue and wait, registers belong to the product until then.
 #include <cmath>
 #include <cstring>
 
@@ -57,7 +57,8 @@ struct Descriptor {
   u32 mn_major(u32 mn8, u32 k) const {
     if (!swizzle) return start + mn8 * stride + k / 8 * leading + k % 8 * 16;
     u32 per_row = row_bytes / 16;
-    return swizzled(start + mn8 / per_row * leading + mn8 % per_row * 16 + k / 8 * stride + k % 8 * row_bytes, swizzle);
+    return swizzled(start + mn8 / per_row * leading + mn8 % per_row * 16 + k / 8 * stride + k % 8 * row_bytes,
+                    swizzle);
   }
 };
 
@@ -75,8 +76,8 @@ void walk_operand(const Descriptor &descriptor, u32 first, u32 count, bool trans
 u32 row_in_group(const Warp &warp) { return warp.index % 4 * 16; }
 
 // Fills operand[(mn - first) * K + k].
-void read_operand(const Block &block, const Descriptor &descriptor, u32 first, u32 count, bool transposed, Format format,
-                  float *operand) {
+void read_operand(const Block &block, const Descriptor &descriptor, u32 first, u32 count, bool transposed,
+                  Format format, float *operand) {
   walk_operand(descriptor, first, count, transposed, [&](u32 at, u32 mn, u32 k) {
     u16 bits[8];
     memcpy(bits, block.shared + (at - SHARED_BASE), 16);
@@ -88,13 +89,14 @@ void read_operand(const Block &block, const Descriptor &descriptor, u32 first, u
 }
 
 void check_operand(const Descriptor &descriptor, u32 first, u32 count, bool transposed, u32 agent) {
-  walk_operand(descriptor, first, count, transposed, [&](u32 at, u32, u32) {
-    on_product_read(shared_at(at, 16, 16, "wgmma operand"), 16, agent);
-  });
+  walk_operand(descriptor, first, count, transposed,
+               [&](u32 at, u32, u32) { on_product_read(shared_at(at, 16, 16, "wgmma operand"), 16, agent); });
 }
 
 // Accumulator e of a lane: row, then column.
-u32 accumulator_at(u32 lane, u32 e, u32 n) { return (lane / 4 + e / 2 % 2 * 8) * n + e / 4 * 8 + lane % 4 * 2 + e % 2; }
+u32 accumulator_at(u32 lane, u32 e, u32 n) {
+  return (lane / 4 + e / 2 % 2 * 8) * n + e / 4 * 8 + lane % 4 * 2 + e % 2;
+}
 
 bool same_registers(const Wgmma &product, const float *d) { return product.d[0] == d; }
 
@@ -128,8 +130,8 @@ void unmark_pending(Thread &thread, u64 id) {
   }
 }
 
-// The protocol: no register may have been written since the last wgmma.fence. An accumulator that an earlier product
-// of the same shape still owns needs none.
+// The protocol: no register may have been written since the last wgmma.fence. An accumulator that an earlier
+// product of the same shape still owns needs none.
 void check_fence(const void *registers, u32 bytes, const char *what) {
   if (!self->registers || !self->registers->fences) fail("missing wgmma fence", "wgmma before any wgmma.fence");
   if (!self->stack.contains((u64)registers))
@@ -138,18 +140,20 @@ void check_fence(const void *registers, u32 bytes, const char *what) {
   u64 first = ((u64)registers - (u64)self->stack.base) / 4;
   for (u64 i = first; i < first + bytes / 4; i++)
     if (r.written[i] == r.fences)
-      fail("missing wgmma fence", "%s of this wgmma, register %llu, were written after the last wgmma.fence", what,
-           (unsigned long long)(i - first));
+      fail("missing wgmma fence", "%s of this wgmma, register %llu, were written after the last wgmma.fence",
+           what, (unsigned long long)(i - first));
 }
 
-// Nothing that an unfinished product owns may be given to another, except the same accumulators in the same order.
+// Nothing that an unfinished product owns may be given to another, except the same accumulators in the same
+// order.
 void check_overlap(const void *registers, u32 bytes, bool accumulator) {
   u64 begin = (u64)registers, end = begin + bytes;
   for (const RegisterRange &range : self->registers->pending) {
     if (begin >= range.end || range.begin >= end) continue;
     if (accumulator && range.accumulator && range.begin == begin && range.end == end) continue;
     if (!accumulator && !range.accumulator) continue;
-    fail("wgmma registers", "registers of this wgmma are in use by the unfinished wgmma at %s", place_of(range.pc).c_str());
+    fail("wgmma registers", "registers of this wgmma are in use by the unfinished wgmma at %s",
+         place_of(range.pc).c_str());
   }
 }
 
@@ -184,7 +188,8 @@ void land_product(Wgmma &p) {
       for (u32 e = 0; e < p.n / 2; e++) D[accumulator_at(lane, e, p.n)] = p.d[lane][e];
   }
   if (!p.a_live[0])
-    read_operand(block, Descriptor(p.a_descriptor), row_in_group(*p.warp), 16, p.a_transposed, p.format, A.data());
+    read_operand(block, Descriptor(p.a_descriptor), row_in_group(*p.warp), 16, p.a_transposed, p.format,
+                 A.data());
   read_operand(block, Descriptor(p.b_descriptor), 0, p.n, p.b_transposed, p.format, BT.data());
   for (u32 j = 0; j < p.n; j++)
     for (u32 k = 0; k < K; k++) B[k * p.n + j] = BT[j * K + k];
@@ -223,7 +228,8 @@ void wgmma(Format format, int n, float *d, const uint32_t *a, uint64_t a_descrip
     check_operand(Descriptor(b_descriptor), 0, p.n, b_transposed, warp.product_agent);
     Schedule &schedule = launch->schedule;
     // A product in a chain must not run before the ones it adds to.
-    bool eager = schedule.async == Async::EAGER || (schedule.async == Async::RANDOM && !chained && schedule.draw(2));
+    bool eager =
+        schedule.async == Async::EAGER || (schedule.async == Async::RANDOM && !chained && schedule.draw(2));
     if (eager)
       land_product(p);
     else if (!chained)
@@ -264,7 +270,8 @@ void wgmma_wait(int groups_left) {
       }
       if (u32 agent = warp.group_agents.front())
         for (u32 lane = 0; lane < WARP; lane++)
-          warp.block->threads[warp.index * WARP + lane].clock.raise(agent, warp.group_ticks.front(), warp.block->slots());
+          warp.block->threads[warp.index * WARP + lane].clock.raise(agent, warp.group_ticks.front(),
+                                                                    warp.block->slots());
       warp.product_groups.pop_front();
       warp.group_agents.pop_front();
       warp.group_ticks.pop_front();

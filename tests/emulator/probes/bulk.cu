@@ -32,7 +32,8 @@ extern "C" __global__ void bulk_in(const float* from, float* out, int first, int
   for (int i = thread_index(); i < 1024; i += 128) out[i] = smem.at[i];
 }
 
-extern "C" __global__ void bulk_out(const float* from, float* stored, float* added, double* added64, float* out) {
+extern "C" __global__ void bulk_out(const float* from, float* stored, float* added, double* added64,
+                                    float* out) {
   DYNAMIC_SHARED(Smem, smem);
   for (int i = thread_index(); i < 1024; i += 128) smem.at[i] = from[i];
   fence_proxy_async_shared();

@@ -40,15 +40,16 @@ extern "C" __global__ void load_matrices(const unsigned* in, const int* rows, un
   put(movmatrix_trans(four[0]));
 }
 
-#define STORE(name, COUNT, call)                                                                                  \
-  extern "C" __global__ void name(const unsigned* in, const int* rows, const unsigned* values, unsigned* out) {   \
-    DYNAMIC_SHARED(Smem, smem);                                                                                   \
-    fill(smem, in);                                                                                               \
-    const unsigned row = shared_address(&smem) + rows[thread_index()];                                            \
-    unsigned r[COUNT];                                                                                            \
-    for (int i = 0; i < COUNT; ++i) r[i] = values[32 * i + thread_index()];                                       \
-    call(row, r);                                                                                                 \
-    dump(smem, out);                                                                                              \
+#define STORE(name, COUNT, call)                                                               \
+  extern "C" __global__ void name(const unsigned* in, const int* rows, const unsigned* values, \
+                                  unsigned* out) {                                             \
+    DYNAMIC_SHARED(Smem, smem);                                                                \
+    fill(smem, in);                                                                            \
+    const unsigned row = shared_address(&smem) + rows[thread_index()];                         \
+    unsigned r[COUNT];                                                                         \
+    for (int i = 0; i < COUNT; ++i) r[i] = values[32 * i + thread_index()];                    \
+    call(row, r);                                                                              \
+    dump(smem, out);                                                                           \
   }
 STORE(store_x1, 1, stmatrix_x1)
 STORE(store_x2, 2, stmatrix_x2)

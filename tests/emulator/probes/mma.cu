@@ -13,15 +13,15 @@ __device__ void store(T* p, const T (&r)[N]) {
   for (int i = 0; i < N; ++i) p[N * thread_index() + i] = r[i];
 }
 
-#define PROBE(name, Number, Operand, D, A, B, call)                                                       \
+#define PROBE(name, Number, Operand, D, A, B, call)                                                         \
   extern "C" __global__ void name(const Operand* a_in, const Operand* b_in, const Number* c, Number* out) { \
-    Number d[D];                                                                                          \
-    Operand a[A], b[B];                                                                                   \
-    load(a, a_in);                                                                                        \
-    load(b, b_in);                                                                                        \
-    load(d, c);                                                                                           \
-    call;                                                                                                 \
-    store(out, d);                                                                                        \
+    Number d[D];                                                                                            \
+    Operand a[A], b[B];                                                                                     \
+    load(a, a_in);                                                                                          \
+    load(b, b_in);                                                                                          \
+    load(d, c);                                                                                             \
+    call;                                                                                                   \
+    store(out, d);                                                                                          \
   }
 PROBE(m16n8k16_float16, float, unsigned, 4, 4, 2, mma_m16n8k16<Float16>(d, a, b))
 PROBE(m16n8k16_bfloat16, float, unsigned, 4, 4, 2, mma_m16n8k16<Bfloat16>(d, a, b))

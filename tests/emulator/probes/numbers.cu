@@ -10,8 +10,8 @@ extern "C" __global__ void widen(const unsigned short* bits, float* from_float16
   from_bfloat16[i] = to_accumulator(Bfloat16{bits[i]});
 }
 
-extern "C" __global__ void narrow(
-    const float* x, unsigned short* float16, unsigned short* bfloat16, unsigned* packed16, unsigned* packedb16, int n) {
+extern "C" __global__ void narrow(const float* x, unsigned short* float16, unsigned short* bfloat16,
+                                  unsigned* packed16, unsigned* packedb16, int n) {
   const int i = block_index() * 256 + thread_index();
   if (i >= n) return;
   float16[i] = from_accumulator<Float16>(x[i]).bits;

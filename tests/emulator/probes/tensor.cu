@@ -12,16 +12,16 @@ struct Smem {
 
 __device__ unsigned aligned_start(const Smem& smem) { return (shared_address(&smem) + 1023) / 1024 * 1024; }
 
-__device__ void load_box(
-    unsigned tile, const TensorMap& map, unsigned mbarrier, int rank, int c0, int c1, int c2, int c3, int c4) {
+__device__ void load_box(unsigned tile, const TensorMap& map, unsigned mbarrier, int rank, int c0, int c1,
+                         int c2, int c3, int c4) {
   if (rank == 2) tensor_load(tile, map, mbarrier, c0, c1);
   if (rank == 3) tensor_load(tile, map, mbarrier, c0, c1, c2);
   if (rank == 4) tensor_load(tile, map, mbarrier, c0, c1, c2, c3);
   if (rank == 5) tensor_load(tile, map, mbarrier, c0, c1, c2, c3, c4);
 }
 
-extern "C" __global__ void box_in(
-    const __grid_constant__ TensorMap map, unsigned* out, int rank, int bytes, int c0, int c1, int c2, int c3, int c4) {
+extern "C" __global__ void box_in(const __grid_constant__ TensorMap map, unsigned* out, int rank, int bytes,
+                                  int c0, int c1, int c2, int c3, int c4) {
   DYNAMIC_SHARED(Smem, smem);
   const unsigned tile = aligned_start(smem), offset = (tile - shared_address(&smem)) / 4;
   const unsigned mbarrier = shared_address(&smem.mbarrier);
@@ -37,9 +37,8 @@ extern "C" __global__ void box_in(
   for (int i = thread_index(); i < bytes / 4; i += 128) out[i] = smem.at[offset + i];
 }
 
-extern "C" __global__ void box_out(
-    const __grid_constant__ TensorMap map, const unsigned* in, int add, int rank, int bytes, int c0, int c1, int c2,
-    int c3, int c4) {
+extern "C" __global__ void box_out(const __grid_constant__ TensorMap map, const unsigned* in, int add, int rank,
+                                   int bytes, int c0, int c1, int c2, int c3, int c4) {
   DYNAMIC_SHARED(Smem, smem);
   const unsigned tile = aligned_start(smem), offset = (tile - shared_address(&smem)) / 4;
   for (int i = thread_index(); i < bytes / 4; i += 128) smem.at[offset + i] = in[i];

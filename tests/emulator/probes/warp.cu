@@ -48,8 +48,8 @@ extern "C" __global__ void block_votes(const int* x, int* out) {
   out[256 + thread] = __syncthreads_or(x[thread] == 3);
 }
 
-extern "C" __global__ void atomics(
-    const int* x, int* i32, unsigned* u32, unsigned long long* u64, float* f32, double* f64) {
+extern "C" __global__ void atomics(const int* x, int* i32, unsigned* u32, unsigned long long* u64, float* f32,
+                                   double* f64) {
   const int v = x[thread_index()];
   atomicAdd(&i32[0], v);
   atomicMin(&i32[1], v);
@@ -80,16 +80,14 @@ extern "C" __global__ void flags(int* data, int* flag, int* out) {
     sync_block();
     if (thread_index() == 0) add_release(flag, 1);
     if (thread_index() == 1) {
-      while (load_acquire(flag + 1) != 5) {
-      }
+      while (load_acquire(flag + 1) != 5) {}
       out[64] = data[64];
     }
   } else {
     if (thread_index() == 0) {
       data[64] = 17;
       store_release(flag + 1, 5);
-      while (load_acquire(flag) == 0) {
-      }
+      while (load_acquire(flag) == 0) {}
     }
     sync_block();
     out[thread_index()] = data[thread_index()];

@@ -15,7 +15,8 @@ __device__ void put(float* out, float (&d)[REGISTERS]) {
 }
 
 __device__ unsigned fill(Smem& smem, const unsigned* in) {
-  const unsigned tile = (shared_address(&smem) + 1023) / 1024 * 1024, offset = (tile - shared_address(&smem)) / 4;
+  const unsigned tile = (shared_address(&smem) + 1023) / 1024 * 1024,
+                 offset = (tile - shared_address(&smem)) / 4;
   for (int i = thread_index(); i < WORDS; i += 128) smem.at[offset + i] = in[i];
   fence_proxy_async_shared();
   sync_block();
@@ -24,7 +25,8 @@ __device__ unsigned fill(Smem& smem, const unsigned* in) {
 
 // d = a b, then d += a b' with operands one k step on; a, b: descriptors without the tile's address.
 template <typename Element, Major A, Major B, int N>
-__device__ void product(const unsigned* in, unsigned long long a, unsigned long long b, int step_a, int step_b, float* out) {
+__device__ void product(const unsigned* in, unsigned long long a, unsigned long long b, int step_a, int step_b,
+                        float* out) {
   DYNAMIC_SHARED(Smem, smem);
   const unsigned long long start = fill(smem, in);
   float d[N / 2];
@@ -38,7 +40,8 @@ __device__ void product(const unsigned* in, unsigned long long a, unsigned long 
 }
 
 template <typename Element, Major B, int N>
-__device__ void product_rs(const unsigned* in, const unsigned* fragments, unsigned long long b, int step_b, float* out) {
+__device__ void product_rs(const unsigned* in, const unsigned* fragments, unsigned long long b, int step_b,
+                           float* out) {
   DYNAMIC_SHARED(Smem, smem);
   const unsigned long long start = fill(smem, in);
   unsigned a[2][4];
@@ -53,15 +56,15 @@ __device__ void product_rs(const unsigned* in, const unsigned* fragments, unsign
   put(out, d);
 }
 
-#define SS(name, Element, A, B, N)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(128)                                                                  \
-      name(const unsigned* in, unsigned long long a, unsigned long long b, int step_a, int step_b, float* out) {     \
-    product<Element, Major::A, Major::B, N>(in, a, b, step_a, step_b, out);                                          \
+#define SS(name, Element, A, B, N)                                                                          \
+  extern "C" __global__ void __launch_bounds__(128) name(                                                   \
+      const unsigned* in, unsigned long long a, unsigned long long b, int step_a, int step_b, float* out) { \
+    product<Element, Major::A, Major::B, N>(in, a, b, step_a, step_b, out);                                 \
   }
-#define RS(name, Element, B, N)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(128) name(                                                            \
-      const unsigned* in, const unsigned* fragments, unsigned long long b, int step_b, float* out) {                 \
-    product_rs<Element, Major::B, N>(in, fragments, b, step_b, out);                                                 \
+#define RS(name, Element, B, N)                                                                           \
+  extern "C" __global__ void __launch_bounds__(128)                                                       \
+      name(const unsigned* in, const unsigned* fragments, unsigned long long b, int step_b, float* out) { \
+    product_rs<Element, Major::B, N>(in, fragments, b, step_b, out);                                      \
   }
 SS(ss_k_k_64, Float16, K, K, 64)
 SS(ss_k_mn_64, Float16, K, MN, 64)

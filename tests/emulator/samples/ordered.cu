@@ -1,5 +1,5 @@
-// Blocks that add to one row of numbers, one after another in the order of their tickets, for the checker's own tests:
-// float addition in a fixed order. 64 numbers a block, added by a bulk reduction behind a flag.
+// Blocks that add to one row of numbers, one after another in the order of their tickets, for the checker's own
+// tests: float addition in a fixed order. 64 numbers a block, added by a bulk reduction behind a flag.
 #include "types.cuh"
 #include "memory.cuh"
 #include "mma_sm80.cuh"
@@ -10,8 +10,10 @@ struct Smem {
   int ticket;
 };
 
-// state[0]: the next ticket; state[1]: how many blocks have added. log[i]: what the sum was before ticket i, and its block.
-extern "C" __global__ void __launch_bounds__(64) sample_ordered(const float* in, float* sum, float* log, int* state) {
+// state[0]: the next ticket; state[1]: how many blocks have added. log[i]: what the sum was before ticket i,
+// and its block.
+extern "C" __global__ void __launch_bounds__(64)
+    sample_ordered(const float* in, float* sum, float* log, int* state) {
   DYNAMIC_SHARED(Smem, smem);
   if (thread_index() == 0) smem.ticket = atomicAdd(&state[0], 1);
   sync_block();  // the ticket is there
@@ -20,8 +22,7 @@ extern "C" __global__ void __launch_bounds__(64) sample_ordered(const float* in,
   fence_proxy_async_shared();  // the reduction reads through the async proxy
   sync_block();                // all of part is written
   if (thread_index() == 0) {
-    while (load_acquire(&state[1]) != ticket) {
-    }
+    while (load_acquire(&state[1]) != ticket) {}
     log[ticket] = sum[0];
     bulk_add(sum, shared_address(smem.part), 256);
     bulk_commit();

@@ -1,7 +1,9 @@
-// A small kernel in the manner of the sm80 family, for the checker's own tests: out = a b^T by cp.async, ldmatrix and
-// mma.sync. a (rows, 16 DEPTH), b (64, 16 DEPTH) float16, row-major; out (rows, 64) float32; 64 rows a block.
+// A small kernel in the manner of the sm80 family, for the checker's own tests: out = a b^T by cp.async,
+// ldmatrix and mma.sync. a (rows, 16 DEPTH), b (64, 16 DEPTH) float16, row-major; out (rows, 64) float32; 64
+// rows a block.
 //
-//   one turn, stage s:   load(next) -> the other stage | wait for s | block: s is there | multiply | block: s is read
+//   one turn, stage s:   load(next) -> the other stage | wait for s | block: s is there | multiply | block: s
+//   is read
 #include "types.cuh"
 #include "memory.cuh"
 #include "mma_sm80.cuh"
@@ -21,8 +23,8 @@ __device__ void load(unsigned short (&tile)[64][24], const unsigned short* from,
   cp_async<16>(shared_address(&tile[row][8 * half]), source, bytes);
 }
 
-extern "C" __global__ void __launch_bounds__(128) sample_sm80(
-    const unsigned short* a, const unsigned short* b, float* out, float* row_sums, int rows) {
+extern "C" __global__ void __launch_bounds__(128)
+    sample_sm80(const unsigned short* a, const unsigned short* b, float* out, float* row_sums, int rows) {
   DYNAMIC_SHARED(Smem, smem);
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   a += block_index() * 64 * 16 * DEPTH;
@@ -45,7 +47,8 @@ extern "C" __global__ void __launch_bounds__(128) sample_sm80(
     ldmatrix_x4(fragment_a, shared_address(&smem.a[s][16 * warp + lane % 16][8 * (lane / 16)]));
     for (int j = 0; j < 8; j += 2) {
       unsigned fragment_b[4];
-      ldmatrix_x4(fragment_b, shared_address(&smem.b[s][8 * j + lane % 8 + 8 * (lane / 16)][8 * (lane / 8 % 2)]));
+      ldmatrix_x4(fragment_b,
+                  shared_address(&smem.b[s][8 * j + lane % 8 + 8 * (lane / 16)][8 * (lane / 8 % 2)]));
       const unsigned left[2] = {fragment_b[0], fragment_b[1]}, right[2] = {fragment_b[2], fragment_b[3]};
       mma_m16n8k16<Float16>(d[j], fragment_a, left);
       mma_m16n8k16<Float16>(d[j + 1], fragment_a, right);
@@ -70,5 +73,6 @@ extern "C" __global__ void __launch_bounds__(128) sample_sm80(
     const int row = 16 * warp + i / 16, column = i % 16 * 4;
     if (row < rows) store_global(out + 64 * row + column, load_shared<4>(&smem.out[row][column]));
   }
-  if (lane < 16 && 16 * warp + lane < rows) row_sums[block_index() * 64 + 16 * warp + lane] = smem.row_sum[16 * warp + lane];
+  if (lane < 16 && 16 * warp + lane < rows)
+    row_sums[block_index() * 64 + 16 * warp + lane] = smem.row_sum[16 * warp + lane];
 }

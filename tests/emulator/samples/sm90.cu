@@ -1,9 +1,10 @@
-// A small kernel in the manner of the sm90 family, for the checker's own tests: out = silu-free (a b^T) c by TMA, mbarriers
-// and wgmma, one producer warp and two consumer warpgroups. a (128 rows a block, 64), b (64 keys a turn, 64), c (64, 64)
-// for each turn, float16; out (rows, 64) float32, stored by TMA.
+// A small kernel in the manner of the sm90 family, for the checker's own tests: out = silu-free (a b^T) c by
+// TMA, mbarriers and wgmma, one producer warp and two consumer warpgroups. a (128 rows a block, 64), b (64 keys
+// a turn, 64), c (64, 64) for each turn, float16; out (rows, 64) float32, stored by TMA.
 //
 //   producer, turn t:   wait empty[s] -> expect bytes -> load b, c of the turn -> full[s]
-//   consumer, turn t:   wait full[s] -> s = a b^T -> p = 16-bit s -> out += p c -> release empty[s], a lane for each warp
+//   consumer, turn t:   wait full[s] -> s = a b^T -> p = 16-bit s -> out += p c -> release empty[s], a lane for
+//   each warp
 #include "types.cuh"
 #include "memory.cuh"
 #include "mma_sm80.cuh"
@@ -19,9 +20,9 @@ struct Smem {
 
 constexpr int TILE = 64 * 64 * 2;
 
-extern "C" __global__ void __launch_bounds__(384, 1) sample_sm90(
-    const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
-    const __grid_constant__ TensorMap map_c, const __grid_constant__ TensorMap map_out, int turns) {
+extern "C" __global__ void __launch_bounds__(384, 1)
+    sample_sm90(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
+                const __grid_constant__ TensorMap map_c, const __grid_constant__ TensorMap map_out, int turns) {
   DYNAMIC_SHARED(Smem, smem);
   const int group = thread_index() / 128, warp = thread_index() / 32 % 4, lane = thread_index() % 32;
   const unsigned full_a = shared_address(&smem.full_a), full = shared_address(smem.full);

@@ -1,5 +1,5 @@
-// kernels/memory.cuh for a run on the CPU: the same names; every vector load and store is checked as the one access
-// that it is on the device.
+// kernels/memory.cuh for a run on the CPU: the same names; every vector load and store is checked as the one
+// access that it is on the device.
 #pragma once
 
 __device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
@@ -9,8 +9,12 @@ __device__ __forceinline__ int block_index() { return static_cast<int>(blockIdx.
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
-__device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
-__device__ __forceinline__ double shuffle_xor(double x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+__device__ __forceinline__ float shuffle_xor(float x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+__device__ __forceinline__ double shuffle_xor(double x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
 
 #define DYNAMIC_SHARED(Type, name) Type& name = *static_cast<Type*>(emulator::dynamic_shared(16))
 

@@ -37,19 +37,32 @@ __device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const unsigned (&a)[2
 __device__ __forceinline__ void mma_m16n8k4_tf32(float (&d)[4], const unsigned (&a)[2], unsigned b) {
   emulator::mma(emulator::TFLOAT32, 16, 8, 4, d, a, &b, d);
 }
-__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4],
+                                                 const unsigned (&b)[2]) {
   emulator::mma(emulator::TFLOAT32, 16, 8, 8, d, a, b, d);
 }
 __device__ __forceinline__ void mma_m8n8k4_f64(double (&d)[2], double a, double b) {
   emulator::mma(emulator::FLOAT64, 8, 8, 4, d, &a, &b, d);
 }
 
-__device__ __forceinline__ void ldmatrix_x1(unsigned (&r)[1], unsigned shared) { emulator::load_matrix(r, 1, shared, false); }
-__device__ __forceinline__ void ldmatrix_x2(unsigned (&r)[2], unsigned shared) { emulator::load_matrix(r, 2, shared, false); }
-__device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], unsigned shared) { emulator::load_matrix(r, 4, shared, false); }
-__device__ __forceinline__ void ldmatrix_x1_trans(unsigned (&r)[1], unsigned shared) { emulator::load_matrix(r, 1, shared, true); }
-__device__ __forceinline__ void ldmatrix_x2_trans(unsigned (&r)[2], unsigned shared) { emulator::load_matrix(r, 2, shared, true); }
-__device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], unsigned shared) { emulator::load_matrix(r, 4, shared, true); }
+__device__ __forceinline__ void ldmatrix_x1(unsigned (&r)[1], unsigned shared) {
+  emulator::load_matrix(r, 1, shared, false);
+}
+__device__ __forceinline__ void ldmatrix_x2(unsigned (&r)[2], unsigned shared) {
+  emulator::load_matrix(r, 2, shared, false);
+}
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], unsigned shared) {
+  emulator::load_matrix(r, 4, shared, false);
+}
+__device__ __forceinline__ void ldmatrix_x1_trans(unsigned (&r)[1], unsigned shared) {
+  emulator::load_matrix(r, 1, shared, true);
+}
+__device__ __forceinline__ void ldmatrix_x2_trans(unsigned (&r)[2], unsigned shared) {
+  emulator::load_matrix(r, 2, shared, true);
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], unsigned shared) {
+  emulator::load_matrix(r, 4, shared, true);
+}
 __device__ __forceinline__ unsigned movmatrix_trans(unsigned r) { return emulator::transpose_matrix(r); }
 
 template <int BYTES>
@@ -76,5 +89,6 @@ __device__ __forceinline__ void store_release(int* flag, int value) {
   emulator::store_ordered(flag, static_cast<unsigned>(value), 4, emulator::RELEASE);
 }
 __device__ __forceinline__ void add_release(int* flag, int value) {
-  emulator::atomic(emulator::ATOMIC_ADD, emulator::TYPE_I32, flag, static_cast<unsigned>(value), 0, emulator::RELEASE);
+  emulator::atomic(emulator::ATOMIC_ADD, emulator::TYPE_I32, flag, static_cast<unsigned>(value), 0,
+                   emulator::RELEASE);
 }

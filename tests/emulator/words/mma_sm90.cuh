@@ -14,12 +14,24 @@ __device__ __forceinline__ void mma_m16n8k16_f64(double (&d)[4], const double (&
   emulator::mma(emulator::FLOAT64, 16, 8, 16, d, a, b, d);
 }
 
-__device__ __forceinline__ void stmatrix_x1(unsigned shared, const unsigned (&r)[1]) { emulator::store_matrix(r, 1, shared, false); }
-__device__ __forceinline__ void stmatrix_x2(unsigned shared, const unsigned (&r)[2]) { emulator::store_matrix(r, 2, shared, false); }
-__device__ __forceinline__ void stmatrix_x4(unsigned shared, const unsigned (&r)[4]) { emulator::store_matrix(r, 4, shared, false); }
-__device__ __forceinline__ void stmatrix_x1_trans(unsigned shared, const unsigned (&r)[1]) { emulator::store_matrix(r, 1, shared, true); }
-__device__ __forceinline__ void stmatrix_x2_trans(unsigned shared, const unsigned (&r)[2]) { emulator::store_matrix(r, 2, shared, true); }
-__device__ __forceinline__ void stmatrix_x4_trans(unsigned shared, const unsigned (&r)[4]) { emulator::store_matrix(r, 4, shared, true); }
+__device__ __forceinline__ void stmatrix_x1(unsigned shared, const unsigned (&r)[1]) {
+  emulator::store_matrix(r, 1, shared, false);
+}
+__device__ __forceinline__ void stmatrix_x2(unsigned shared, const unsigned (&r)[2]) {
+  emulator::store_matrix(r, 2, shared, false);
+}
+__device__ __forceinline__ void stmatrix_x4(unsigned shared, const unsigned (&r)[4]) {
+  emulator::store_matrix(r, 4, shared, false);
+}
+__device__ __forceinline__ void stmatrix_x1_trans(unsigned shared, const unsigned (&r)[1]) {
+  emulator::store_matrix(r, 1, shared, true);
+}
+__device__ __forceinline__ void stmatrix_x2_trans(unsigned shared, const unsigned (&r)[2]) {
+  emulator::store_matrix(r, 2, shared, true);
+}
+__device__ __forceinline__ void stmatrix_x4_trans(unsigned shared, const unsigned (&r)[4]) {
+  emulator::store_matrix(r, 4, shared, true);
+}
 
 __device__ __forceinline__ void add_global(float* p, const float (&x)[2]) {
   emulator::atomic_vector_add(emulator::TYPE_F32, p, x, 2);
@@ -30,18 +42,26 @@ __device__ __forceinline__ void add_global(float* p, const float (&x)[4]) {
 
 __device__ __forceinline__ bool elect_one() { return emulator::elect(0xffffffffu); }
 
-__device__ __forceinline__ void mbarrier_init(unsigned mbarrier, int count) { emulator::mbarrier_init(mbarrier, count); }
+__device__ __forceinline__ void mbarrier_init(unsigned mbarrier, int count) {
+  emulator::mbarrier_init(mbarrier, count);
+}
 __device__ __forceinline__ void mbarrier_inval(unsigned mbarrier) { emulator::mbarrier_invalidate(mbarrier); }
 __device__ __forceinline__ void fence_mbarrier_init() { emulator::fence_mbarrier_init(); }
-__device__ __forceinline__ void mbarrier_arrive(unsigned mbarrier) { emulator::mbarrier_arrive(mbarrier, 1, 0, false); }
+__device__ __forceinline__ void mbarrier_arrive(unsigned mbarrier) {
+  emulator::mbarrier_arrive(mbarrier, 1, 0, false);
+}
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(unsigned mbarrier, int bytes) {
   emulator::mbarrier_arrive(mbarrier, 1, bytes, true);
 }
-__device__ __forceinline__ void mbarrier_expect_tx(unsigned mbarrier, int bytes) { emulator::mbarrier_expect(mbarrier, bytes); }
+__device__ __forceinline__ void mbarrier_expect_tx(unsigned mbarrier, int bytes) {
+  emulator::mbarrier_expect(mbarrier, bytes);
+}
 __device__ __forceinline__ bool mbarrier_try_wait(unsigned mbarrier, int parity) {
   return emulator::mbarrier_test(mbarrier, parity);
 }
-__device__ __forceinline__ void mbarrier_wait(unsigned mbarrier, int parity) { emulator::mbarrier_wait(mbarrier, parity); }
+__device__ __forceinline__ void mbarrier_wait(unsigned mbarrier, int parity) {
+  emulator::mbarrier_wait(mbarrier, parity);
+}
 
 __device__ __forceinline__ void fence_proxy_async() { emulator::fence_proxy_async(true, true); }
 __device__ __forceinline__ void fence_proxy_async_shared() { emulator::fence_proxy_async(true, false); }
@@ -76,13 +96,14 @@ struct alignas(64) TensorMap {
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap&) {}
 
 template <typename... Coordinates>
-__device__ __forceinline__ void tensor_load(
-    unsigned shared, const TensorMap& map, unsigned mbarrier, int x, int y, Coordinates... more) {
+__device__ __forceinline__ void tensor_load(unsigned shared, const TensorMap& map, unsigned mbarrier, int x,
+                                            int y, Coordinates... more) {
   const int at[] = {x, y, more...};
   emulator::tensor_load(shared, &map, mbarrier, 2 + sizeof...(more), at);
 }
 template <typename... Coordinates>
-__device__ __forceinline__ void tensor_store(const TensorMap& map, unsigned shared, int x, int y, Coordinates... more) {
+__device__ __forceinline__ void tensor_store(const TensorMap& map, unsigned shared, int x, int y,
+                                             Coordinates... more) {
   const int at[] = {x, y, more...};
   emulator::tensor_store(&map, shared, 2 + sizeof...(more), at);
 }
@@ -111,17 +132,21 @@ __device__ __forceinline__ void wgmma_hold(float (&)[REGISTERS]) {}
 
 template <typename Element, Major MAJOR_A, Major MAJOR_B, int REGISTERS>
 __device__ __forceinline__ void wgmma_ss(float (&d)[REGISTERS], unsigned long long a, unsigned long long b) {
-  emulator::wgmma(ElementFormat<Element>::value, 2 * REGISTERS, d, nullptr, a, b, MAJOR_A == Major::MN, MAJOR_B == Major::MN, true);
+  emulator::wgmma(ElementFormat<Element>::value, 2 * REGISTERS, d, nullptr, a, b, MAJOR_A == Major::MN,
+                  MAJOR_B == Major::MN, true);
 }
 template <typename Element, Major MAJOR_A, Major MAJOR_B, int REGISTERS>
-__device__ __forceinline__ void wgmma_first_ss(float (&d)[REGISTERS], unsigned long long a, unsigned long long b) {
-  emulator::wgmma(ElementFormat<Element>::value, 2 * REGISTERS, d, nullptr, a, b, MAJOR_A == Major::MN, MAJOR_B == Major::MN, false);
+__device__ __forceinline__ void wgmma_first_ss(float (&d)[REGISTERS], unsigned long long a,
+                                               unsigned long long b) {
+  emulator::wgmma(ElementFormat<Element>::value, 2 * REGISTERS, d, nullptr, a, b, MAJOR_A == Major::MN,
+                  MAJOR_B == Major::MN, false);
 }
 template <typename Element, Major MAJOR_B, int REGISTERS>
 __device__ __forceinline__ void wgmma_rs(float (&d)[REGISTERS], const unsigned (&a)[4], unsigned long long b) {
   emulator::wgmma(ElementFormat<Element>::value, 2 * REGISTERS, d, a, 0, b, false, MAJOR_B == Major::MN, true);
 }
 template <typename Element, Major MAJOR_B, int REGISTERS>
-__device__ __forceinline__ void wgmma_first_rs(float (&d)[REGISTERS], const unsigned (&a)[4], unsigned long long b) {
+__device__ __forceinline__ void wgmma_first_rs(float (&d)[REGISTERS], const unsigned (&a)[4],
+                                               unsigned long long b) {
   emulator::wgmma(ElementFormat<Element>::value, 2 * REGISTERS, d, a, 0, b, false, MAJOR_B == Major::MN, false);
 }

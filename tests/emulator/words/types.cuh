@@ -1,4 +1,5 @@
-// kernels/types.cuh for a run on the CPU: the same names, with g++'s arithmetic and the emulator's float formats.
+// kernels/types.cuh for a run on the CPU: the same names, with g++'s arithmetic and the emulator's float
+// formats.
 #pragma once
 
 struct Float16 {
@@ -34,7 +35,8 @@ struct Rounding<Float16> {
 
 template <>
 struct Rounding<Bfloat16> {
-  static __device__ __forceinline__ Bfloat16 apply(float x) {  // the device does it in integers too; a NaN keeps its sign
+  static __device__ __forceinline__ Bfloat16
+  apply(float x) {  // the device does it in integers too; a NaN keeps its sign
     const unsigned bits = __float_as_uint(x);
     const unsigned rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
     return {static_cast<unsigned short>((x == x ? rounded : bits | 0x400000u) >> 16)};
