@@ -438,7 +438,11 @@ LIBRARY = (
         r"rows_of<Gradient>\(params\.dq", "rows_of<Gradient>(params.q", ("write to an input",), r"q\+",
     ),
     Planted(
-        "delta of the next rows", "bwd_simt_dkdv",
-        r"(params\.delta, \w+, \w+\), \w+),", r"\1 + 1,", ("values",), "",
+        "delta of another row",
+        "bwd_simt_dkdv",
+        r"delta\[(\w+\.col\(c\))\]",
+        r"delta[\1 ^ 1]",
+        ("values",),
+        "",
     ),
 )  # fmt: skip
