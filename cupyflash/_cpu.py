@@ -31,18 +31,20 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import product
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ._problem import Problem
-from ._workers import check_variable, run
+from ._workers import check_variable, run, worker_count
 
 Array = Any  # numpy.ndarray
 Index = tuple[Any, ...]
 
-PROBE = 32  # keys whose largest logit is a row's first row_max
+PROBE = 16  # keys whose largest logit is a row's first row_max
 LIMIT = 2.0**24  # of a row's sum over one block; sums of v overflow float32 where |v| > 2**(127 - 24) / Sk
 CHUNK = 2**18  # logits that the one-block path holds at a time: 1 MiB of float32, half of a common L2
 # OpenBLAS computes a product of at most this volume (a matrix-vector product of this size) in one thread anyway.
@@ -85,9 +87,28 @@ EXPONENTIALS = {np.dtype(t): _exponential(t) for t in (np.float32, np.float64)}
 # ---------------------------------------------------------------------------------------------------------- tiles
 
 
+# (backward, causal, bytes of the accumulator): query rows, keys. The remarks are speeds relative to torch's kernel
+# in CPU time of one thread, d = 64, S = 2048 (float64: 1024), on an AVX-512 Xeon that others used too.
+TILES = {
+    (False, False, 4): (832, 256),  # 0.83; 1040 x 256 0.80, 512 x 512 0.80, 688 x 352 0.80, 464 x 512 0.80
+    (False, True, 4): (1040, 256),  # 1.68 times the full speed; 832 x 256 1.62, 688 x 256 1.58, 464 x 256 1.48
+    (True, False, 4): (688, 256),  # 0.81; 464 x 352 0.80, 336 x 352 0.77, 256 x 256 0.76
+    (True, True, 4): (688, 256),  # 0.85; 464 x 352 0.82, 336 x 352 0.81, 256 x 256 0.80
+    (False, False, 8): (688, 176),  # 0.75; 832 x 128 0.73, 464 x 256 0.72, 240 x 256 0.70
+    (False, True, 8): (688, 176),  # not tried against others
+    (True, False, 8): (464, 256),  # 0.74; 688 x 128 0.73, 240 x 352 0.72, 240 x 256 0.70
+    (True, True, 8): (464, 256),  # not tried against others
+}
+FEW_ROWS = 256, 1024  # up to so many rows, so many keys: the 20 us of a block's Python need work to hide behind
+SHORT_CAUSAL = 128, 256  # above the one and up to the other: halves of keys are 1.2 times as fast as one block
+
+
 def tile(problem: Problem, backward: bool) -> tuple[int, int]:
     """Query rows and keys of a tile: a function of dtype, one cell's shape and options, never of batch or heads."""
-    return (464, 512) if not backward else (464, 352)
+    block_m, block_n = TILES[backward, problem.causal, problem.accumulator.itemsize]
+    if problem.causal and SHORT_CAUSAL[0] < problem.seqlen_k <= SHORT_CAUSAL[1]:
+        return block_m, SHORT_CAUSAL[0]
+    return block_m, FEW_ROWS[1] if problem.seqlen_q <= FEW_ROWS[0] else block_n
 
 
 # ---------------------------------------------------------------------------------------------------- entry points
@@ -100,30 +121,33 @@ def forward(
     v: Array,
     q_offset: Array | None,
     out: Array,
-    lse: Array,
+    lse: Array | None,
     block_m: int,
     block_n: int,
 ) -> None:
-    """Write out and lse; all arrays canonical, (*leading, heads, rows, columns)."""
+    """Write out, and lse unless it is None; all arrays canonical, (*leading, heads, rows, columns)."""
     seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
     check_variable()
-    if seqlen_k == 0:
-        out[...], lse[...] = 0, -np.inf
-    if 0 in (seqlen_k, seqlen_q, problem.batch):
+    if not (seqlen_k and seqlen_q and problem.batch):
+        out[...] = 0
+        if lse is not None:
+            lse[...] = -np.inf
         return
     cells = _Cells(problem, q_offset)
-    q, k, v, out, lse = cells.rows(q), cells.keys(k), cells.keys(v), cells.rows(out), cells.row_values(lse)
+    q, k, v, out = cells.rows(q), cells.keys(k), cells.keys(v), cells.rows(out)
+    lse = None if lse is None else cells.row_values(lse)
     if seqlen_q > block_m or seqlen_k > block_n:
         call = _ForwardCall(cells, q, k, v, out, lse, block_m, block_n)
         run(lambda: _ForwardWorker(call), call.tasks())
-    elif cells.are_few(CHUNK) and _is_single_threaded(problem):
+    elif _is_small(problem):
         with np.errstate(all="ignore"):
             _forward_one_block(problem, q, k, v, cells.q_offset, out, lse)
     else:
 
         def chunk(index: Index) -> None:
             q_, k_, v_, out_ = (_at(x, index, 2) for x in (q, k, v, out))
-            _forward_one_block(problem, q_, k_, v_, cells.offset(index), out_, _at(lse, index, 1))
+            lse_ = None if lse is None else _at(lse, index, 1)
+            _forward_one_block(problem, q_, k_, v_, cells.offset(index), out_, lse_)
 
         run(lambda: chunk, list(_chunks(cells.shape, seqlen_q * seqlen_k)))
 
@@ -206,11 +230,6 @@ class _Cells:
         """(..., heads, keys, columns) as (cells, keys, columns), for k, v, dk, dv."""
         return x if self.group == 1 else x[..., None, :, :]
 
-    def are_few(self, limit: int) -> bool:
-        """Whether the logits of all cells together are at most `limit`."""
-        problem = self.problem
-        return problem.batch * problem.num_heads * problem.seqlen_q * problem.seqlen_k <= limit
-
     def offset(self, index: Index) -> Any:
         """The diagonal's offset in a cell (an int), or in a slice of cells (an array)."""
         if self.problem.q_offset is not None:
@@ -247,8 +266,16 @@ def _chunks(shape: Sequence[int], weight: int) -> Iterator[Index]:
         yield (*index, *[slice(None)] * (len(shape) - axis))
 
 
+def _is_small(problem: Problem) -> bool:
+    """Whether one chunk holds all cells, and BLAS uses one thread for each, limited or not."""
+    return _logits(problem) <= CHUNK and _is_single_threaded(problem)
+
+
+def _logits(problem: Problem) -> int:
+    return problem.batch * problem.num_heads * problem.seqlen_q * problem.seqlen_k
+
+
 def _is_single_threaded(problem: Problem) -> bool:
-    """Whether BLAS uses one thread for one cell's products, limited or not."""
     sizes = (problem.seqlen_q, problem.seqlen_k, problem.head_dim, problem.head_dim_v)
     volume = sizes[0] * sizes[1] * max(sizes[2:])
     return volume <= (SINGLE_THREAD_GEMV if min(sizes) == 1 else SINGLE_THREAD_GEMM)
@@ -257,7 +284,9 @@ def _is_single_threaded(problem: Problem) -> bool:
 # ------------------------------------------------------------------------------------------------ one-block forward
 
 
-def _forward_one_block(problem: Problem, q: Array, k: Array, v: Array, offset: Any, out: Array, lse: Array) -> None:
+def _forward_one_block(
+    problem: Problem, q: Array, k: Array, v: Array, offset: Any, out: Array, lse: Array | None
+) -> None:
     """All keys of any number of cells at once, without packing what is packed already."""
     accumulator = problem.accumulator
     base = EXPONENTIALS[accumulator]
@@ -268,21 +297,26 @@ def _forward_one_block(problem: Problem, q: Array, k: Array, v: Array, offset: A
     if hidden is not None:  # with offsets of its own, every cell, even where q and k are broadcast
         p_t = np.where(hidden, accumulator.type(-np.inf), p_t)
     row_max = np.maximum.reduce(p_t, axis=-2, keepdims=True)
-    empty = row_max == -np.inf
     np.subtract(p_t, row_max, out=p_t)
     _exponentiate(base, p_t)
     if hidden is not None:
         np.copyto(p_t, 0, where=hidden)
-    if empty.any():
-        np.copyto(p_t, 0, where=empty)
+    some_empty = np.fmin.reduce(row_max, axis=None) == -np.inf  # fmin: beside NaN too
+    if some_empty:
+        np.copyto(p_t, 0, where=row_max == -np.inf)
     row_sum = np.add.reduce(p_t, axis=-2, keepdims=True)
-    log_sum = base.log(row_sum)
-    log_sum += row_max  # -inf + -inf in empty rows
-    np.divide(log_sum[..., 0, :], base.per_nat, out=lse)
-    np.maximum(row_sum, 1, out=row_sum)  # 0 in empty rows, at least exp(0) in others
+    if lse is not None:
+        log_sum = base.log(row_sum)
+        log_sum += row_max  # -inf + -inf in empty rows
+        np.divide(log_sum[..., 0, :], base.per_nat, out=lse)
+    if some_empty:
+        row_sum[row_sum == 0] = 1
     acc_o = np.matmul(p_t.swapaxes(-1, -2), v)
-    acc_o /= row_sum.swapaxes(-1, -2)
-    out[...] = acc_o
+    if out.dtype == accumulator:
+        np.divide(acc_o, row_sum.swapaxes(-1, -2), out=out)
+    else:
+        acc_o /= row_sum.swapaxes(-1, -2)
+        out[...] = acc_o
 
 
 def _exponentiate(base: Exponential, x: Array) -> None:
@@ -293,15 +327,15 @@ def _exponentiate(base: Exponential, x: Array) -> None:
 
 def _packed(x: Array, dtype: np.dtype) -> Array:
     """x as BLAS always gets it: contiguous, aligned, of the accumulator's type."""
-    if x.dtype == dtype and x.flags.aligned:
-        stride = dtype.itemsize
-        for n, own in zip(x.shape[::-1], x.strides[::-1], strict=True):
-            if own != stride:
-                break
-            stride *= n
-        else:
-            return x
+    if x.dtype == dtype and x.strides == _packed_strides(x.shape, dtype.itemsize) and x.flags.aligned:
+        return x
     return np.array(x, dtype, order="C")
+
+
+@lru_cache(maxsize=1024)
+def _packed_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The strides of a contiguous array; a contiguous array may have others along axes of length 1."""
+    return tuple(itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _hidden(problem: Problem, offset: Any) -> Array | None:
@@ -333,16 +367,18 @@ class _KeyBlock(NamedTuple):
 
 
 def _key_blocks(m_begin: int, m_end: int, offset: int | None, seqlen_k: int, block_n: int) -> list[_KeyBlock]:
-    """The key blocks that rows m_begin to m_end see: whole ones, then half blocks along the diagonal."""
+    """The key blocks that rows m_begin to m_end see: whole ones, then half blocks along the diagonal.
+
+    Causal ones lie on a grid of block_n, so that tiles of a cell have them in common.
+    """
     if offset is None:
         return [_KeyBlock(*block) for block in _even(seqlen_k, block_n)]
     end = max(0, min(seqlen_k, m_end + offset))  # row m_end - 1 sees keys up to m_end - 1 + offset
     full = max(0, min(end, m_begin + offset + 1))
-    half = max(1, block_n // 2)
-    if full < end:
-        full -= full % half
-    blocks = [_KeyBlock(*block) for block in _even(full, block_n)]
-    for n_begin in range(full, end, half):
+    whole = full if full == seqlen_k else full // block_n * block_n
+    blocks = [_KeyBlock(n, min(n + block_n, whole)) for n in range(0, whole, block_n)]
+    half = -(-block_n // 2)
+    for n_begin in range(whole, end, half):
         n_end = min(n_begin + half, end)
         first = max(0, n_begin - offset - m_begin)
         last_cut = min(m_end, n_end - 1 - offset)  # the first row that sees the whole block
@@ -441,30 +477,32 @@ class _ForwardCall(NamedTuple):
     k: Array
     v: Array
     out: Array
-    lse: Array
+    lse: Array | None
     block_m: int
     block_n: int
 
-    @property
-    def share(self) -> int:
-        """Tiles of a task: as many as 1 MiB holds, since a worker keeps the sums of all of them; at most 4."""
+    def share(self, tiles: int) -> int:
+        """How many of all tiles a task takes: a worker keeps the sums of all of them, which 1 MiB shall hold.
+
+        Sharing changes no bits, so it may depend on what keeps all workers busy.
+        """
         problem = self.cells.problem
         row = (problem.head_dim + problem.head_dim_v + 4) * problem.accumulator.itemsize
-        return max(1, min(4, 2**20 // (row * self.block_m)))
+        return max(1, min(4, 2**20 // (row * self.block_m), tiles // (3 * worker_count())))
 
     def tasks(self) -> list[_ForwardTask]:
         """Long tasks come first, so that no worker is left with one at the end."""
         *outer, inner = self.cells.shape
-        problem, share = self.cells.problem, self.share
-        blocks = _even(problem.seqlen_q, self.block_m)[::-1]
+        blocks = _even(self.cells.problem.seqlen_q, self.block_m)[::-1]
         shared = all(x.ndim < 3 or x.shape[-3] == 1 for x in (self.k, self.v))  # by the heads of a group
         lasts = [range(inner)] if shared else [range(i, i + 1) for i in range(inner)]
-        tasks = []
-        for together in [[block] for block in blocks] if problem.causal else [blocks]:  # same key blocks
-            for lead, heads in product(np.ndindex(*outer), lasts):
-                tiles = [_Tile(last, *block) for last, block in product(heads, together)]
-                tasks += [_ForwardTask(lead, tuple(tiles[i : i + share])) for i in range(0, len(tiles), share)]
-        return tasks
+        share = self.share(math.prod(self.cells.shape) * len(blocks))
+        count = len(lasts[0]) * len(blocks)
+        return [
+            _ForwardTask(lead, tuple(_Tile(last, *block) for block, last in product(blocks, heads))[i : i + share])
+            for i in range(0, count, share)
+            for lead, heads in product(np.ndindex(*outer), lasts)
+        ]
 
 
 class _Rows:
@@ -525,10 +563,11 @@ class _Rows:
             if not self.unseen.any():
                 self.unseen = None
 
-    def store(self, out: Array, lse: Array) -> None:
+    def store(self, out: Array, lse: Array | None) -> None:
         """Divide once, round once."""
-        log_sum = self.base.log(self.row_sum, dtype=np.float64) - self.q_t[-1]
-        lse[...] = log_sum / self.base.per_nat
+        if lse is not None:
+            log_sum = self.base.log(self.row_sum, dtype=np.float64) - self.q_t[-1]
+            lse[...] = log_sum / self.base.per_nat
         self.row_sum[self.row_sum == 0] = 1  # rows that see no key
         self.acc_o /= self.row_sum[:, None]
         out[...] = self.acc_o
@@ -543,27 +582,31 @@ class _ForwardWorker(_Workspace):
         super().__init__(problem, block_n, one_more=0)
         self.scores = np.empty(block_n * block_m, problem.accumulator)
         self.values = np.empty((block_m, problem.head_dim_v), problem.accumulator)
-        self.rows = [_Rows(problem, block_m) for _ in range(call.share)]
+        self.rows: list[_Rows] = []
+        self.block_m = block_m
 
     def __call__(self, task: _ForwardTask) -> None:
         call, problem = self.call, self.call.cells.problem
-        tiles = list(zip(self.rows, task.tiles, strict=False))
-        for rows, (last, m_begin, m_end) in tiles:
+        while len(self.rows) < len(task.tiles):
+            self.rows.append(_Rows(problem, self.block_m))
+        first_cell = (*task.lead, task.tiles[0].last)
+        k, v = _at(call.k, first_cell, 2), _at(call.v, first_cell, 2)
+        offset = call.cells.offset(first_cell) if problem.causal else None
+        steps: dict[tuple[int, int], list[tuple[_Rows, int, _KeyBlock]]] = {}
+        for rows, (last, m_begin, m_end) in zip(self.rows, task.tiles, strict=False):
             rows.load(_at(call.q, (*task.lead, last), 2)[m_begin:m_end])
-        last, m_begin, m_end = task.tiles[0]
-        cell = (*task.lead, last)
-        k, v = _at(call.k, cell, 2), _at(call.v, cell, 2)
-        offset = call.cells.offset(cell) if problem.causal else None
-        for block in _key_blocks(m_begin, m_end, offset, problem.seqlen_k, call.block_n):
-            self.load_keys(k[block.n_begin : block.n_end], v[block.n_begin : block.n_end])
-            hidden = self.hidden(block, m_begin, offset)
-            for rows, _ in tiles:
-                if block.n_begin == block.first == block.cut == 0:
+            for block in _key_blocks(m_begin, m_end, offset, problem.seqlen_k, call.block_n):
+                steps.setdefault(block[:2], []).append((rows, m_begin, block))
+        for (n_begin, n_end), tiles in sorted(steps.items(), key=itemgetter(0)):
+            self.load_keys(k[n_begin:n_end], v[n_begin:n_end])
+            for rows, m_begin, block in tiles:
+                if n_begin == block.first == block.cut == 0:
                     rows.guess_maximum(self.k[:PROBE])
-                self.absorb(rows, block.first, hidden)
-        for rows, (last, m_begin, m_end) in tiles:
+                self.absorb(rows, block.first, self.hidden(block, m_begin, offset))
+        for rows, (last, m_begin, m_end) in zip(self.rows, task.tiles, strict=False):
             cell = (*task.lead, last)
-            rows.store(_at(call.out, cell, 2)[m_begin:m_end], _at(call.lse, cell, 1)[m_begin:m_end])
+            lse = None if call.lse is None else _at(call.lse, cell, 1)[m_begin:m_end]
+            rows.store(_at(call.out, cell, 2)[m_begin:m_end], lse)
 
     def absorb(self, rows: _Rows, first: int, hidden: Array | None) -> None:
         """Take one block of keys into the sums of the rows from `first` on.
@@ -818,7 +861,7 @@ class _BackwardWorker(_Workspace):
         call, (chain, turn, cell, m_begin, m_end) = self.call, task
         k, v = _at(call.k, cell, 2), _at(call.v, cell, 2)
         self.load_rows(cell, slice(m_begin, m_end))
-        sums = {name: chain.sum(name, cell) for name in ("dk", "dv") if name in call.gradients}
+        sums: dict[str, Array] = {x: chain.sum(x, cell) for x in ("dk", "dv") if x in call.gradients}
         offset = call.cells.offset(cell) if call.problem.causal else None
         for block in _key_blocks(m_begin, m_end, offset, call.problem.seqlen_k, call.block_n):
             keys = slice(block.n_begin, block.n_end)
