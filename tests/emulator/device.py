@@ -32,7 +32,7 @@ _SHARED = (
     (0, 48 * 1024),
 )  # since an architecture
 
-_loaded: dict[tuple[str, int], tuple[ctypes.CDLL, tuple[str, ...]]] = {}
+_loaded: dict[tuple[str, int, bool], tuple[ctypes.CDLL, tuple[str, ...]]] = {}
 _granules: dict[str, int] = {}  # the shadow's granule in shared memory that a kernel turned out to need
 
 
@@ -52,6 +52,9 @@ class Device:
         Compute capability, 90 for 9.0.
     shared : int, optional
         Bytes of shared memory that a block may have; None is what the architecture has.
+    undefined : bool
+        Look for undefined behaviour too (overflow, indices of local arrays, alignment of what no word loads), in twice
+        to four times the compile time.
 
     The device has as many multiprocessors as the first launch's schedule has resident blocks.
 
@@ -69,10 +72,12 @@ class Device:
         patches: tuple[Patch, ...] = (),
         arch: int = 90,
         shared: int | None = None,
+        undefined: bool = True,
     ) -> None:
         self._schedule = schedule if callable(schedule) else lambda _: schedule
         self.patches = patches
         self.arch = arch
+        self.undefined = undefined
         self.shared = shared or next(bytes_ for since, bytes_ in _SHARED if arch >= since)
         self.launches: list[str] = []
         self.arrays: dict[str, ndarray] | None = None  # of the launch at hand, by the name that Params has for them
@@ -128,9 +133,10 @@ class Kernel:
     """What ``RawModule.get_function`` returns."""
 
     def __init__(self, device: Device, text: str, name: str) -> None:
-        if (text, device.arch) not in _loaded:
-            _loaded[text, device.arch] = build.kernel(text, device.arch)
-        library, entries = _loaded[text, device.arch]
+        build_of = (text, device.arch, device.undefined)
+        if build_of not in _loaded:
+            _loaded[build_of] = build.kernel(*build_of)
+        library, entries = _loaded[build_of]
         if name not in entries:
             raise ValueError(f"no entry point {name}: there are {entries}")
         self.name = name

@@ -7,19 +7,35 @@
 
 using namespace emulator;
 
+namespace {
+
+[[noreturn]] void fail_alignment(const void *p, u32 alignment) {
+  std::string where = self->stack.contains((u64)p) ? "a local variable" : name_of(p);
+  fail("misaligned", "an access that needs %u-byte alignment at %s", alignment, where.c_str());
+}
+
+}  // namespace
+
 #define EMULATOR_HOOK(name, bytes, access)                    \
   extern "C" void name(const void *p) {                       \
     if (!self) return; /* static initialisers, on the host */ \
     self->pc = __builtin_return_address(0);                   \
     access(p, bytes);                                         \
   }
-#define EMULATOR_HOOKS(bytes)                                   \
-  EMULATOR_HOOK(__tsan_read##bytes, bytes, on_load)             \
-  EMULATOR_HOOK(__tsan_write##bytes, bytes, on_store)           \
-  EMULATOR_HOOK(__tsan_unaligned_read##bytes, bytes, on_load)   \
-  EMULATOR_HOOK(__tsan_unaligned_write##bytes, bytes, on_store) \
-  EMULATOR_HOOK(__tsan_volatile_read##bytes, bytes, on_load)    \
-  EMULATOR_HOOK(__tsan_volatile_write##bytes, bytes, on_store)
+#define EMULATOR_ALIGNED_HOOK(name, bytes, access)                                           \
+  extern "C" void name(const void *p) {                                                      \
+    if (!self) return;                                                                       \
+    self->pc = __builtin_return_address(0);                                                  \
+    if ((uint64_t)p % bytes && !self->stack.contains((uint64_t)p)) fail_alignment(p, bytes); \
+    access(p, bytes);                                                                        \
+  }
+#define EMULATOR_HOOKS(bytes)                                        \
+  EMULATOR_ALIGNED_HOOK(__tsan_read##bytes, bytes, on_load)          \
+  EMULATOR_ALIGNED_HOOK(__tsan_write##bytes, bytes, on_store)        \
+  EMULATOR_HOOK(__tsan_unaligned_read##bytes, bytes, on_load)        \
+  EMULATOR_HOOK(__tsan_unaligned_write##bytes, bytes, on_store)      \
+  EMULATOR_ALIGNED_HOOK(__tsan_volatile_read##bytes, bytes, on_load) \
+  EMULATOR_ALIGNED_HOOK(__tsan_volatile_write##bytes, bytes, on_store)
 EMULATOR_HOOKS(1)
 EMULATOR_HOOKS(2)
 EMULATOR_HOOKS(4)
@@ -74,11 +90,6 @@ struct TypeMismatch {
   const void *type;
   unsigned char log_alignment, kind;
 };
-
-[[noreturn]] void fail_alignment(const void *p, u32 alignment) {
-  std::string where = self->stack.contains((u64)p) ? "a local variable" : name_of(p);
-  fail("misaligned", "an access that needs %u-byte alignment at %s", alignment, where.c_str());
-}
 
 }  // namespace
 
