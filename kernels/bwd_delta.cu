@@ -3,6 +3,7 @@
 // A thread block owns BLOCK_M rows of one head; eight lanes share a row (mma_simt.cuh) and walk its columns in runs
 // of 16 bytes of dout: lane x takes runs x, x + 8, ... The order of the sum depends on dout's type alone, not on
 // strides. No shared memory. Where lse is -inf the row has no visible key: delta is 0 and dlse is not read.
+#include "basics.cuh"
 #include "params.cuh"
 #include "types.cuh"
 #include "memory.cuh"
@@ -17,11 +18,11 @@ constexpr int RUN = 16 / sizeof(Element);
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_delta(const Params params) {
   const Work work = scheduled_work(params, ceil_div(params.seqlen_q, BLOCK_M), params.num_heads, Longest::LAST_BLOCK);
   const Sequence seq = sequence_of(params, work.batch);
-  const auto out = rows_of<const Output>(params.out, seq, work.head);         // (seqlen_q, head_dim_v)
-  const auto dout = rows_of<const Element>(params.dout, seq, work.head);      // (seqlen_q, head_dim_v)
-  const auto lse = rows_of<const Accumulator>(params.lse, seq, work.head);    // (seqlen_q)
-  const auto dlse = rows_of<const Accumulator>(params.dlse, seq, work.head);  // (seqlen_q), or no tensor
-  const auto delta = rows_of<Accumulator>(params.delta, seq, work.head);      // (seqlen_q)
+  const auto out = rows_of<const Output>(params.out, seq.batch_index, work.head);         // (seqlen_q, head_dim_v)
+  const auto dout = rows_of<const Element>(params.dout, seq.batch_index, work.head);      // (seqlen_q, head_dim_v)
+  const auto lse = rows_of<const Accumulator>(params.lse, seq.batch_index, work.head);    // (seqlen_q)
+  const auto dlse = rows_of<const Accumulator>(params.dlse, seq.batch_index, work.head);  // (seqlen_q), or no tensor
+  const auto delta = rows_of<Accumulator>(params.delta, seq.batch_index, work.head);      // (seqlen_q)
   const int m0 = work.block * BLOCK_M;
   const int m_end = seq.seqlen_q - m0 < BLOCK_M ? seq.seqlen_q : m0 + BLOCK_M;
 

@@ -6,6 +6,7 @@
 //
 // A thread block owns BLOCK_M rows of one head, a warp takes a row, a lane a number of it, and adds it up in the order
 // of the axes, the last one fastest: no atomics, the same bits every time. No shared memory.
+#include "basics.cuh"
 #include "params.cuh"
 #include "types.cuh"
 #include "memory.cuh"
@@ -18,8 +19,8 @@ constexpr int SMEM_BYTES = 0;
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_finish(const Params params) {
   const Work work = scheduled_work(params, ceil_div(params.seqlen_q, BLOCK_M), params.num_heads, Longest::LAST_BLOCK);
   const Sequence seq = sequence_of(params, work.batch);
-  const auto partial = rows_of<const Accumulator>(params.partial, seq, work.head);  // (rows, columns) of the first
-  const auto gradient = rows_of<Gradient>(params.dq, seq, work.head);               // (rows, columns)
+  const auto partial = rows_of<const Accumulator>(params.partial, seq.batch_index, work.head);  // (rows, columns)
+  const auto gradient = rows_of<Gradient>(params.dq, seq.batch_index, work.head);               // (rows, columns)
   const long long* stride = params.partial.batch_stride;
   const int* count = params.reduce_shape;
   const int m0 = work.block * BLOCK_M;

@@ -14,13 +14,15 @@
 //                                 Q(m + 1) is sent for, into the place of dO(m)
 //                                 acc_dk += dS^T Q(m)                       (BLOCK_N, HEAD_DIM), registers
 //
-//     shared memory:  tile_p (BLOCK_N, BLOCK_M) | lse, delta (BLOCK_M) | two of K (BLOCK_N, CHUNK) or V (BLOCK_N, CHUNK_V)
-//                     | two slots: Q (BLOCK_M, CHUNK) or dO (BLOCK_M, CHUNK_V)
+//     shared memory:  tile_p (BLOCK_N, BLOCK_M) | lse, delta (BLOCK_M) |
+//                     two of K (BLOCK_N, CHUNK) or V (BLOCK_N, CHUNK_V) |
+//                     two slots: Q (BLOCK_M, CHUNK) or dO (BLOCK_M, CHUNK_V)
 //
 // Heads up to DIM_CHUNK wide have one chunk, and K and V are loaded once and stay. Wider ones stream all four in chunks
 // of columns. Either way a turn is a row of portions: CHUNKS of K and Q, CHUNKS_V of V and dO, and for dk CHUNKS of Q
 // again, backwards, since the last one may still be there. Each goes to the slot that the one before does not occupy
 // and is loaded while that one is worked on.
+#include "basics.cuh"
 #include "params.cuh"
 #include "types.cuh"
 #include "memory.cuh"
@@ -47,19 +49,19 @@ struct Smem {
   Owned owned[2];  // resident: K, then V; else a chunk lies beside its chunk of Q or dO
   Slot slot[2];
   Accumulator lse[BLOCK_M], delta[BLOCK_M];
+  int batch_index[4];
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const Params params) {
   DYNAMIC_SHARED(Smem, smem);
-  const Work work =
-      scheduled_work(params, ceil_div(params.seqlen_k, BLOCK_N), params.num_heads_k, Longest::FIRST_BLOCK);
+  const int num_blocks = ceil_div(params.seqlen_k, BLOCK_N);
+  const Work work = scheduled_work(params, num_blocks, params.num_heads_k, Longest::FIRST_BLOCK);
   const Sequence seq = sequence_of(params, work.batch);
+  share_batch_index(smem.batch_index, seq);
   const Mask mask = mask_of(seq);
   const Score score = score_of(params);
   const bool want_dk = params.dk.data != nullptr, want_dv = params.dv.data != nullptr;
-  const auto k = rows_of<const Element>(params.k, seq, work.head);  // (seqlen_k, head_dim)
-  const auto v = rows_of<const Element>(params.v, seq, work.head);  // (seqlen_k, head_dim_v)
   const int n0 = work.block * BLOCK_N;
 
   Outputs<BLOCK_N, CHUNK> acc_dk[CHUNKS];      // (BLOCK_N, HEAD_DIM)
@@ -74,22 +76,26 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
   const int first_head = work.head * group, end_head = first_head + group;
   const int portions = CHUNKS + CHUNKS_V + (want_dk ? CHUNKS : 0);
   int slot = 0;  // of the portion to come
-  const auto load_k = [&](int chunk, int to) {
+  const auto load_k = [&](int chunk, int to) ALWAYS_INLINE {
+    const auto k = rows_of<const Element>(params.k, smem.batch_index, work.head);  // (seqlen_k, head_dim)
     load_tile(smem.owned[to].k, k, n0, seq.seqlen_k, chunk * CHUNK, params.head_dim);
   };
-  const auto load_v = [&](int chunk, int to) {
+  const auto load_v = [&](int chunk, int to) ALWAYS_INLINE {
+    const auto v = rows_of<const Element>(params.v, smem.batch_index, work.head);  // (seqlen_k, head_dim_v)
     load_tile(smem.owned[to].v, v, n0, seq.seqlen_k, chunk * CHUNK_V, params.head_dim_v);
   };
-  const auto load_q = [&](int head, int m0, int chunk, int to) {
-    const auto q = rows_of<const Element>(params.q, seq, head);  // (seqlen_q, head_dim)
+  const auto load_q = [&](int head, int m0, int chunk, int to) ALWAYS_INLINE {
+    const auto q = rows_of<const Element>(params.q, smem.batch_index, head);  // (seqlen_q, head_dim)
     load_tile(smem.slot[to].q, q, m0, seq.seqlen_q, chunk * CHUNK, params.head_dim);
   };
   // Rows beyond the end are zeros everywhere: they add p * 0 to dv and p * (0 - 0) * 0 to dk.
-  const auto load = [&](int head, int m_block, int portion, int to) {
+  const auto load = [&](int head, int m_block, int portion, int to) ALWAYS_INLINE {
     const int m0 = m_block * BLOCK_M;
     if (portion == 0) {
-      load_numbers(smem.lse, rows_of<const Accumulator>(params.lse, seq, head), m0, seq.seqlen_q);
-      load_numbers(smem.delta, rows_of<const Accumulator>(params.delta, seq, head), m0, seq.seqlen_q);
+      const auto lse = rows_of<const Accumulator>(params.lse, smem.batch_index, head);      // (seqlen_q)
+      const auto delta = rows_of<const Accumulator>(params.delta, smem.batch_index, head);  // (seqlen_q)
+      load_numbers(smem.lse, lse, m0, seq.seqlen_q);
+      load_numbers(smem.delta, delta, m0, seq.seqlen_q);
     }
     if (portion < CHUNKS) {
       if (!RESIDENT) load_k(portion, to);
@@ -97,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
     } else if (portion < CHUNKS + CHUNKS_V) {
       const int chunk = portion - CHUNKS;
       if (!RESIDENT) load_v(chunk, to);
-      const auto dout = rows_of<const Element>(params.dout, seq, head);  // (seqlen_q, head_dim_v)
+      const auto dout = rows_of<const Element>(params.dout, smem.batch_index, head);  // (seqlen_q, head_dim_v)
       load_tile(smem.slot[to].dout, dout, m0, seq.seqlen_q, chunk * CHUNK_V, params.head_dim_v);
     } else {
       const int chunk = 2 * CHUNKS + CHUNKS_V - 1 - portion;
@@ -106,9 +112,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
     }
   };
   // Waits for a portion, sends for the one after it, and says in which slot the portion lies.
-  const auto arrive = [&](int head, int m_block, int portion) {
+  const auto arrive = [&](int head, int m_block, int portion) ALWAYS_INLINE {
     wait_copies();
-    sync_block();  // the portion is written, by all threads, and so is tile_p; the one before is read, so refill its slot
+    // The portion is written, by all threads, and so is tile_p; the portion before is read: refill its slot.
+    sync_block();
     const int here = slot;
     slot ^= 1;
     const bool same_head = m_block + 1 < blocks.end;
@@ -120,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
     return here;
   };
 
-  const auto step = [&](int head, int m_block, bool masked) {
+  const auto step = [&](int head, int m_block, bool masked) ALWAYS_INLINE {
     Scores<BLOCK_N, BLOCK_M> acc;
     clear(acc);
 #pragma unroll 1
@@ -134,10 +141,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
     probabilities(acc, score, visible, [&](int, int c) { return smem.lse[acc.col(c)]; });
     store_scores(smem.tile_p, acc);
 
-#pragma unroll
+#pragma unroll 1
     for (int chunk = 0; chunk < CHUNKS_V; ++chunk) {
       const int here = arrive(head, m_block, CHUNKS + chunk);
-      if (want_dv) multiply_nn(acc_dv[chunk], smem.tile_p, smem.slot[here].dout);
+      if (want_dv) multiply_nn(acc_dv, chunk, smem.tile_p, smem.slot[here].dout);
       if (chunk == 0) clear(acc);  // here and not before: registers are scarce during the product above
       if (want_dk) multiply_nt(acc, smem.owned[RESIDENT ? 1 : here].v, smem.slot[here].dout);
     }
@@ -147,10 +154,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
     score_gradients(acc, visible, [&](int r, int c) { return smem.tile_p.at[acc.row(r)][acc.col(c)]; },
                     [&](int, int c) { return smem.delta[acc.col(c)]; });
     store_scores(smem.tile_p, acc);
-#pragma unroll
+#pragma unroll 1
     for (int chunk = CHUNKS - 1; chunk >= 0; --chunk) {
       const int here = arrive(head, m_block, 2 * CHUNKS + CHUNKS_V - 1 - chunk);
-      multiply_nn(acc_dk[chunk], smem.tile_p, smem.slot[here].q);
+      multiply_nn(acc_dk, chunk, smem.tile_p, smem.slot[here].q);
     }
   };
 
@@ -167,19 +174,23 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
     for (int m_block = blocks.full_end; m_block < blocks.end; ++m_block) step(head, m_block, MASKED);
   }
 
+  // Where the block stands, once more: kept through the loop it would hold registers.
+  const Work here = scheduled_work(params, num_blocks, params.num_heads_k, Longest::FIRST_BLOCK);
+  const Sequence entry = sequence_of(params, here.batch);
+  const int row0 = here.block * BLOCK_N;
   if (want_dk) {
-    const auto dk = rows_of<Gradient>(params.dk, seq, work.head);  // (seqlen_k, head_dim)
+    const auto dk = rows_of<Gradient>(params.dk, entry.batch_index, here.head);  // (seqlen_k, head_dim)
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      multiply(acc_dk[chunk], score.gradient);
-      store_outputs(dk, n0, seq.seqlen_k, chunk * CHUNK, params.head_dim, acc_dk[chunk]);
+      multiply(acc_dk[chunk], score_of(params).gradient);
+      store_outputs(dk, row0, entry.seqlen_k, chunk * CHUNK, params.head_dim, acc_dk[chunk]);
     }
   }
   if (want_dv) {
-    const auto dv = rows_of<Gradient>(params.dv, seq, work.head);  // (seqlen_k, head_dim_v)
+    const auto dv = rows_of<Gradient>(params.dv, entry.batch_index, here.head);  // (seqlen_k, head_dim_v)
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS_V; ++chunk) {
-      store_outputs(dv, n0, seq.seqlen_k, chunk * CHUNK_V, params.head_dim_v, acc_dv[chunk]);
+      store_outputs(dv, row0, entry.seqlen_k, chunk * CHUNK_V, params.head_dim_v, acc_dv[chunk]);
     }
   }
 }

@@ -13,13 +13,15 @@
 //                                K(n + 1) is sent for, into the place of V(n)
 //                                acc_dq += dS K(n)                  (BLOCK_M, HEAD_DIM), registers
 //
-//     shared memory:  tile_p (BLOCK_M, BLOCK_N) | lse, delta (BLOCK_M) | two of Q (BLOCK_M, CHUNK) or dO (BLOCK_M, CHUNK_V)
-//                     | two slots: K (BLOCK_N, CHUNK) or V (BLOCK_N, CHUNK_V)
+//     shared memory:  tile_p (BLOCK_M, BLOCK_N) | lse, delta (BLOCK_M) |
+//                     two of Q (BLOCK_M, CHUNK) or dO (BLOCK_M, CHUNK_V) |
+//                     two slots: K (BLOCK_N, CHUNK) or V (BLOCK_N, CHUNK_V)
 //
 // Heads up to DIM_CHUNK wide have one chunk, and Q and dO are loaded once and stay. Wider ones stream all four in
 // chunks of columns. Either way a turn is a row of portions: CHUNKS of Q and K, CHUNKS_V of dO and V, and CHUNKS of K
 // again, backwards, since the last one may still be there. Each goes to the slot that the one before does not occupy
 // and is loaded while that one is worked on.
+#include "basics.cuh"
 #include "params.cuh"
 #include "types.cuh"
 #include "memory.cuh"
@@ -47,21 +49,19 @@ struct Smem {
   Owned owned[2];  // resident: Q, then dO; else a chunk lies beside its chunk of K or V
   Slot slot[2];
   Accumulator lse[BLOCK_M], delta[BLOCK_M];
+  int batch_index[4];
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const Params params) {
   DYNAMIC_SHARED(Smem, smem);
-  const Work work =
-      scheduled_work(params, ceil_div(params.seqlen_q, BLOCK_M), params.num_heads, Longest::LAST_BLOCK);
+  const int num_blocks = ceil_div(params.seqlen_q, BLOCK_M);
+  const Work work = scheduled_work(params, num_blocks, params.num_heads, Longest::LAST_BLOCK);
   const Sequence seq = sequence_of(params, work.batch);
+  share_batch_index(smem.batch_index, seq);
   const Mask mask = mask_of(seq);
   const Score score = score_of(params);
   const int head_k = work.head / (params.num_heads / params.num_heads_k);
-  const auto q = rows_of<const Element>(params.q, seq, work.head);        // (seqlen_q, head_dim)
-  const auto dout = rows_of<const Element>(params.dout, seq, work.head);  // (seqlen_q, head_dim_v)
-  const auto k = rows_of<const Element>(params.k, seq, head_k);           // (seqlen_k, head_dim)
-  const auto v = rows_of<const Element>(params.v, seq, head_k);           // (seqlen_k, head_dim_v)
   const int m0 = work.block * BLOCK_M;
 
   Outputs<BLOCK_M, CHUNK> acc_dq[CHUNKS];  // (BLOCK_M, HEAD_DIM)
@@ -70,16 +70,19 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
 
   const BlockRange blocks = mask.key_blocks(work.block);
   int slot = 0;  // of the portion to come
-  const auto load_q = [&](int chunk, int to) {
+  const auto load_q = [&](int chunk, int to) ALWAYS_INLINE {
+    const auto q = rows_of<const Element>(params.q, smem.batch_index, work.head);  // (seqlen_q, head_dim)
     load_tile(smem.owned[to].q, q, m0, seq.seqlen_q, chunk * CHUNK, params.head_dim);
   };
-  const auto load_do = [&](int chunk, int to) {
+  const auto load_do = [&](int chunk, int to) ALWAYS_INLINE {
+    const auto dout = rows_of<const Element>(params.dout, smem.batch_index, work.head);  // (seqlen_q, head_dim_v)
     load_tile(smem.owned[to].dout, dout, m0, seq.seqlen_q, chunk * CHUNK_V, params.head_dim_v);
   };
-  const auto load_k = [&](int n0, int chunk, int to) {
+  const auto load_k = [&](int n0, int chunk, int to) ALWAYS_INLINE {
+    const auto k = rows_of<const Element>(params.k, smem.batch_index, head_k);  // (seqlen_k, head_dim)
     load_tile(smem.slot[to].k, k, n0, seq.seqlen_k, chunk * CHUNK, params.head_dim);
   };
-  const auto load = [&](int n_block, int portion, int to) {
+  const auto load = [&](int n_block, int portion, int to) ALWAYS_INLINE {
     const int n0 = n_block * BLOCK_N;
     if (portion < CHUNKS) {
       if (!RESIDENT) load_q(portion, to);
@@ -87,6 +90,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
     } else if (portion < CHUNKS + CHUNKS_V) {
       const int chunk = portion - CHUNKS;
       if (!RESIDENT) load_do(chunk, to);
+      const auto v = rows_of<const Element>(params.v, smem.batch_index, head_k);  // (seqlen_k, head_dim_v)
       load_tile(smem.slot[to].v, v, n0, seq.seqlen_k, chunk * CHUNK_V, params.head_dim_v);
     } else {
       const int chunk = PORTIONS - 1 - portion;
@@ -95,9 +99,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
     }
   };
   // Waits for a portion, sends for the one after it, and says in which slot the portion lies.
-  const auto arrive = [&](int n_block, int portion) {
+  const auto arrive = [&](int n_block, int portion) ALWAYS_INLINE {
     wait_copies();
-    sync_block();  // the portion is written, by all threads, and so is tile_p; the one before is read, so refill its slot
+    // The portion is written, by all threads, and so is tile_p; the portion before is read: refill its slot.
+    sync_block();
     const int here = slot;
     slot ^= 1;
     if (portion + 1 < PORTIONS) {
@@ -108,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
     return here;
   };
 
-  const auto step = [&](int n_block, bool masked) {
+  const auto step = [&](int n_block, bool masked) ALWAYS_INLINE {
     Scores<BLOCK_M, BLOCK_N> acc;
     clear(acc);
 #pragma unroll 1
@@ -132,16 +137,18 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
                     [&](int r, int) { return smem.delta[acc.row(r)]; });
     store_scores(smem.tile_p, acc);
 
-#pragma unroll
+#pragma unroll 1
     for (int chunk = CHUNKS - 1; chunk >= 0; --chunk) {
       const int here = arrive(n_block, PORTIONS - 1 - chunk);
-      multiply_nn(acc_dq[chunk], smem.tile_p, smem.slot[here].k);
+      multiply_nn(acc_dq, chunk, smem.tile_p, smem.slot[here].k);
     }
   };
 
   if (blocks.begin < blocks.end) {
-    load_numbers(smem.lse, rows_of<const Accumulator>(params.lse, seq, work.head), m0, seq.seqlen_q);
-    load_numbers(smem.delta, rows_of<const Accumulator>(params.delta, seq, work.head), m0, seq.seqlen_q);
+    const auto lse = rows_of<const Accumulator>(params.lse, smem.batch_index, work.head);      // (seqlen_q)
+    const auto delta = rows_of<const Accumulator>(params.delta, smem.batch_index, work.head);  // (seqlen_q)
+    load_numbers(smem.lse, lse, m0, seq.seqlen_q);
+    load_numbers(smem.delta, delta, m0, seq.seqlen_q);
     if (RESIDENT) {
       load_q(0, 0);
       load_do(0, 1);
@@ -152,10 +159,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
   for (int n_block = blocks.full_begin; n_block < blocks.full_end; ++n_block) step(n_block, UNMASKED);
   for (int n_block = blocks.full_end; n_block < blocks.end; ++n_block) step(n_block, MASKED);
 
-  const auto dq = rows_of<Gradient>(params.dq, seq, work.head);  // (seqlen_q, head_dim)
+  // Where the block stands, once more: kept through the loop it would hold registers.
+  const Work here = scheduled_work(params, num_blocks, params.num_heads, Longest::LAST_BLOCK);
+  const Sequence entry = sequence_of(params, here.batch);
+  const auto dq = rows_of<Gradient>(params.dq, entry.batch_index, here.head);  // (seqlen_q, head_dim)
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-    multiply(acc_dq[chunk], score.gradient);
-    store_outputs(dq, m0, seq.seqlen_q, chunk * CHUNK, params.head_dim, acc_dq[chunk]);
+    multiply(acc_dq[chunk], score_of(params).gradient);
+    store_outputs(dq, here.block * BLOCK_M, entry.seqlen_q, chunk * CHUNK, params.head_dim, acc_dq[chunk]);
   }
 }

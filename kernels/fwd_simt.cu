@@ -18,6 +18,7 @@
 // of columns that add up to acc_s, as in a blocked matrix product, and V in chunks that each complete their part of
 // acc_o. Either way a turn is a row of portions, CHUNKS of Q and K, then CHUNKS_V of V; each goes to the slot that the
 // one before does not occupy and is loaded while that one is worked on.
+#include "basics.cuh"
 #include "params.cuh"
 #include "types.cuh"
 #include "memory.cuh"
@@ -39,20 +40,19 @@ struct Smem {
   Tile<BLOCK_M, CHUNK> tile_q[CHUNKS > 1 ? 2 : 1];  // a chunk lies beside its chunk of K
   Tile<BLOCK_M, BLOCK_N> tile_p;
   Slot slot[2];
+  int batch_index[4];
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Params params) {
   DYNAMIC_SHARED(Smem, smem);
-  const Work work =
-      scheduled_work(params, ceil_div(params.seqlen_q, BLOCK_M), params.num_heads, Longest::LAST_BLOCK);
+  const int num_blocks = ceil_div(params.seqlen_q, BLOCK_M);
+  const Work work = scheduled_work(params, num_blocks, params.num_heads, Longest::LAST_BLOCK);
   const Sequence seq = sequence_of(params, work.batch);
+  share_batch_index(smem.batch_index, seq);
   const Mask mask = mask_of(seq);
   const Score score = score_of(params);
   const int head_k = work.head / (params.num_heads / params.num_heads_k);
-  const auto q = rows_of<const Element>(params.q, seq, work.head);   // (seqlen_q, head_dim)
-  const auto k = rows_of<const Element>(params.k, seq, head_k);      // (seqlen_k, head_dim)
-  const auto v = rows_of<const Element>(params.v, seq, head_k);      // (seqlen_k, head_dim_v)
   const int m0 = work.block * BLOCK_M;
 
   using ScoreTile = Scores<BLOCK_M, BLOCK_N>;
@@ -64,22 +64,26 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
 
   const BlockRange blocks = mask.key_blocks(work.block);
   int slot = 0;  // of the portion to come
-  const auto load_q = [&](int chunk, int to) {
+  const auto load_q = [&](int chunk, int to) ALWAYS_INLINE {
+    const auto q = rows_of<const Element>(params.q, smem.batch_index, work.head);  // (seqlen_q, head_dim)
     load_tile(smem.tile_q[to], q, m0, seq.seqlen_q, chunk * CHUNK, params.head_dim);
   };
-  const auto load = [&](int n_block, int portion, int to) {
+  const auto load = [&](int n_block, int portion, int to) ALWAYS_INLINE {
     const int n0 = n_block * BLOCK_N;
     if (portion < CHUNKS) {
       if (CHUNKS > 1) load_q(portion, to);
+      const auto k = rows_of<const Element>(params.k, smem.batch_index, head_k);  // (seqlen_k, head_dim)
       load_tile(smem.slot[to].k, k, n0, seq.seqlen_k, portion * CHUNK, params.head_dim);
     } else {
+      const auto v = rows_of<const Element>(params.v, smem.batch_index, head_k);  // (seqlen_k, head_dim_v)
       load_tile(smem.slot[to].v, v, n0, seq.seqlen_k, (portion - CHUNKS) * CHUNK_V, params.head_dim_v);
     }
   };
   // Waits for a portion, sends for the one after it, and says in which slot the portion lies.
-  const auto arrive = [&](int n_block, int portion) {
+  const auto arrive = [&](int n_block, int portion) ALWAYS_INLINE {
     wait_copies();
-    sync_block();  // the portion is written, by all threads, and so is P; the portion before is read, so refill its slot
+    // The portion is written, by all threads, and so is tile_p; the portion before is read: refill its slot.
+    sync_block();
     const int here = slot;
     slot ^= 1;
     if (portion + 1 < PORTIONS) {
@@ -90,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
     return here;
   };
 
-  const auto step = [&](int n_block, bool masked) {
+  const auto step = [&](int n_block, bool masked) ALWAYS_INLINE {
     ScoreTile acc_s;
     clear(acc_s);
 #pragma unroll 1
@@ -104,10 +108,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
     });
     store_scores(smem.tile_p, acc_s);
 
-#pragma unroll
+#pragma unroll 1
     for (int chunk = 0; chunk < CHUNKS_V; ++chunk) {
       const int here = arrive(n_block, CHUNKS + chunk);
-      multiply_nn(acc_o[chunk], smem.tile_p, smem.slot[here].v);
+      multiply_nn(acc_o, chunk, smem.tile_p, smem.slot[here].v);
     }
   };
 
@@ -119,16 +123,20 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
   for (int n_block = blocks.full_begin; n_block < blocks.full_end; ++n_block) step(n_block, UNMASKED);
   for (int n_block = blocks.full_end; n_block < blocks.end; ++n_block) step(n_block, MASKED);
 
-  const auto out = rows_of<Output>(params.out, seq, work.head);       // (seqlen_q, head_dim_v)
-  const auto lse = rows_of<Accumulator>(params.lse, seq, work.head);  // (seqlen_q)
   softmax.finish(acc_o);
+  // Where the block stands, once more: kept through the loop it would hold registers.
+  const Work here = scheduled_work(params, num_blocks, params.num_heads, Longest::LAST_BLOCK);
+  const Sequence entry = sequence_of(params, here.batch);
+  const int row0 = here.block * BLOCK_M;
+  const auto out = rows_of<Output>(params.out, entry.batch_index, here.head);       // (seqlen_q, head_dim_v)
+  const auto lse = rows_of<Accumulator>(params.lse, entry.batch_index, here.head);  // (seqlen_q)
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS_V; ++chunk) {
-    store_outputs(out, m0, seq.seqlen_q, chunk * CHUNK_V, params.head_dim_v, acc_o[chunk]);
+    store_outputs(out, row0, entry.seqlen_q, chunk * CHUNK_V, params.head_dim_v, acc_o[chunk]);
   }
 #pragma unroll
   for (int r = 0; r < ScoreTile::ROWS; ++r) {
     const int row = ScoreTile::row(r);
-    if (thread_x() == 0 && row < seq.seqlen_q - m0) store_number(lse, m0 + row, softmax.lse(r));
+    if (thread_x() == 0 && row < entry.seqlen_q - row0) store_number(lse, row0 + row, softmax.lse(r));
   }
 }

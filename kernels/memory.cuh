@@ -4,7 +4,19 @@
 
 // Blocks and grids have one dimension.
 __device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
-__device__ __forceinline__ int block_index() { return static_cast<int>(blockIdx.x); }
+
+// Read anew at each call: what is computed from it is neither hoisted out of a loop nor kept from before a loop to
+// after it, where it would hold registers that the loop's accumulators need.
+__device__ __forceinline__ int thread_index_again() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+__device__ __forceinline__ int block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
 
 // What threads of the block (of the warp) wrote before is seen by all of them after. Reached by every thread.
 __device__ __forceinline__ void sync_block() { __syncthreads(); }

@@ -78,16 +78,16 @@ __device__ __forceinline__ void multiply(Fragment& fragment, Accumulator factor)
 }
 
 // The products' loops stay loops: unrolled whole they overrun the instruction cache. A turn begins with its shared
-// loads and waits for them, so it is given enough FMAs to make that wait small.
-template <int FMAS, int ENOUGH>
-constexpr int UNROLL_OF = FMAS < ENOUGH ? ENOUGH / FMAS : 1;
+// loads and waits for them, so narrow fragments take several steps a turn. More would help a little and cost registers.
+template <int COLS, int ENOUGH>
+constexpr int UNROLL_OF = COLS < ENOUGH ? ENOUGH / COLS : 1;
 
 // acc[m][n] += sum over d of a[m][d] * b[n][d].
 // A thread loads ROWS + COLS vectors for ROWS * COLS * WIDTH FMAs.
 template <int M, int N, int DEPTH>
 __device__ __forceinline__ void multiply_nt(Scores<M, N>& acc, const Tile<M, DEPTH>& a, const Tile<N, DEPTH>& b) {
   constexpr int ROWS = Scores<M, N>::ROWS, COLS = Scores<M, N>::COLS;
-  constexpr int UNROLL = UNROLL_OF<ROWS * COLS * WIDTH, 256>;
+  constexpr int UNROLL = UNROLL_OF<COLS, 8>;
 #pragma unroll UNROLL
   for (int d = 0; d < DEPTH; d += WIDTH) {
     Vector<Accumulator, WIDTH> b_part[COLS];
@@ -109,7 +109,7 @@ __device__ __forceinline__ void multiply_nt(Scores<M, N>& acc, const Tile<M, DEP
 template <int M, int N, int DEPTH>
 __device__ __forceinline__ void multiply_nn(Outputs<M, N>& acc, const Tile<M, DEPTH>& p, const Tile<DEPTH, N>& b) {
   constexpr int ROWS = Outputs<M, N>::ROWS, COLS = Outputs<M, N>::COLS, VECTOR = Outputs<M, N>::VECTOR;
-  constexpr int UNROLL = UNROLL_OF<ROWS * COLS * WIDTH, 512>;
+  constexpr int UNROLL = UNROLL_OF<COLS, 16>;
 #pragma unroll UNROLL
   for (int k = 0; k < DEPTH; k += WIDTH) {
     Vector<Accumulator, WIDTH> p_part[ROWS];
@@ -130,6 +130,16 @@ __device__ __forceinline__ void multiply_nn(Outputs<M, N>& acc, const Tile<M, DE
         }
       }
     }
+  }
+}
+
+// The same for one chunk of the outputs, known at run time only. Registers have no index, so each chunk has its code.
+template <int M, int N, int DEPTH, int CHUNKS>
+__device__ __forceinline__ void multiply_nn(
+    Outputs<M, N> (&acc)[CHUNKS], int chunk, const Tile<M, DEPTH>& p, const Tile<DEPTH, N>& b) {
+#pragma unroll
+  for (int part = 0; part < CHUNKS; ++part) {
+    if (part == chunk) multiply_nn(acc[part], p, b);
   }
 }
 

@@ -3,7 +3,7 @@
 #pragma once
 #include "params.cuh"
 #include "memory.cuh"
-#include "integers.cuh"
+#include "basics.cuh"
 
 struct Work {
   int block;  // m_block or n_block

@@ -49,11 +49,21 @@ __device__ __forceinline__ Sequence sequence_of(const Params& params, int batch)
 }
 
 template <typename T>
-__device__ __forceinline__ Rows<T> rows_of(const Tensor& tensor, const Sequence& seq, int head) {
+__device__ __forceinline__ Rows<T> rows_of(const Tensor& tensor, const int (&batch_index)[4], int head) {
   Rows<T> rows;
-  rows.data = static_cast<T*>(tensor.data) + entry_offset(tensor, seq.batch_index) + head * tensor.head_stride;
+  rows.data = static_cast<T*>(tensor.data) + entry_offset(tensor, batch_index) + head * tensor.head_stride;
   rows.row_stride = tensor.row_stride;
   rows.col_stride = tensor.col_stride;
   rows.vectors = tensor.col_stride == 1 && is_aligned(rows.data, 16) && tensor.row_stride * sizeof(T) % 16 == 0;
   return rows;
+}
+
+// To where the whole block reads it. Main loops find their tensors from there each time: addresses kept in registers
+// instead would push accumulators out of them.
+__device__ __forceinline__ void share_batch_index(int (&shared)[4], const Sequence& seq) {
+  if (thread_index() == 0) {
+#pragma unroll
+    for (int axis = 0; axis < 4; ++axis) shared[axis] = seq.batch_index[axis];
+  }
+  sync_block();  // it is written
 }

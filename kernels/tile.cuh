@@ -1,6 +1,6 @@
 // Tiles in shared memory: always in the Accumulator's type, row-major, zero where the tensor has nothing.
 #pragma once
-#include "integers.cuh"
+#include "basics.cuh"
 #include "types.cuh"
 #include "memory.cuh"
 #include "seqlen.cuh"
@@ -23,8 +23,7 @@ static_assert(NUM_STAGES == 2, "the simt family has two slots");
 template <int ROWS, int COLS>
 struct Tile {
   static_assert(COLS % 8 == 0, "rows of a tile are read 16 bytes at a time");
-  static constexpr int NUM_ROWS = ROWS, NUM_COLS = COLS, PITCH = COLS + WIDTH;
-  Accumulator at[ROWS][PITCH];
+  Accumulator at[ROWS][COLS + WIDTH];
 };
 
 template <typename A, typename B>
@@ -63,7 +62,9 @@ struct Transfer<T, N, true> {
   __device__ __forceinline__ void finish(Accumulator*) const {}
 };
 
-constexpr int MOST_TRANSFERS = 8;  // of one thread at a time
+// How many a thread begins at a time. Those that nobody waits for need no batches, only short code.
+template <typename T, int N>
+constexpr int MOST_TRANSFERS = !(ASYNC_COPIES && SAME_TYPE<T, Accumulator>) ? 8 : N > 1 ? 4 : 1;
 
 // The greatest power of two, up to a warp, that divides N.
 template <int N, int POWER = 32>
@@ -84,8 +85,8 @@ __device__ __forceinline__ void load_by_vector(
     Tile<ROWS, COLS>& tile, const T* corner, long long row_stride, int rows_left, int cols) {
   constexpr int RUN = 16 / sizeof(T), LANES = LANES_OF<COLS / RUN>, STEPS = COLS / RUN / LANES;
   constexpr int ROW_STEP = NUM_THREADS / LANES, ROW_STEPS = ceil_div(ROWS, ROW_STEP);
-  constexpr int BATCH = smaller(ceil_div(MOST_TRANSFERS, STEPS), ROW_STEPS);
-  const int first_row = thread_index() / LANES, first_col = thread_index() % LANES * RUN;
+  constexpr int BATCH = smaller(ceil_div(MOST_TRANSFERS<T, RUN>, STEPS), ROW_STEPS);
+  const int thread = thread_index_again(), first_row = thread / LANES, first_col = thread % LANES * RUN;
   const T* source = corner + first_row * row_stride + first_col;
 #pragma unroll 1
   for (int turn = 0; turn < ROW_STEPS; turn += BATCH) {
@@ -119,10 +120,11 @@ template <int ROWS, int COLS, typename T>
 __device__ __forceinline__ void load_by_element(
     Tile<ROWS, COLS>& tile, const T* corner, long long row_stride, long long col_stride, int rows_left, int cols_left,
     int begin) {
-  constexpr int ROW_STEP = NUM_WARPS, ROW_STEPS = ceil_div(ROWS, ROW_STEP), BATCH = smaller(MOST_TRANSFERS, ROW_STEPS);
+  constexpr int ROW_STEP = NUM_WARPS, ROW_STEPS = ceil_div(ROWS, ROW_STEP);
+  constexpr int BATCH = smaller(MOST_TRANSFERS<T, 1>, ROW_STEPS);
+  const int thread = thread_index_again(), first_row = thread / 32;
 #pragma unroll 1
-  for (int col = begin + thread_index() % 32; col < COLS; col += 32) {
-    const int first_row = thread_index() / 32;
+  for (int col = begin + thread % 32; col < COLS; col += 32) {
     const T* source = corner + first_row * row_stride + col * col_stride;
 #pragma unroll 1
     for (int turn = 0; turn < ROW_STEPS; turn += BATCH) {

@@ -15,6 +15,7 @@ class Compiled:
 
     registers: int
     spill_bytes: int
+    stack_bytes: int  # arrays that registers could not hold
     log: str
 
 
@@ -31,10 +32,11 @@ def nvrtc():
     return binding
 
 
-def compile_spec(spec: Spec, arch: str) -> Compiled:
-    """Compile for ``arch`` with the options that a launch uses; CuPy adds -ftz=true to those."""
+def compile_spec(spec: Spec, smem: int, arch: str) -> Compiled:
+    """Compile for ``arch`` with the options that a launch uses (CuPy adds -ftz=true); the kernel must need ``smem``."""
     binding = nvrtc()
-    program = binding.createProgram(source(spec), f"{spec.kernel}.cu", (), ())
+    text = source(spec) + f'static_assert(SMEM_BYTES == {smem}, "the plan counts shared memory as the kernel does");\n'
+    program = binding.createProgram(text, f"{spec.kernel}.cu", (), ())
     options = (*OPTIONS, f"-arch={arch}", "-ftz=true", "--ptxas-options=-v", "--ptxas-options=-warn-spills")
     try:
         binding.compileProgram(program, options)
@@ -45,4 +47,5 @@ def compile_spec(spec: Spec, arch: str) -> Compiled:
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     assert registers, f"ptxas reports no registers:\n{log}"
-    return Compiled(max(registers), sum(spills), log)
+    stack = [int(n) for n in re.findall(r"(\d+) bytes stack frame", log)]
+    return Compiled(max(registers), sum(spills), sum(stack), log)

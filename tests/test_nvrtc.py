@@ -24,18 +24,18 @@ DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 SHARE = 2  # variants of one kernel for one architecture in the ci profile
 
 
-def specs(device: str) -> dict[str, list[Spec]]:
-    """All Specs that calls on a device can ask for, by kernel."""
-    found: dict[Spec, None] = {}
+def specs(device: str) -> dict[str, list[tuple[Spec, int]]]:
+    """All Specs that calls on a device can ask for, with their shared memory, by kernel."""
+    found: dict[tuple[Spec, int], None] = {}
     for dtype, dim, causal, shared in itertools.product(DTYPES, _tiles.WIDTHS, (False, True), (False, True)):
         q = np.zeros((2, 1, 4, dim), dtype)
         k = q[0] if shared else q
         for backward in (False, True):
             made = explain(q, k, k, causal=causal, backward=backward, device=device)
-            found.update(dict.fromkeys(step.spec for step in made.kernels))
-    by_kernel: dict[str, list[Spec]] = {}
-    for spec in found:
-        by_kernel.setdefault(spec.kernel, []).append(spec)
+            found.update(dict.fromkeys((step.spec, step.smem) for step in made.kernels))
+    by_kernel: dict[str, list[tuple[Spec, int]]] = {}
+    for spec, smem in found:
+        by_kernel.setdefault(spec.kernel, []).append((spec, smem))
     return by_kernel
 
 
@@ -44,9 +44,9 @@ def specs(device: str) -> dict[str, list[Spec]]:
 def test_kernel_compiles_without_spills(device, kernel):
     every = specs(device)[kernel]
     chosen = every if PROFILE == "nightly" else random.Random(f"{SEED} {device} {kernel}").sample(every, SHARE)
-    for spec in chosen:
-        compiled = compile_spec(spec, ARCHS[device])
-        assert compiled.spill_bytes == 0, f"{spec}\n{compiled.log}"
+    for spec, smem in chosen:
+        compiled = compile_spec(spec, smem, ARCHS[device])
+        assert (compiled.spill_bytes, compiled.stack_bytes) == (0, 0), f"{spec}\n{compiled.log}"
 
 
 def test_every_kernel_file_is_compiled_here():
@@ -55,7 +55,7 @@ def test_every_kernel_file_is_compiled_here():
 
 
 def test_messages_point_at_the_real_file():
-    text = source(specs("sm_90")["fwd_simt"][0])
+    text = source(specs("sm_90")["fwd_simt"][0][0])
     assert '#line 1 "kernels/fwd_simt.cu"' in text
     assert '#line 1 "kernels/mask.cuh"' in text
     assert "#include" not in text

@@ -118,7 +118,7 @@ def test_what_must_be_copied_is_told():
         (Tile(block_m=100), ["block_m=100", "multiple"]),
         (Tile(block_n=4), ["block_n=4", "multiple of 8"]),
         (Tile(warps=64), ["warps=64", "2048", "1024"]),
-        (Tile(stages=2), ["stages=2", "1 stage"]),
+        (Tile(stages=3), ["stages=3", "stage"]),
         (Tile(block_m=128, block_n=64, warps=2), ["registers"]),
     ],
 )
