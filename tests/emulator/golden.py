@@ -345,14 +345,16 @@ def _tensors() -> Iterator[Case]:
                     shared=33800,
                 )
                 words = r.integers(0, 2**32, count // 4, np.uint32)
+                # An H200 stops with an illegal instruction where a store begins before the tensor; loads may.
+                inside = tuple(max(c, 0) for c in at)
                 yield Case(
-                    f"{name}.store", "tensor.cu", "box_out", (tensor, words, 0, rank, count, *at), 128, shared=33800
+                    f"{name}.store", "tensor.cu", "box_out", (tensor, words, 0, rank, count, *inside), 128, shared=33800
                 )
     r = _rng("tensor_add")
     memory = r.integers(-50, 50, 4 * 3 * 9 * 40).astype(np.float32)
     tensor = Tensor(memory, _F32, (36, 9, 3, 4), (160, 1440, 4320), (32, 5, 2, 3), 3)
     values = r.integers(-50, 50, 960).astype(np.float32).view(np.uint32)
-    for number, corner in enumerate(((0, 0, 0, 0), (12, 6, -1, 2))):
+    for number, corner in enumerate(((0, 0, 0, 0), (12, 6, 1, 2))):
         yield Case(
             f"tensor_add_{number}", "tensor.cu", "box_out", (tensor, values, 1, 4, 3840, *corner, 0), 128, shared=33800
         )
