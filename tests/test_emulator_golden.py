@@ -1,10 +1,11 @@
 """The emulator against the hardware: every probe's output, bit for bit where the instruction is exact."""
 
+import dataclasses
 import os
 
 import numpy as np
 import pytest
-from emulator import Device, Schedule, golden, why_not
+from emulator import Device, EmulatorError, Schedule, golden, why_not
 
 CASES = {case.name: case for case in golden.cases()}
 
@@ -45,6 +46,15 @@ def test_probe_matches_the_device(name, stored):
             np.testing.assert_array_equal(_bits(got), _bits(want), err_msg=f"output {i}")
         else:
             _assert_within(got, want, out.bound, f"output {i}")
+
+
+def test_a_store_that_begins_before_its_tensor_is_reported():
+    """An H200 stops with an illegal instruction, where a load fills with zeros."""
+    case = CASES["tensor_2d_swizzle0_0.store"]
+    tensor, words, add, rank, count, _, *rest = case.args
+    before = dataclasses.replace(case, args=(tensor, words, add, rank, count, -8, *rest))
+    with pytest.raises(EmulatorError, match="begins at -8 along axis 0"):
+        _run(before, Schedule())
 
 
 def _run(case, schedule):

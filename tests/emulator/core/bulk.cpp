@@ -188,6 +188,11 @@ const TensorMap &checked_map(const void *p, int rank, u32 shared, const char *in
 void store_tensor(Bulk::Kind kind, const void *p, u32 source, int rank, const int *coordinates,
                   const char *instruction) {
   const TensorMap &map = checked_map(p, rank, source, instruction);
+  for (int axis = 0; axis < rank; ++axis) {  // an H200 stops with an illegal instruction; loads may begin there
+    if (coordinates[axis] < 0)
+      fail("tensor map", "%s: the box begins at %d along axis %d, before the tensor", instruction, coordinates[axis],
+           axis);
+  }
   Bulk &bulk = begin(kind);
   bulk.element = map.reduce_operation;
   walk_box(map, coordinates, [&](const Walk &row) {
