@@ -531,12 +531,14 @@ class _Rows:
         self.highest = 0.0  # the largest |row_max|
 
     def guess_maximum(self, k: Array) -> None:
-        """Take row_max from a few keys that every row sees, if all their logits are finite."""
+        """Take row_max from a few keys that every row sees, for the rows whose logits there are finite."""
         top = np.maximum.reduce(np.matmul(k, self.q_t), axis=0)
-        if np.isfinite(top).all():
-            np.negative(top, out=self.q_t[-1])
-            self.highest = float(np.abs(top).max())
-            self.unseen = None
+        found = np.isfinite(top)
+        self.unseen = None if found.all() else ~found
+        if self.unseen is not None:
+            top[self.unseen] = 0
+        np.negative(top, out=self.q_t[-1])
+        self.highest = float(np.abs(top).max())
 
     def raise_maximum(self, s_t: Array, first: int, rising: Array) -> Array | None:
         """Move row_max of the rows marked `rising` to where this block has it, and rescale their sums.

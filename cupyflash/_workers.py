@@ -59,7 +59,7 @@ def run(
     with one_blas_thread():
         try:
             if count > 1:
-                _pool.submit(job.work, count - 1, helpers)
+                _pool.submit(job.help, count - 1, helpers)
             job.work()
         finally:
             job.join(helpers)
@@ -80,6 +80,11 @@ class _Job(Generic[Task]):
         self.tasks: Iterator[Task] = iter(tasks)
         self.lock = threading.Lock()
         self.error: BaseException | None = None
+
+    def help(self) -> None:
+        """Do the same in a pool thread."""
+        with _one_thread_here(_blas):
+            self.work()
 
     def work(self) -> None:
         """Take and do tasks until none is left. NumPy's warnings are off: NaN and inf are data here."""
@@ -154,37 +159,74 @@ class _BlasLimit:
         self.controller: Any = None
         self.limit: Any = None
 
-    def enter(self) -> None:
+    def libraries(self) -> Any:
+        """threadpoolctl's controller; it scans the loaded libraries once, NumPy's BLAS among them."""
         with self.lock:
             if self.controller is None:
                 from threadpoolctl import ThreadpoolController
 
-                self.controller = ThreadpoolController()  # scans the loaded libraries, NumPy's BLAS among them
+                self.controller = ThreadpoolController()
+            return self.controller
+
+    def enter(self) -> None:
+        """Set the limit, if no call runs yet."""
+        controller = self.libraries()
+        with self.lock:
             if self.calls == 0:
-                self.limit = self.controller.limit(limits=1, user_api="blas")
+                self.take_control()
+                self.limit = controller.limit(limits=1, user_api="blas")
             self.calls += 1
 
     def leave(self) -> None:
+        """Restore what was before, if no call runs any more."""
         with self.lock:
             self.calls -= 1
             if self.calls == 0:
                 self.release()
 
     def release(self) -> None:
+        """Restore what was before the first call."""
         limit, self.limit = self.limit, None
         if limit is not None:
+            self.take_control()
             limit.restore_original_limits()
+            self.take_control()
+
+    def take_control(self) -> None:
+        """Let this thread set limits, and after that any other.
+
+        threadpoolctl 3.8 lets only the first thread that asks set the limit of OpenBLAS and ignores all others
+        while it lives; here the thread that restores is not always the one that began.
+        """
+        for library in self.controller.lib_controllers:
+            if hasattr(library, "clear_controlling_thread"):
+                library.clear_controlling_thread(force=True)
 
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Hold BLAS at one thread: the first of concurrent calls sets the limit, the last one restores it."""
     blas = _blas  # a fork inside the block replaces the global
-    blas.enter()
+    with _one_thread_here(blas):
+        blas.enter()
+        try:
+            yield
+        finally:
+            blas.leave()
+
+
+@contextmanager
+def _one_thread_here(blas: _BlasLimit) -> Iterator[None]:
+    """The same for libraries on OpenMP, whose limits belong to the thread that sets them."""
+    here = blas.libraries().select(threading_layer="openmp")
+    if not here.lib_controllers:
+        yield
+        return
+    limit = here.limit(limits=1, user_api="blas")
     try:
         yield
     finally:
-        blas.leave()
+        limit.restore_original_limits()
 
 
 _pool = _Pool()
