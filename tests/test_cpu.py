@@ -170,6 +170,34 @@ def test_any_number_of_workers(monkeypatch, batch, tile):
         assert bits(both(x, causal=True, tile=tile)) == want
 
 
+@pytest.mark.parametrize("batch", [((),) * 3, ((3,), (1,), (3,)), ((1,), (3,), (3,)), ((1, 2), (2, 1), ())])
+def test_sums_are_in_order_when_early_tiles_are_late(monkeypatch, batch):
+    x = dataclasses.replace(CASE, batch=batch, seqlen_q=90, seqlen_k=130).inputs()
+    out, lse = attention(x.q, x.k, x.v, return_lse=True)
+
+    def gradients():
+        some = (attention_backward(x.dout, x.q, x.k, x.v, out, lse, tile=SMALL, wrt=wrt) for wrt in (None, ("q",)))
+        return bits(a for grads in some for a in grads if a is not None)
+
+    monkeypatch.setenv(VARIABLE, "1")
+    want = gradients()
+    real = _cpu._BackwardWorker.__call__, _cpu._BackwardWorker.store_rows
+
+    def late(self, task):
+        time.sleep(0.004 if task.turn % 3 == 0 else 0)
+        real[0](self, task)
+
+    def store_rows(self, task):
+        time.sleep(0.004 if task.turn % 4 == 0 else 0)
+        real[1](self, task)
+
+    monkeypatch.setattr(_cpu._BackwardWorker, "__call__", late)
+    monkeypatch.setattr(_cpu._BackwardWorker, "store_rows", store_rows)
+    monkeypatch.setenv(VARIABLE, "4")
+    for _ in range(3):
+        assert gradients() == want
+
+
 @pytest.mark.parametrize("shape", [(64, 64, 64, 64), (1, 700, 16, 16), (64, 1, 8, 8), (65, 63, 1, 1), (7, 9, 40, 3)])
 def test_one_block_for_many_cells_or_for_one(shape):
     """A batch is computed in chunks of many matrices at once, and an entry alone by itself."""
@@ -187,9 +215,10 @@ def test_one_block_for_many_cells_or_for_one(shape):
         assert bits(both(one_head)) == bits([a[n, 1:] for a in whole])
 
 
-def test_strange_strides_of_axes_of_length_one():
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k", "head_dim"), [(1, 40, 1), (9, 1, 40), (1, 1, 40), (7, 40, 33)])
+def test_strange_strides_of_axes_of_length_one(seqlen_q, seqlen_k, head_dim):
     """NumPy calls such arrays contiguous, and BLAS would not take them as they are."""
-    x = Case(seed=4, seqlen_q=1, seqlen_k=40, head_dim=1, head_dim_v=24).inputs()
+    x = Case(seed=4, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=head_dim, head_dim_v=40).inputs()
     want = bits(both(x))
 
     def strange(a):
