@@ -406,7 +406,7 @@ LIBRARY = (
     ),
     Planted(
         "rows too close in shared memory", "fwd_simt",
-        r"PITCH = COLS \+ WIDTH;", "PITCH = COLS + WIDTH - 1;", ("misaligned",), "16",
+        r"at\[ROWS\]\[COLS \+ WIDTH\];", "at[ROWS][COLS + WIDTH - 1];", ("misaligned",), "16",
     ),
     Planted(
         "more shared memory than planned", "fwd_simt",
