@@ -97,8 +97,6 @@ TABLE: dict[tuple[str, int], tuple[tuple[int, TileRow], ...]] = {
         (128, TileRow(32, 64, 8, 128, "16.5 TFLOP/s; LDS 150 / 112 %; 1 block", card=227)),
         (96, TileRow(32, 32, 4, 32, "LDS 150 / 150 %; 44 KB")),
         (128, TileRow(32, 32, 8, 64, "LDS 250 / 225 %: dk and dv fill the registers of 8 warps", card=96)),
-        (160, TileRow(32, 32, 8, 80, "LDS 250 / 220 %", card=96)),
-        (256, TileRow(32, 32, 8, 64, "LDS 250 / 225 %", card=96)),
         (256, TileRow(32, 32, 8, 32, "LDS 250 / 250 %; 44 KB")),
     ),
 }
