@@ -86,6 +86,9 @@ def place(x: Array) -> int | None:
 
 def same_place(named: dict[str, Array]) -> int | None:
     """The one place of all arrays; an error names the first two that differ."""
+    places = {place(x) for x in named.values()}
+    if len(places) == 1:
+        return places.pop()
     names = iter(named.items())
     first, x = next(names)
     where = place(x)

@@ -59,11 +59,6 @@ class Call:
             self.inputs["q_offset"] = _offsets(q_offset, self.place)
         self.device = _device(self.place) if device is None else _named_device(device)
 
-    @property
-    def xp(self) -> Any:
-        """The array library of the call."""
-        return np if self.place is None else import_cupy()
-
     def plan(self, family: object, tile: object, wrt: frozenset[str] | None = None) -> Plan:
         """The plan of the forward, or of the backward for the gradients in ``wrt``."""
         if self.device is None:
@@ -71,26 +66,36 @@ class Call:
         copies = tuple(f"{name}: {why}" for name, x in self.inputs.items() if (why := misaligned(x)))
         return plan_gpu(self.problem, self.device, family, tile, wrt, copies)
 
-    def allocate(self, out: Array | None, lse: Array | None) -> tuple[Array, Array]:
-        """Out and lse, where the user gave none."""
-        with on_device(self.place):
-            xp, problem = self.xp, self.problem
-            out = xp.empty(problem.out_shape, problem.out_dtype) if out is None else out
-            lse = xp.empty(problem.lse_shape, problem.accumulator) if lse is None else lse
+    def allocate(self, out: Array | None, lse: Array | None, pair: bool) -> tuple[Array, Array | None]:
+        """Out and lse, where the user gave none; lse only for a pair, or for kernels, which always write it."""
+        problem = self.problem
+        if out is None:
+            out = self.empty(problem.out_shape, problem.out_dtype)
+        if lse is None and (pair or self.place is not None):
+            lse = self.empty(problem.lse_shape, problem.accumulator)
         return out, lse
 
-    def forward(self, plan: Plan, out: Array, lse: Array) -> None:
-        """Compute out and lse."""
-        problem, inputs = self.problem, self.inputs
-        q, k, v, o = (problem.canonical(x) for x in (inputs["q"], inputs["k"], inputs["v"], out))
-        offsets, log_sum = inputs.get("q_offset"), problem.canonical_lse(lse)
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """A new array where the call's arrays lie."""
         if self.place is None:
-            _cpu.forward(problem, q, k, v, offsets, o, log_sum, plan.block_m, plan.block_n)
+            return np.empty(shape, dtype)
+        with on_device(self.place):
+            return import_cupy().empty(shape, dtype)
+
+    def forward(self, plan: Plan, out: Array, lse: Array | None) -> None:
+        """Compute out, and lse where there is one."""
+        problem, inputs = self.problem, self.inputs
+        q, k, v, offsets = inputs["q"], inputs["k"], inputs["v"], inputs.get("q_offset")
+        if not problem.comes_canonical:
+            q, k, v, out = map(problem.canonical, (q, k, v, out))
+            lse = None if lse is None else problem.canonical_lse(lse)
+        if self.place is None:
+            _cpu.forward(problem, q, k, v, offsets, out, lse, plan.block_m, plan.block_n)
             return
         from . import _launch
 
         read: dict[str, Array | None] = {"q": q, "k": k, "v": v, "q_offsets": offsets}
-        _launch.forward(problem, plan, self.place, read, {"out": o, "lse": log_sum})
+        _launch.forward(problem, plan, self.place, read, {"out": out, "lse": lse})
 
     def backward(self, plan: Plan, gradients: dict[str, Array]) -> None:
         """Compute the gradients, keyed "dq", "dk", "dv", from ``inputs``, which holds dout, out, lse too."""
@@ -132,7 +137,7 @@ def _device(where: int | None) -> Device | None:
     properties = runtime.getDeviceProperties(where)
     name = properties["name"].decode()
     arch = 10 * properties["major"] + properties["minor"]
-    return Device(name, arch, properties["sharedMemPerBlockOptin"])
+    return Device(name, arch, properties["sharedMemPerBlockOptin"], properties["multiProcessorCount"])
 
 
 def _named_device(name: object) -> Device:

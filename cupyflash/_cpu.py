@@ -31,6 +31,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum, auto
 from functools import lru_cache
 from itertools import product
 from operator import itemgetter
@@ -46,7 +47,7 @@ Index = tuple[Any, ...]
 
 PROBE = 16  # keys whose largest logit is a row's first row_max
 LIMIT = 2.0**24  # of a row's sum over one block; sums of v overflow float32 where |v| > 2**(127 - 24) / Sk
-CHUNK = 2**18  # logits that the one-block path holds at a time: 1 MiB of float32, half of a common L2
+CHUNK = 2**17  # logits that the one-block path holds at a time: 512 KiB of float32, a quarter of a common L2
 # OpenBLAS computes a product of at most this volume (a matrix-vector product of this size) in one thread anyway.
 SINGLE_THREAD_GEMM = 2**18
 SINGLE_THREAD_GEMV = 2**13
@@ -126,30 +127,27 @@ def forward(
     block_n: int,
 ) -> None:
     """Write out, and lse unless it is None; all arrays canonical, (*leading, heads, rows, columns)."""
-    seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
     check_variable()
-    if not (seqlen_k and seqlen_q and problem.batch):
+    cells, size = _prepared(problem, block_m, block_n)
+    if size is _Size.EMPTY:
         out[...] = 0
         if lse is not None:
             lse[...] = -np.inf
         return
-    cells = _Cells(problem, q_offset)
-    q, k, v, out = cells.rows(q), cells.keys(k), cells.keys(v), cells.rows(out)
-    lse = None if lse is None else cells.row_values(lse)
-    if seqlen_q > block_m or seqlen_k > block_n:
-        call = _ForwardCall(cells, q, k, v, out, lse, block_m, block_n)
-        run(lambda: _ForwardWorker(call), call.tasks())
-    elif _is_small(problem):
+    if q_offset is not None:
+        cells = _Cells(problem, q_offset)
+    if cells.group > 1:
+        q, k, v, out = cells.rows(q), cells.keys(k), cells.keys(v), cells.rows(out)
+        lse = None if lse is None else cells.row_values(lse)
+    if size is _Size.ONE_CHUNK:
         with np.errstate(all="ignore"):
-            _forward_one_block(problem, q, k, v, cells.q_offset, out, lse)
+            _OneBlockForward(problem)(q, k, v, cells.q_offset, out, lse)
+        return
+    call = _ForwardCall(cells, q, k, v, out, lse, block_m, block_n)
+    if size is _Size.BLOCKED:
+        run(lambda: _ForwardWorker(call), call.tasks())
     else:
-
-        def chunk(index: Index) -> None:
-            q_, k_, v_, out_ = (_at(x, index, 2) for x in (q, k, v, out))
-            lse_ = None if lse is None else _at(lse, index, 1)
-            _forward_one_block(problem, q_, k_, v_, cells.offset(index), out_, lse_)
-
-        run(lambda: chunk, list(_chunks(cells.shape, seqlen_q * seqlen_k)))
+        run(call.chunk_worker, list(_chunks(cells.shape, problem.seqlen_q * problem.seqlen_k)))
 
 
 def backward(
@@ -266,57 +264,83 @@ def _chunks(shape: Sequence[int], weight: int) -> Iterator[Index]:
         yield (*index, *[slice(None)] * (len(shape) - axis))
 
 
-def _is_small(problem: Problem) -> bool:
-    """Whether one chunk holds all cells, and BLAS uses one thread for each, limited or not."""
-    return _logits(problem) <= CHUNK and _is_single_threaded(problem)
+class _Size(Enum):
+    """How the forward goes about a problem."""
+
+    EMPTY = auto()
+    ONE_CHUNK = auto()  # one chunk holds all cells, and BLAS uses one thread for each, limited or not
+    CHUNKS = auto()  # one block holds each cell
+    BLOCKED = auto()
 
 
-def _logits(problem: Problem) -> int:
-    return problem.batch * problem.num_heads * problem.seqlen_q * problem.seqlen_k
+@lru_cache(maxsize=4096)
+def _prepared(problem: Problem, block_m: int, block_n: int) -> tuple[_Cells, _Size]:
+    """What a forward need not find out again; the cells lack the offsets of an array."""
+    seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
+    logits = problem.batch * problem.num_heads * seqlen_q * seqlen_k
+    if 0 in (seqlen_q, seqlen_k, problem.batch):
+        size = _Size.EMPTY
+    elif seqlen_q > block_m or seqlen_k > block_n:
+        size = _Size.BLOCKED
+    else:
+        size = _Size.ONE_CHUNK if logits <= CHUNK and _is_single_threaded(problem) else _Size.CHUNKS
+    return _Cells(problem, None), size
 
 
 def _is_single_threaded(problem: Problem) -> bool:
     sizes = (problem.seqlen_q, problem.seqlen_k, problem.head_dim, problem.head_dim_v)
-    volume = sizes[0] * sizes[1] * max(sizes[2:])
-    return volume <= (SINGLE_THREAD_GEMV if min(sizes) == 1 else SINGLE_THREAD_GEMM)
+    logits = sizes[0] * sizes[1]
+    volume = logits * max(sizes[2:])
+    return logits <= SINGLE_THREAD_GEMV and volume <= (SINGLE_THREAD_GEMV if min(sizes) == 1 else SINGLE_THREAD_GEMM)
 
 
 # ------------------------------------------------------------------------------------------------ one-block forward
 
 
-def _forward_one_block(
-    problem: Problem, q: Array, k: Array, v: Array, offset: Any, out: Array, lse: Array | None
-) -> None:
-    """All keys of any number of cells at once, without packing what is packed already."""
-    accumulator = problem.accumulator
-    base = EXPONENTIALS[accumulator]
-    q = np.multiply(q, problem.scale * base.per_nat, dtype=accumulator, order="C")
-    k, v = _packed(k, accumulator), _packed(v, accumulator)
-    p_t = np.matmul(k, q.swapaxes(-1, -2))  # (cells, keys, rows): logits
-    hidden = _hidden(problem, offset)
-    if hidden is not None:  # with offsets of its own, every cell, even where q and k are broadcast
-        p_t = np.where(hidden, accumulator.type(-np.inf), p_t)
-    row_max = np.maximum.reduce(p_t, axis=-2, keepdims=True)
-    np.subtract(p_t, row_max, out=p_t)
-    _exponentiate(base, p_t)
-    if hidden is not None:
-        np.copyto(p_t, 0, where=hidden)
-    some_empty = np.fmin.reduce(row_max, axis=None) == -np.inf  # fmin: beside NaN too
-    if some_empty:
-        np.copyto(p_t, 0, where=row_max == -np.inf)
-    row_sum = np.add.reduce(p_t, axis=-2, keepdims=True)
-    if lse is not None:
-        log_sum = base.log(row_sum)
-        log_sum += row_max  # -inf + -inf in empty rows
-        np.divide(log_sum[..., 0, :], base.per_nat, out=lse)
-    if some_empty:
-        row_sum[row_sum == 0] = 1
-    acc_o = np.matmul(p_t.swapaxes(-1, -2), v)
-    if out.dtype == accumulator:
-        np.divide(acc_o, row_sum.swapaxes(-1, -2), out=out)
-    else:
-        acc_o /= row_sum.swapaxes(-1, -2)
-        out[...] = acc_o
+class _OneBlockForward:
+    """All keys of any number of cells at once, without packing what is packed already; keeps its memory."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.shapes: Any = None
+        self.q: Array = None
+        self.p_t: Array = None
+
+    def __call__(self, q: Array, k: Array, v: Array, offset: Any, out: Array, lse: Array | None) -> None:
+        """Cells side by side, which may be broadcast along leading axes."""
+        problem = self.problem
+        accumulator, base = problem.accumulator, EXPONENTIALS[problem.accumulator]
+        if self.shapes != (q.shape, k.shape):  # chunks of one shape share their memory
+            self.shapes, self.q, self.p_t = (q.shape, k.shape), None, None
+        self.q = np.multiply(q, problem.scale * base.per_nat, out=self.q, dtype=accumulator, order="C")
+        k, v = _packed(k, accumulator), _packed(v, accumulator)
+        p_t = self.p_t = np.matmul(k, self.q.swapaxes(-1, -2), out=self.p_t)  # (cells, keys, rows): logits
+        hidden = _hidden(problem, offset) if problem.causal else None
+        if hidden is not None:  # with offsets of its own, every cell, even where q and k are broadcast
+            p_t = np.where(hidden, accumulator.type(-np.inf), p_t)
+        row_max = np.maximum.reduce(p_t, -2, keepdims=True)
+        p_t = np.subtract(p_t, row_max, out=p_t)
+        _exponentiate(base, p_t)
+        if hidden is not None:
+            np.copyto(p_t, 0, where=hidden)
+        some_empty = not row_max.item(row_max.argmin()) > -np.inf  # NaN, which comes first, may hide a row without keys
+        if some_empty:
+            np.copyto(p_t, 0, where=row_max == -np.inf)
+        row_sum = np.matmul(_ones(problem.seqlen_k, accumulator), p_t)
+        if lse is not None:
+            log_sum = base.log(row_sum)
+            log_sum += row_max  # -inf + -inf in empty rows
+            np.divide(log_sum[..., 0, :], base.per_nat, out=lse)
+        if some_empty:
+            row_sum[row_sum == 0] = 1
+        fewer_weights = problem.seqlen_k <= problem.head_dim_v  # than values: divide what there is less of
+        if fewer_weights:
+            np.divide(p_t, row_sum, out=p_t)
+        acc_o = np.matmul(p_t.swapaxes(-1, -2), v, out=out if _is_packed(out, accumulator) else None)
+        if not fewer_weights:
+            acc_o /= row_sum.swapaxes(-1, -2)
+        if acc_o is not out:
+            out[...] = acc_o
 
 
 def _exponentiate(base: Exponential, x: Array) -> None:
@@ -325,17 +349,27 @@ def _exponentiate(base: Exponential, x: Array) -> None:
     base.exp(x, out=x)
 
 
+def _ones(count: int, dtype: np.dtype) -> Array:
+    """A row of ones: a product with it is the fastest sum over keys."""
+    ones = ONES[dtype]
+    return ones[:, :count] if count <= ones.shape[1] else np.ones((1, count), dtype)
+
+
+ONES = {dtype: np.ones((1, 1024), dtype) for dtype in EXPONENTIALS}
+
+
 def _packed(x: Array, dtype: np.dtype) -> Array:
-    """x as BLAS always gets it: contiguous, aligned, of the accumulator's type."""
-    if x.dtype == dtype and x.strides == _packed_strides(x.shape, dtype.itemsize) and x.flags.aligned:
-        return x
-    return np.array(x, dtype, order="C")
+    """x as BLAS always gets it."""
+    return x if _is_packed(x, dtype) else np.array(x, dtype, order="C")
 
 
-@lru_cache(maxsize=1024)
-def _packed_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The strides of a contiguous array; a contiguous array may have others along axes of length 1."""
-    return tuple(itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+def _is_packed(x: Array, dtype: np.dtype) -> bool:
+    """Whether each matrix of x is contiguous, aligned, of the accumulator's type.
+
+    NumPy's own flag ignores the strides of axes of length 1, but not so its choice between BLAS and loops.
+    """
+    itemsize = dtype.itemsize
+    return x.dtype == dtype and x.strides[-2:] == (x.shape[-1] * itemsize, itemsize) and bool(x.flags.aligned)
 
 
 def _hidden(problem: Problem, offset: Any) -> Array | None:
@@ -480,6 +514,16 @@ class _ForwardCall(NamedTuple):
     lse: Array | None
     block_m: int
     block_n: int
+
+    def chunk_worker(self) -> Callable[[Index], None]:
+        """A worker for slices of the grid of cells, each of which takes one block."""
+        compute = _OneBlockForward(self.cells.problem)
+
+        def worker(index: Index) -> None:
+            q, k, v, out = (_at(x, index, 2) for x in (self.q, self.k, self.v, self.out))
+            compute(q, k, v, self.cells.offset(index), out, None if self.lse is None else _at(self.lse, index, 1))
+
+        return worker
 
     def share(self, tiles: int) -> int:
         """How many of all tiles a task takes: a worker keeps the sums of all of them, which 1 MiB shall hold.

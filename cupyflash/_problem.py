@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -58,6 +58,14 @@ class Problem:
     layout: str
     precision: str | None
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Computed once: every call looks up what is prepared for its problem."""
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
     @cached_property
     def accumulator(self) -> np.dtype:
         """What products, softmax and lse are computed in: float64 for float64, float32 for all others."""
@@ -95,6 +103,11 @@ class Problem:
         """Shape of lse and dlse, in every layout."""
         return (self.seqlen_q,) if self.single_head else (*self.batch_shape, self.num_heads, self.seqlen_q)
 
+    @cached_property
+    def comes_canonical(self) -> bool:
+        """Whether ``canonical`` and ``canonical_lse`` return what they get."""
+        return self.layout == "hsd" and not self.single_head
+
     def canonical(self, x: Array) -> Array:
         """View q, k, v, out, dout or a gradient as (*leading, heads, rows, columns)."""
         if self.single_head:
@@ -118,15 +131,22 @@ def read_problem(
     precision: object,
     out_dtype: np.dtype | None = None,
 ) -> Problem:
-    """The Problem of q, k, v and options; ValueError or TypeError, with value and rule, where there is none."""
-    return _read_problem(
-        q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, out_dtype,
-        None if scale is None else _finite_real("scale", scale),
-        _causal(causal), _diagonal(q_offset), _layout(layout), _precision(precision),
+    """The Problem of q, k, v and options; ValueError or TypeError, with value and rule, where there is none.
+
+    Options are checked when a call with the same ones, of the same types, comes for the first time.
+    """
+    diagonal = None if q_offset is None else _diagonal(q_offset)
+    arguments = (
+        q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, out_dtype, scale, causal, diagonal, layout, precision
     )  # fmt: skip
+    try:
+        return _read_problem(*arguments)
+    except TypeError:  # a wrong option, or one that has no hash
+        pass
+    return _read_problem.__wrapped__(*arguments)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def _read_problem(
     q_shape: tuple[int, ...],
     k_shape: tuple[int, ...],
@@ -135,12 +155,14 @@ def _read_problem(
     k_dtype: np.dtype,
     v_dtype: np.dtype,
     out_dtype: np.dtype | None,
-    scale: float | None,
-    causal: bool | str,
+    scale: object,
+    causal: object,
     q_offset: int | tuple[int, ...] | None,
-    layout: str,
-    precision: str | None,
+    layout: object,
+    precision: object,
 ) -> Problem:
+    scale = None if scale is None else _finite_real("scale", scale)
+    causal, layout, precision = _causal(causal), _layout(layout), _precision(precision)
     _check_dtypes({"q": q_dtype, "k": k_dtype, "v": v_dtype})
     _check_precision(precision, q_dtype)
     lead_q, (hq, sq, d) = _split("q", q_shape, layout)
@@ -307,9 +329,7 @@ def check_gradient_out(name: str, x: Array, like: Array, inputs: dict[str, Array
     _check_output(f"grads_out.d{name}", x, like.shape, {like.dtype}, inputs)
 
 
-def _check_output(
-    name: str, x: Array, shape: tuple[int, ...], dtypes: set[np.dtype], inputs: dict[str, Array]
-) -> None:
+def _check_output(name: str, x: Array, shape: tuple[int, ...], dtypes: set[np.dtype], inputs: dict[str, Array]) -> None:
     if x.shape != shape:
         raise ValueError(f"{name}.shape={x.shape}: this call's result has shape {shape}")
     if x.dtype not in dtypes:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import Array, on_device, same_place, take
+from ._arrays import Array, same_place, take
 from ._call import Call
 from ._plan import Plan, Tile
 from ._problem import GRADIENTS, check_gradient_out, check_out, check_results, read_wrt
@@ -107,7 +107,7 @@ def attention(
     (2, 4, 8)
     """
     _check_flag("return_lse", return_lse)
-    given = out if isinstance(out, tuple) else (out, None)  # what comes back: a view of it would be another object
+    given = out
     out, lse = _split_out(out)
     call = Call(
         q, k, v, scale=scale, causal=causal, q_offset=q_offset, layout=layout, precision=precision, out=out
@@ -115,11 +115,12 @@ def attention(
     if out is not None:
         _check_out(call, out, lse)
     plan = call.plan(family, tile)
-    pair = return_lse or lse is not None
-    out, lse = call.allocate(out, lse)
+    out, lse = call.allocate(out, lse, bool(return_lse))
     call.forward(plan, out, lse)
-    out, lse = (mine if theirs is None else theirs for mine, theirs in zip((out, lse), given, strict=True))
-    return AttentionResult(out, lse) if pair else out
+    if isinstance(given, tuple):
+        return AttentionResult(*given)
+    out = out if given is None else given  # the user's own object, of which ours may be a view
+    return AttentionResult(out, lse) if return_lse else out
 
 
 def attention_backward(
@@ -245,9 +246,7 @@ def attention_vjp(
     result = attention(q, k, v, return_lse=True, **options)
 
     def vjp(dout: Any, dlse: Any = None, wrt: Iterable[str] | None = None) -> AttentionGradients:
-        return attention_backward(
-            dout, q, k, v, *result, dlse=dlse, wrt=wrt, deterministic=deterministic, **options
-        )
+        return attention_backward(dout, q, k, v, *result, dlse=dlse, wrt=wrt, deterministic=deterministic, **options)
 
     return (result if return_lse else result.out), vjp
 
@@ -374,9 +373,7 @@ def _check_out(call: Call, out: Array, lse: Array | None) -> None:
     check_out(call.problem, out, lse, call.inputs)
 
 
-def _check_grads_out(
-    call: Call, names: frozenset[str], grads_out: AttentionGradients | None
-) -> dict[str, Array]:
+def _check_grads_out(call: Call, names: frozenset[str], grads_out: AttentionGradients | None) -> dict[str, Array]:
     """The arrays of ``grads_out=`` by input name."""
     if grads_out is None:
         return {}
@@ -399,9 +396,8 @@ def _check_grads_out(
 def _gradient(call: Call, name: str, given: dict[str, Array]) -> Array:
     if name in given:
         return given[name]
-    with on_device(call.place):
-        like = call.inputs[name]
-        return call.xp.empty(like.shape, like.dtype)
+    like = call.inputs[name]
+    return call.empty(like.shape, like.dtype)
 
 
 def _check_flag(name: str, value: object) -> None:

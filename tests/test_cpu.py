@@ -423,6 +423,51 @@ def test_import_is_light():
     assert done.stdout.strip() == ""
 
 
+# ------------------------------------------------------------------------------------------ what calls remember
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ({"scale": 1.0}, {"scale": True}),
+        ({"scale": 1}, {"scale": np.True_}),
+        ({"causal": True}, {"causal": 1}),
+        ({"causal": False}, {"causal": 0.0}),
+        ({"q_offset": 1}, {"q_offset": True}),
+        ({"q_offset": np.array([1])}, {"q_offset": (1,)}),
+        ({"layout": "hsd"}, {"layout": ["hsd"]}),
+        ({"precision": None}, {"precision": {}}),
+        ({"scale": 1.0}, {"scale": np.array(1.0)}),
+    ],
+    ids=str,
+)
+def test_a_bad_option_is_refused_after_a_good_one_that_equals_it(good, bad):
+    a = np.ones((1, 2, 4, 8), np.float32)
+    for _ in range(2):
+        attention(a, a, a, **good)
+        with pytest.raises((TypeError, ValueError), match=f"^{next(iter(bad))}=") as caught:
+            attention(a, a, a, **bad)
+        assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("seqlen", [1, 5, 70])
+def test_results_of_any_strides_have_the_same_bits(seqlen):
+    """A packed result is where BLAS writes; any other gets a copy."""
+    x = dataclasses.replace(CASE, batch=((3,),) * 3, seqlen_q=seqlen, seqlen_k=seqlen).inputs()
+    want = attention(x.q, x.k, x.v)
+    assert attention(x.q, x.k, x.v, return_lse=True).out.tobytes() == want.tobytes()
+    *lead, rows, columns = want.shape
+    for memory in (
+        np.empty((*lead, rows, columns + 3), np.float32)[..., :columns],
+        np.empty((*lead, 2 * rows, columns), np.float32)[..., ::2, :],
+        np.empty((*lead, columns, rows), np.float32).swapaxes(-1, -2),
+        np.empty((rows, *lead, columns), np.float32).transpose(1, 2, 0, 3),
+        np.empty(4 * want.size + 1, np.uint8)[1:].view(np.float32).reshape(want.shape),
+    ):
+        assert attention(x.q, x.k, x.v, out=memory) is memory
+        assert memory.tobytes() == want.tobytes()
+
+
 # --------------------------------------------------------------------------------------------------- memory, speed
 
 
