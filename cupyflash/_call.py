@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from . import _cpu
-from ._arrays import Array, import_cupy, is_cupy, misaligned, on_device, place, same_place, take
+from ._arrays import Array, address, import_cupy, is_cupy, misaligned, on_device, place, same_place, take
 from ._plan import DEVICES, Device, Plan, plan_cpu, plan_gpu
 from ._problem import Problem, read_problem
+from ._tma import MAP_TYPES, MAPPED, unreadable
 
 
 class Call:
@@ -64,7 +65,19 @@ class Call:
         if self.device is None:
             return plan_cpu(self.problem, family, tile, wrt)
         copies = tuple(f"{name}: {why}" for name, x in self.inputs.items() if (why := misaligned(x)))
-        return plan_gpu(self.problem, self.device, family, tile, wrt, copies)
+        return plan_gpu(self.problem, self.device, family, tile, wrt, copies, self._unmapped())
+
+    def _unmapped(self) -> tuple[str, ...]:
+        """The inputs that TMA can't read in place, with the reason, on a GPU that has it."""
+        if self.device is None or self.device.arch != 90 or self.problem.dtype not in MAP_TYPES:
+            return ()
+        reasons = []
+        for name in MAPPED:
+            if name in self.inputs:
+                x = self.problem.canonical(self.inputs[name])
+                if why := unreadable(x.shape, x.strides, address(x), x.itemsize):
+                    reasons.append(f"{name}: {why}")
+        return tuple(reasons)
 
     def allocate(self, out: Array | None, lse: Array | None, pair: bool) -> tuple[Array, Array | None]:
         """Out and lse, where the user gave none; lse only for a pair, or for kernels, which always write it."""

@@ -18,6 +18,7 @@ import numpy as np
 from ._arrays import import_cupy
 from ._params import PARAMS_BYTES
 from ._problem import BFLOAT16
+from ._tma import MAPPED_PARAMS_BYTES
 
 _INCLUDE = re.compile(r'^\s*#include "([\w.]+)"\s*$')
 _C_TYPES = {
@@ -49,6 +50,11 @@ class Spec:
     num_stages: int
     num_warps: int
     causal: bool
+    scale_sign: int = 1  # of the softmax scale: -1, 0 or 1
+    # sm90 family only:
+    q_stages: int = 1  # buffers of Q
+    overlap: bool = False  # of the products of one block with the softmax of another, inside a warpgroup
+    take_turns: bool = False  # two consumers issue their products in turn
 
     def prelude(self) -> str:
         """The constants as C++, one line each; also the debug dump."""
@@ -61,7 +67,7 @@ class Spec:
                 lines.append(f"constexpr bool {field.name.upper()} = {str(value).lower()};")
             elif isinstance(value, int):
                 lines.append(f"constexpr int {field.name.upper()} = {value};")
-        lines.append(f"constexpr int PARAMS_BYTES = {PARAMS_BYTES};")
+        lines.append(f"constexpr int PARAMS_BYTES = {PARAMS_BYTES}, MAPPED_PARAMS_BYTES = {MAPPED_PARAMS_BYTES};")
         return "\n".join(lines) + "\n"
 
 
@@ -105,6 +111,12 @@ def source(spec: Spec) -> str:
 
 OPTIONS = ("-std=c++17",)
 
+
+def options(spec: Spec) -> tuple[str, ...]:
+    """NVRTC's, beside those that CuPy adds; of two architectures it takes sm_90a, where Hopper's own words exist."""
+    return (*OPTIONS, "-arch=sm_90a") if spec.kernel.endswith("_sm90") else OPTIONS
+
+
 _loaded: dict[tuple[int, Spec], Any] = {}
 _lock = threading.Lock()
 
@@ -117,7 +129,7 @@ def load(spec: Spec, smem: int, device: int) -> Any:
     with _lock:
         function = _loaded.get((device, spec))
         if function is None:
-            module = import_cupy().RawModule(code=source(spec), options=OPTIONS)
+            module = import_cupy().RawModule(code=source(spec), options=options(spec))
             function = module.get_function(spec.kernel)
             if smem > 48 * 1024:  # beyond what every launch may have, a kernel opts in
                 function.max_dynamic_shared_size_bytes = smem

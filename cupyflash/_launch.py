@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from . import _compile
-from ._arrays import Array, import_cupy, misaligned, on_device
+from ._arrays import Array, address, import_cupy, misaligned, on_device
 from ._params import TAIL_AXES, Template, element_strides, make_template, scalars
 from ._plan import KernelPlan, Plan
 from ._problem import Problem
+from ._tma import ALIGNMENT, MAP_AXES, MappedTemplate, map_template, unreadable
 
 Tensors = dict[str, Array | None]
 Layout = tuple[str, tuple[int, ...], tuple[int, ...], int]  # name, shape, strides in bytes, itemsize
@@ -31,7 +32,7 @@ class Launch:
     grid: tuple[int]
     block: tuple[int]
     smem: int
-    template: Template
+    template: Template | MappedTemplate
 
     def run(self, tensors: Tensors) -> None:
         """Launch on the current stream: once, or once for each index of leading axes beyond the struct's."""
@@ -88,8 +89,15 @@ def _prepared(problem: Problem, step: KernelPlan, device: int, layouts: tuple[La
         for name, shape, strides, itemsize in layouts
     )
     kernel = _compile.load(step.spec, step.smem, device)
-    template = make_template(scalars(problem), problem.batch_shape, packed)
-    return Launch(kernel, (step.grid,), (step.threads,), step.smem, template)
+    numbers = scalars(problem, step.section)
+    if not step.boxes:
+        template = make_template(numbers, problem.batch_shape, packed)
+        # The grid counts the tiles of all launches; there are several where leading axes are walked from here.
+        return Launch(kernel, (step.grid // len(template.offsets),), (step.threads,), step.smem, template)
+    mapped = map_template(
+        problem, make_template(numbers, problem.batch_shape, packed, axes=MAP_AXES), problem.dtype, step.boxes
+    )
+    return Launch(kernel, (step.grid,), (step.threads,), step.smem, mapped)
 
 
 class Partial:
@@ -160,13 +168,34 @@ def _readable(plan: Plan, tensors: Tensors) -> Tensors:
     """The tensors, with copies of those that the plan says must be copied."""
     if not plan.copies:
         return tensors
-    return {name: _copy(x) if x is not None and misaligned(x) else x for name, x in tensors.items()}
+    mapped = {name for step in plan.kernels for name, _ in step.boxes}
+    readable = dict(tensors)
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if name in mapped and unreadable(x.shape, x.strides, address(x), x.itemsize):
+            readable[name] = _copy(x, ALIGNMENT)
+        elif misaligned(x):
+            readable[name] = _copy(x, x.itemsize)
+    return readable
 
 
-def _copy(x: Array) -> Array:
-    """A contiguous copy, read byte by byte: the GPU does not load elements that are not aligned."""
+def _copy(x: Array, alignment: int) -> Array:
+    """A copy with aligned rows; what is broadcast stays so.
+
+    Where elements are not aligned it is read byte by byte: the GPU does not load them otherwise.
+    """
     cupy = import_cupy()
-    each_byte = cupy.ndarray((*x.shape, x.itemsize), np.uint8, x.data, (*x.strides, 1))
-    bytes_ = workspace(each_byte.shape, np.dtype(np.uint8))
-    bytes_[...] = each_byte
-    return cupy.ndarray(x.shape, x.dtype, bytes_.data)
+    shape = (*(1 if stride == 0 else n for n, stride in zip(x.shape[:-2], x.strides[:-2], strict=True)), *x.shape[-2:])
+    pitch = -(-shape[-1] * x.itemsize // alignment) * alignment
+    memory = workspace((math.prod(shape[:-1]), pitch), np.dtype(np.uint8))
+    strides, step = [x.itemsize], pitch
+    for n in shape[-2::-1]:
+        strides.insert(0, step)
+        step *= n
+    unit, more, stride = (np.uint8, (x.itemsize,), (1,)) if misaligned(x) else (x.dtype, (), ())
+    cupy.ndarray((*shape, *more), unit, memory.data, (*strides, *stride))[...] = cupy.ndarray(
+        (*shape, *more), unit, x.data, (*x.strides, *stride)
+    )
+    repeated = (0 if n == 1 else s for n, s in zip(shape, strides, strict=True))
+    return cupy.ndarray(x.shape, x.dtype, memory.data, tuple(repeated))

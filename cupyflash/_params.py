@@ -24,7 +24,7 @@ TENSORS = (
     "q", "k", "v", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "partial", "q_offsets",
 )  # fmt: skip
 _TENSOR = struct.Struct(f"<{1 + BATCH_AXES + 3}q")  # data, batch_stride[], head_stride, row_stride, col_stride
-_SCALARS = struct.Struct(f"<qd{2 * BATCH_AXES + 6}i")  # see Scalars
+_SCALARS = struct.Struct(f"<qd{2 * BATCH_AXES + 7}i")  # see Scalars
 TAIL_AXES = {"lse": 2, "dlse": 2, "delta": 2, "q_offsets": 0}  # axes after the leading ones, where not 3
 PARAMS_BYTES = -(-(len(TENSORS) * _TENSOR.size + _SCALARS.size) // 8) * 8
 _DTYPE = np.dtype([("bytes", np.uint8, (PARAMS_BYTES,))])
@@ -44,9 +44,10 @@ class Scalars:
     seqlen_k: int
     head_dim: int
     head_dim_v: int
+    section: int  # persistent kernels: how many heads run side by side
 
 
-def scalars(problem: Problem) -> Scalars:
+def scalars(problem: Problem, section: int = 1) -> Scalars:
     """The numbers of a problem as kernels read them."""
     return Scalars(
         q_offset=0 if problem.q_offset is None else problem.q_offset,
@@ -57,6 +58,7 @@ def scalars(problem: Problem) -> Scalars:
         seqlen_k=problem.seqlen_k,
         head_dim=problem.head_dim,
         head_dim_v=problem.head_dim_v,
+        section=section,
     )
 
 
@@ -78,14 +80,20 @@ class Template:
     packed: bytes
     slots: tuple[tuple[str, int], ...]  # each tensor's name, and where its address goes, in units of 8 bytes
     offsets: tuple[tuple[int, ...], ...]  # for each launch: bytes to add to each tensor's address
+    batch_shape: tuple[int, ...]  # of one launch, collapsed
+    strides: tuple[tuple[str, Strides], ...]  # of each tensor, along these axes, heads, rows and columns
 
     def fill(self, launch: int, addresses: Mapping[str, int]) -> np.ndarray:
         """The struct of one launch, as the one-element array that a RawKernel passes by value."""
         buffer = bytearray(self.packed)
-        words = memoryview(buffer).cast("Q")
+        self.put_addresses(memoryview(buffer), launch, addresses)
+        return np.frombuffer(buffer, _DTYPE)
+
+    def put_addresses(self, struct: memoryview, launch: int, addresses: Mapping[str, int]) -> None:
+        """Write the addresses of one launch into the struct's bytes."""
+        words = struct.cast("Q")
         for (name, slot), offset in zip(self.slots, self.offsets[launch], strict=True):
             words[slot] = addresses[name] + offset
-        return np.frombuffer(buffer, _DTYPE)
 
 
 @lru_cache(maxsize=4096)
@@ -94,6 +102,7 @@ def make_template(
     batch_shape: tuple[int, ...],
     tensors: tuple[tuple[str, Strides, int], ...],
     reduce_shape: tuple[int, ...] | None = None,
+    axes: int = BATCH_AXES,
 ) -> Template:
     """Pack everything but addresses.
 
@@ -103,11 +112,13 @@ def make_template(
         Strides as ``element_strides`` gives them, with len(batch_shape) leading entries.
     reduce_shape : tuple of int, optional
         For bwd_finish: how many partials are summed along each leading axis.
+    axes : int
+        How many leading axes one launch walks, at most ``BATCH_AXES``.
     """
     strides = {name: s for name, s, _ in tensors}
     reduce_shape = (1,) * len(batch_shape) if reduce_shape is None else reduce_shape
     shape, reduce, strides = collapse(batch_shape, reduce_shape, strides)
-    outer = max(0, len(shape) - BATCH_AXES)
+    outer = max(0, len(shape) - axes)
     pad = BATCH_AXES - (len(shape) - outer)
     packed = bytearray(PARAMS_BYTES)
     for name, s in strides.items():
@@ -117,7 +128,7 @@ def make_template(
         packed, len(TENSORS) * _TENSOR.size, numbers.q_offset, numbers.scale,
         *(1,) * pad, *shape[outer:], *(1,) * pad, *reduce[outer:],
         numbers.num_heads, numbers.num_heads_k, numbers.seqlen_q, numbers.seqlen_k,
-        numbers.head_dim, numbers.head_dim_v,
+        numbers.head_dim, numbers.head_dim_v, numbers.section,
     )  # fmt: skip
     walks = itertools.product(*(range(n) for n in shape[:outer]))
     offsets = tuple(
@@ -125,7 +136,8 @@ def make_template(
         for index in walks
     )
     slots = tuple((name, TENSORS.index(name) * _TENSOR.size // 8) for name, _, _ in tensors)
-    return Template(bytes(packed), slots, offsets)
+    inner_strides = tuple((name, s[outer:]) for name, s in strides.items())
+    return Template(bytes(packed), slots, offsets, shape[outer:], inner_strides)
 
 
 def collapse(

@@ -15,7 +15,7 @@ from . import _cpu, _tiles
 from ._compile import Spec
 from ._problem import Problem
 
-GPU_FAMILIES = ("simt",)  # fastest first
+GPU_FAMILIES = ("sm90", "simt")  # fastest first
 CPU_FAMILY = "cpu"
 MAX_HEAD_DIM = 256
 MAX_SEQLEN = 2**31 - 1 - 1024  # kernels count rows in 32 bits, up to a tile beyond the end
@@ -57,14 +57,16 @@ class Device:
     name: str
     arch: int  # 90 for compute capability 9.0
     smem: int  # bytes of shared memory that one thread block may have, opted in
+    sms: int  # multiprocessors
 
 
 _KB = 1024
 DEVICES = {
-    f"sm_{arch}": Device(f"sm_{arch}", arch, smem * _KB)
-    for arch, smem in (
-        (60, 48), (61, 48), (62, 48), (70, 96), (72, 96), (75, 64), (80, 163), (86, 99), (87, 163), (89, 99),
-        (90, 227), (100, 227), (103, 227), (110, 227), (120, 99), (121, 99),
+    f"sm_{arch}": Device(f"sm_{arch}", arch, smem * _KB, sms)
+    for arch, smem, sms in (
+        (60, 48, 56), (61, 48, 28), (62, 48, 2), (70, 96, 80), (72, 96, 8), (75, 64, 68), (80, 163, 108), (86, 99, 82),
+        (87, 163, 16), (89, 99, 128), (90, 227, 132), (100, 227, 148), (103, 227, 148), (110, 227, 20),
+        (120, 99, 170), (121, 99, 48),
     )
 }  # fmt: skip
 
@@ -78,7 +80,8 @@ class KernelPlan:
     threads: int
     smem: int
     writes: tuple[str, ...]
-    remark: str = ""
+    boxes: tuple[tuple[str, int], ...] = ()  # tensors that come by TMA, and the rows of one copy
+    section: int = 1  # persistent kernels: how many heads run side by side
 
     @property
     def name(self) -> str:
@@ -210,17 +213,106 @@ def plan_gpu(
     tile: object,
     wrt: frozenset[str] | None,
     copies: tuple[str, ...] = (),
+    unmapped: tuple[str, ...] = (),
 ) -> Plan:
-    """The plan of a GPU call: forward where ``wrt`` is None, else the backward for these gradients."""
+    """The plan of a GPU call: forward where ``wrt`` is None, else the backward for these gradients.
+
+    ``copies`` are the inputs that no family reads in place, ``unmapped`` those that TMA does not, with the reason.
+    """
     check_family(family, on_gpu=True)
-    return _plan_simt(problem, device, check_tile(tile), wrt, copies)
+    return _plan_gpu(problem, device, family, check_tile(tile), wrt, copies, unmapped)
 
 
 @lru_cache(maxsize=4096)
+def _plan_gpu(
+    problem: Problem,
+    device: Device,
+    family: object,
+    tile: Tile,
+    wrt: frozenset[str] | None,
+    copies: tuple[str, ...],
+    unmapped: tuple[str, ...],
+) -> Plan:
+    _check_gpu_limits(problem)
+    why = _why_not_sm90(problem, device, wrt is not None)
+    if why is None and family in (None, "sm90"):
+        return _plan_sm90(problem, device, tile, copies + unmapped)
+    if family == "sm90":
+        raise ValueError(f"family='sm90': {why}")
+    plan = _plan_simt(problem, device, tile, wrt, copies)
+    return plan if why is None else replace(plan, declined=(("sm90", why),))
+
+
+def _why_not_sm90(problem: Problem, device: Device, backward: bool) -> str | None:
+    """Why the Hopper family does not take a problem, or None."""
+    if device.arch != 90:
+        return f"{device.name} has compute capability {device.arch / 10}: TMA and wgmma are those of 9.0"
+    if problem.dtype.itemsize != 2:
+        return f"{problem.dtype}: wgmma multiplies float16 and bfloat16"
+    if problem.precision is not None:
+        return f"precision={problem.precision!r}: P is rounded once for the tensor cores"
+    if backward:
+        return "it has no backward yet"
+    return None
+
+
+def _plan_sm90(problem: Problem, device: Device, tile: Tile, copies: tuple[str, ...]) -> Plan:
+    row = _tiles.choose_hopper("fwd_sm90", problem, tile, device.smem)
+    widths = [next(w for w in _tiles.WIDTHS if w >= d) for d in (problem.head_dim, problem.head_dim_v)]
+    all_heads = problem.num_heads * problem.batch
+    tiles = _grid(problem.seqlen_q, row.block_m, all_heads)
+    if tiles > MAX_GRID - 2 * device.sms:  # a block's next index stays within 32 bits
+        raise ValueError(f"{tiles} tiles: the sm90 family takes at most {MAX_GRID - 2 * device.sms}")
+    spec = Spec(
+        kernel="fwd_sm90",
+        element=problem.dtype,
+        output=problem.out_dtype,
+        accumulator=problem.accumulator,
+        gradient=problem.dtype,
+        head_dim=widths[0],
+        head_dim_v=widths[1],
+        dim_chunk=max(widths),
+        block_m=row.block_m,
+        block_n=row.block_n,
+        num_stages=row.stages,
+        num_warps=row.warps,
+        causal=problem.causal,
+        scale_sign=_sign(problem.scale),
+        q_stages=row.q_stages,
+        overlap=row.overlap,
+        take_turns=row.take_turns,
+    )
+    kernel = KernelPlan(
+        spec=spec,
+        grid=min(tiles, device.sms),
+        threads=32 * row.warps,
+        smem=_tiles.hopper_smem_bytes("fwd_sm90", row, *widths),
+        writes=("out", "lse"),
+        boxes=(("q", 64), ("k", row.block_n), ("v", row.block_n)),
+        section=_tiles.section(row, problem, all_heads),
+    )
+    chain_d, chain_k, chain_q = _chains(problem, False)
+    return Plan(
+        family="sm90",
+        device=device.name,
+        direction="forward",
+        block_m=row.block_m,
+        block_n=row.block_n,
+        kernels=(kernel,),
+        copies=copies,
+        chain_d=chain_d,
+        chain_k=chain_k,
+        chain_q=chain_q,
+    )
+
+
+def _sign(scale: float) -> int:
+    return (scale > 0) - (scale < 0)
+
+
 def _plan_simt(
     problem: Problem, device: Device, tile: Tile, wrt: frozenset[str] | None, copies: tuple[str, ...]
 ) -> Plan:
-    _check_gpu_limits(problem)
     if wrt is None:
         kernels = [_main_kernel("fwd_simt", problem, device, tile, ("out", "lse"))]
         workspace = 0
@@ -274,6 +366,7 @@ def _main_kernel(kernel: str, problem: Problem, device: Device, tile: Tile, writ
         spec=_spec(
             kernel, problem, head_dim, head_dim_v, row,
             gradient=problem.accumulator if by_entry else problem.dtype, causal=problem.causal,
+            scale_sign=_sign(problem.scale),
         ),
         grid=_grid(rows, block, heads * problem.batch),
         threads=32 * row.warps,
@@ -334,6 +427,7 @@ def _spec(
     *,
     gradient: np.dtype,
     causal: bool,
+    scale_sign: int = 1,
 ) -> Spec:
     return Spec(
         kernel=kernel,
@@ -349,6 +443,7 @@ def _spec(
         num_stages=row.stages,
         num_warps=row.warps,
         causal=causal,
+        scale_sign=scale_sign,
     )
 
 

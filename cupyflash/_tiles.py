@@ -6,7 +6,12 @@ asked, so that they can't change an entry's bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._plan import Tile
+    from ._problem import Problem
 
 # Widths that kernels are compiled for; a run-time width is padded with zeros in shared memory.
 WIDTHS = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256)
@@ -157,3 +162,107 @@ def check_row(kernel: str, row: TileRow, head_dim: int, head_dim_v: int, accumul
     if words > room:
         return f"its accumulators need {words} registers a thread: {threads} threads leave room for {room}"
     return None
+
+
+# ------------------------------------------------------------------------------------------------------------- Hopper
+
+
+@dataclass(frozen=True)
+class HopperRow:
+    """One tile of the sm90 forward: block sizes, buffers, and which form of the main loop."""
+
+    block_m: int
+    block_n: int
+    stages: int
+    q_stages: int
+    overlap: bool  # of products and softmax inside a warpgroup; else between warpgroups only
+    take_turns: bool
+    remark: str
+    causal: bool | None = None  # which problems the row is for; None: both
+    longest: int | None = None  # keys
+    sections: bool = False  # causal: heads in sections whose K and V fit L2, not all side by side
+
+    @property
+    def warps(self) -> int:
+        """Of a thread block: a warpgroup for every 64 queries, and the one that sends for tiles."""
+        return 4 * (1 + self.block_m // 64)
+
+
+# kernel -> (largest width of q and k, of v, row): the first that fits. TFLOP/s: H200.
+HOPPER_TABLE: dict[str, tuple[tuple[int, int, HopperRow], ...]] = {
+    "fwd_sm90": (
+        (64, 64, HopperRow(128, 256, 2, 1, False, False, "", causal=False, longest=1024)),
+        (64, 64, HopperRow(192, 192, 2, 2, False, False, "", causal=True, longest=1024, sections=True)),
+        (64, 64, HopperRow(192, 192, 2, 2, False, False, "")),
+        (128, 128, HopperRow(128, 128, 2, 2, True, True, "", causal=False)),
+        (128, 128, HopperRow(128, 128, 2, 2, True, False, "", causal=True, longest=4096, sections=True)),
+        (128, 128, HopperRow(192, 128, 2, 1, False, False, "")),
+        (192, 128, HopperRow(128, 128, 2, 1, True, True, "")),
+        (192, 192, HopperRow(128, 96, 2, 1, True, True, "")),
+        (256, 256, HopperRow(128, 80, 2, 1, True, True, "", causal=False)),
+        (256, 256, HopperRow(128, 80, 2, 1, True, False, "", causal=True, longest=1024, sections=True)),
+        (256, 256, HopperRow(128, 80, 2, 1, True, False, "")),
+    ),
+}
+SECTION_BYTES = 2**25  # of K and V: 16 MiB are too few, all heads side by side too many, for short causal calls
+
+
+def choose_hopper(kernel: str, problem: Problem, tile: Tile, smem: int) -> HopperRow:
+    """The first row that is for a problem, with the caller's tile in its place; ValueError where that can't run."""
+    head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
+    for largest, largest_v, row in HOPPER_TABLE[kernel]:
+        if head_dim > largest or head_dim_v > largest_v or row.causal not in (None, problem.causal):
+            continue
+        if row.longest is None or problem.seqlen_k <= row.longest:
+            break
+    wanted = {name: n for name in ("block_m", "block_n", "stages") if (n := getattr(tile, name)) is not None}
+    if wanted:
+        row = replace(row, **wanted)
+        row = replace(row, overlap=row.block_m < 192, take_turns=row.take_turns and row.block_m == 128)
+    why = check_hopper(kernel, row, head_dim, head_dim_v, smem)
+    if why is None and tile.warps not in (None, row.warps):
+        why = f"warps={tile.warps}: block_m={row.block_m} has {row.warps}, 4 for every 64 rows and 4 that load"
+    if why is not None:
+        raise ValueError(f"{tile} does not fit {kernel} (head widths {head_dim}, {head_dim_v}): {why}")
+    return row
+
+
+def check_hopper(kernel: str, row: HopperRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:
+    """Why a tile can't run, or None."""
+    if row.block_m not in (64, 128, 192):
+        return f"block_m={row.block_m}: it is 64, 128 or 192, a warpgroup for every 64 rows"
+    if row.block_n % 16 or not 16 <= row.block_n <= 256:
+        return f"block_n={row.block_n}: it is a multiple of 16 up to 256"
+    if row.stages < 2:
+        return f"stages={row.stages}: one block of keys is worked on while the next arrives, so at least 2"
+    widths = [next(w for w in WIDTHS if w >= d) for d in (head_dim, head_dim_v)]
+    needed = hopper_smem_bytes(kernel, row, *widths)
+    if needed > smem:
+        return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
+    # acc_o and acc_s; P beside them where the next scores are computed while it is an operand.
+    words = widths[1] // 2 + row.block_n // 2 + (row.block_n // 4 if row.overlap else 0)
+    room = (160 if row.block_m == 192 else 240) - 24
+    if words > room:
+        return f"its accumulators need {words} registers a thread: there is room for {room}"
+    return None
+
+
+def hopper_smem_bytes(kernel: str, row: HopperRow, head_dim: int, head_dim_v: int) -> int:
+    """Shared memory of a thread block: sizeof(Smem) in the kernel. Rows of tiles are whole chunks of 64 columns."""
+    d, dv = (-(-width // 64) * 128 for width in (head_dim, head_dim_v))  # bytes of a row
+    tiles = row.q_stages * row.block_m * d + row.stages * row.block_n * (d + dv)
+    rings = 16 * (row.block_m // 64 * row.q_stages + 2 * row.stages)
+    return tiles + -(-rings // 1024) * 1024
+
+
+def section(row: HopperRow, problem: Problem, all_heads: int) -> int:
+    """How many heads a section of the tile list has (TileWalk). It changes the order of tiles, never their bits."""
+    if not problem.causal:
+        return 1
+    if not row.sections:
+        return max(1, all_heads)
+    group = problem.num_heads // problem.num_heads_k if problem.num_heads_k else 1
+    head = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
+    fit = max(1, SECTION_BYTES * group // max(1, head))
+    count = -(-all_heads // fit)
+    return max(1, -(-all_heads // max(1, count)))  # sections of equal size

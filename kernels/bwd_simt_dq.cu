@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) clear(acc_dq[chunk]);
 
-  const BlockRange blocks = mask.key_blocks(work.block);
+  const BlockRange blocks = mask.key_blocks(work.block * BLOCK_M, BLOCK_M);
   int slot = 0;  // of the portion to come
   const auto load_q = [&](int chunk, int to) ALWAYS_INLINE {
     const auto q = rows_of<const Element>(params.q, smem.batch_index, work.head);  // (seqlen_q, head_dim)

@@ -6,7 +6,7 @@
 //
 //     one turn, key block n:     K(n) arrives, V(n) is sent for     global -> shared, as Accumulator
 //                                acc_s = Q K(n)^T                   (BLOCK_M, BLOCK_N), registers
-//                                softmax.step                       acc_s becomes P; row_max, row_sum, acc_o move on
+//                                softmax.raise, softmax.weigh       acc_s becomes P; row_max, row_sum, acc_o move on
 //                                tile_p = acc_s                     registers -> shared
 //                                V(n) arrives, K(n + 1) is sent for
 //                                acc_o += P V(n)                    (BLOCK_M, HEAD_DIM_V), registers
@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
   for (int chunk = 0; chunk < CHUNKS_V; ++chunk) clear(acc_o[chunk]);
   softmax.clear();
 
-  const BlockRange blocks = mask.key_blocks(work.block);
+  const BlockRange blocks = mask.key_blocks(m0, BLOCK_M);
   int slot = 0;  // of the portion to come
   const auto load_q = [&](int chunk, int to) ALWAYS_INLINE {
     const auto q = rows_of<const Element>(params.q, smem.batch_index, work.head);  // (seqlen_q, head_dim)
@@ -103,9 +103,16 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
       multiply_nt(acc_s, smem.tile_q[CHUNKS > 1 ? here : 0], smem.slot[here].k);
     }
 
-    softmax.step(acc_s, acc_o, score, [&](int r, int c) {
+    const auto visible = [&](int r, int c) {
       return !masked || mask.visible(m0 + acc_s.row(r), n_block * BLOCK_N + acc_s.col(c));
-    });
+    };
+#pragma unroll
+    for (int r = 0; r < ScoreTile::ROWS; ++r) {
+      softmax.raise(acc_s, r, score, visible);
+#pragma unroll
+      for (int chunk = 0; chunk < CHUNKS_V; ++chunk) multiply_row(acc_o[chunk], r, softmax.shrink[r]);
+      softmax.weigh(acc_s, r, score);
+    }
     store_scores(smem.tile_p, acc_s);
 
 #pragma unroll 1
@@ -137,6 +144,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
 #pragma unroll
   for (int r = 0; r < ScoreTile::ROWS; ++r) {
     const int row = ScoreTile::row(r);
-    if (thread_x() == 0 && row < entry.seqlen_q - row0) store_number(lse, row0 + row, softmax.lse(r));
+    if (thread_x() == 0 && row < entry.seqlen_q - row0) store_number(lse, row0 + row, softmax.lse(r, score_of(params)));
   }
 }

@@ -13,6 +13,13 @@ struct BlockRange {
 // for itself.
 constexpr bool MASKED = true, UNMASKED = false;
 
+// What one query sees, keys counted from an origin, so that a thread's own columns are constants.
+struct MaskRow {
+  int end;
+
+  __device__ __forceinline__ bool visible(int key) const { return key < end; }
+};
+
 struct Mask {
   int seqlen_q, seqlen_k, q_offset;
 
@@ -26,15 +33,16 @@ struct Mask {
     return CAUSAL ? clamp(static_cast<long long>(i) + q_offset + 1, seqlen_k) : seqlen_k;
   }
 
+  __device__ __forceinline__ MaskRow row(int i, int origin) const { return {keys_seen(i) - origin}; }
+
   // Queries [n, seqlen_q) see key j; n is this.
   __device__ __forceinline__ int first_query(int j) const {
     return CAUSAL ? clamp(static_cast<long long>(j) - q_offset, seqlen_q) : 0;
   }
 
-  // The key blocks that query block m_block sees. Its first row sees fewest keys, its last row most.
-  __device__ __forceinline__ BlockRange key_blocks(int m_block) const {
-    const int first = m_block * BLOCK_M;
-    const int last = smaller(first, seqlen_q - BLOCK_M) + BLOCK_M - 1;
+  // The key blocks that `rows` queries from `first` on see. The first row sees fewest keys, the last one most.
+  __device__ __forceinline__ BlockRange key_blocks(int first, int rows) const {
+    const int last = smaller(first, seqlen_q - rows) + rows - 1;
     return {0, 0, keys_seen(first) / BLOCK_N, ceil_div(keys_seen(last), BLOCK_N)};
   }
 

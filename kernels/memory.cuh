@@ -18,6 +18,8 @@ __device__ __forceinline__ int block_index() {
   return index;
 }
 
+__device__ __forceinline__ int grid_size() { return static_cast<int>(gridDim.x); }
+
 // What threads of the block (of the warp) wrote before is seen by all of them after. Reached by every thread.
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
@@ -25,11 +27,15 @@ __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 // The value of lane (own lane ^ mask). Reached by all 32 lanes.
 __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ double shuffle_xor(double x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+__device__ __forceinline__ unsigned shuffle_xor(unsigned x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+// Whether any lane says so. Reached by all 32 lanes.
+__device__ __forceinline__ bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
 // The block's dynamic shared memory as one struct: DYNAMIC_SHARED(Smem, smem); declares `Smem& smem`. Its size at
-// launch is sizeof(Smem); 16-byte aligned; its first content is undefined.
-#define DYNAMIC_SHARED(Type, name)                                \
-  extern __shared__ __align__(16) unsigned char name##_bytes[]; \
+// launch is sizeof(Smem); aligned as Type asks, to 16 bytes at least; its first content is undefined.
+#define DYNAMIC_SHARED(Type, name)                                                                   \
+  extern __shared__ __align__(alignof(Type) > 16 ? alignof(Type) : 16) unsigned char name##_bytes[]; \
   Type& name = *reinterpret_cast<Type*>(name##_bytes)
 
 // N neighbours, loaded and stored as one: N * sizeof(T) is 2, 4, 8 or 16 bytes, and so is the address's alignment.

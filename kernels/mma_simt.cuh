@@ -39,6 +39,9 @@ struct Scores {
   static_assert(M % THREADS_Y == 0 && N % THREADS_X == 0, "a tile of scores is dealt out evenly");
   Accumulator at[ROWS][COLS];
 
+  __device__ __forceinline__ Accumulator& operator()(int r, int c) { return at[r][c]; }
+  __device__ __forceinline__ Accumulator operator()(int r, int c) const { return at[r][c]; }
+
   static __device__ __forceinline__ int row(int r) { return thread_y() + THREADS_Y * r; }
   static __device__ __forceinline__ int col(int c) { return thread_x() + THREADS_X * c; }
 };
@@ -52,6 +55,9 @@ struct Outputs {
   static_assert(M % THREADS_Y == 0 && N % (2 * THREADS_X) == 0, "a tile of outputs is dealt out evenly");
   Accumulator at[ROWS][COLS];
 
+  __device__ __forceinline__ Accumulator& operator()(int r, int c) { return at[r][c]; }
+  __device__ __forceinline__ Accumulator operator()(int r, int c) const { return at[r][c]; }
+
   static __device__ __forceinline__ int row(int r) { return thread_y() + THREADS_Y * r; }
   static __device__ __forceinline__ int col(int g) { return VECTOR * (thread_x() + THREADS_X * g); }
 };
@@ -61,14 +67,14 @@ __device__ __forceinline__ void clear(Fragment& fragment) {
 #pragma unroll
   for (int r = 0; r < fragment.ROWS; ++r) {
 #pragma unroll
-    for (int c = 0; c < fragment.COLS; ++c) fragment.at[r][c] = 0;
+    for (int c = 0; c < fragment.COLS; ++c) fragment(r, c) = 0;
   }
 }
 
 template <typename Fragment>
 __device__ __forceinline__ void multiply_row(Fragment& fragment, int r, Accumulator factor) {
 #pragma unroll
-  for (int c = 0; c < fragment.COLS; ++c) fragment.at[r][c] *= factor;
+  for (int c = 0; c < fragment.COLS; ++c) fragment(r, c) *= factor;
 }
 
 template <typename Fragment>
@@ -99,7 +105,7 @@ __device__ __forceinline__ void multiply_nt(Scores<M, N>& acc, const Tile<M, DEP
 #pragma unroll
       for (int e = 0; e < WIDTH; ++e) {
 #pragma unroll
-        for (int c = 0; c < COLS; ++c) acc.at[r][c] = math::fma(a_part.at[e], b_part[c].at[e], acc.at[r][c]);
+        for (int c = 0; c < COLS; ++c) acc(r, c) = math::fma(a_part.at[e], b_part[c].at[e], acc(r, c));
       }
     }
   }
@@ -124,7 +130,7 @@ __device__ __forceinline__ void multiply_nn(Outputs<M, N>& acc, const Tile<M, DE
         for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
           for (int i = 0; i < VECTOR; ++i) {
-            Accumulator& sum = acc.at[r][VECTOR * g + i];
+            Accumulator& sum = acc(r, VECTOR * g + i);
             sum = math::fma(p_part[r].at[e], b_part.at[i], sum);
           }
         }
@@ -149,7 +155,7 @@ __device__ __forceinline__ void store_scores(Tile<M, N>& tile, const Scores<M, N
 #pragma unroll
   for (int r = 0; r < acc.ROWS; ++r) {
 #pragma unroll
-    for (int c = 0; c < acc.COLS; ++c) tile.at[acc.row(r)][acc.col(c)] = acc.at[r][c];
+    for (int c = 0; c < acc.COLS; ++c) tile.at[acc.row(r)][acc.col(c)] = acc(r, c);
   }
 }
 
@@ -165,7 +171,7 @@ __device__ __forceinline__ void store_outputs(
     for (int g = 0; g < acc.COLS / VECTOR; ++g) {
       Accumulator numbers[VECTOR];
 #pragma unroll
-      for (int i = 0; i < VECTOR; ++i) numbers[i] = acc.at[r][VECTOR * g + i];
+      for (int i = 0; i < VECTOR; ++i) numbers[i] = acc(r, VECTOR * g + i);
       store_columns(rows, row0 + acc.row(r), col0 + acc.col(g), col_end, numbers);
     }
   }

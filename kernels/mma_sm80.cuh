@@ -14,6 +14,11 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 
+// What is the same in all lanes, said so that ptxas knows it: redux writes a uniform register, a shuffle does not.
+// Reached by all 32 lanes.
+__device__ __forceinline__ unsigned warp_uniform(unsigned x) { return __reduce_max_sync(0xffffffffu, x); }
+__device__ __forceinline__ int warp_uniform(int x) { return __reduce_max_sync(0xffffffffu, x); }
+
 // Two numbers, each rounded to nearest even, in one register: `low` in the low half.
 template <typename Element>
 __device__ __forceinline__ unsigned pack(float low, float high);

@@ -22,6 +22,7 @@ struct Params {
   int num_heads, num_heads_k;
   int seqlen_q, seqlen_k;
   int head_dim, head_dim_v;
+  int section;  // persistent kernels: how many heads run side by side
 };
 
 static_assert(sizeof(Params) == PARAMS_BYTES, "kernels/params.cuh and cupyflash/_params.py have drifted apart");

@@ -3,17 +3,7 @@
 #pragma once
 #include "params.cuh"
 #include "memory.cuh"
-
-// One head of one batch entry, (rows, columns) with any strides.
-template <typename T>
-struct Rows {
-  T* data;  // row 0, column 0
-  long long row_stride, col_stride;
-  bool vectors;  // 16 bytes of a row, counted from its start, can be moved as one
-
-  __device__ __forceinline__ T* at(int row, int col) const { return data + row * row_stride + col * col_stride; }
-  __device__ __forceinline__ T* at(int row) const { return data + row * row_stride; }
-};
+#include "rows.cuh"
 
 struct Sequence {
   int batch_index[4];  // of the entry, along the leading axes
@@ -33,8 +23,10 @@ __device__ __forceinline__ Sequence sequence_of(const Params& params, int batch)
   Sequence seq;
 #pragma unroll
   for (int axis = 3; axis >= 0; --axis) {
-    seq.batch_index[axis] = batch % params.batch_shape[axis];
-    batch /= params.batch_shape[axis];
+    const int length = params.batch_shape[axis];
+    const int outer = batch < length ? 0 : batch / length;  // most calls have one axis: then no division runs
+    seq.batch_index[axis] = batch - outer * length;
+    batch = outer;
   }
   seq.seqlen_q = params.seqlen_q;
   seq.seqlen_k = params.seqlen_k;

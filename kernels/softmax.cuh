@@ -1,13 +1,14 @@
 // The softmax, forward: online, block by block, over the rows a thread owns; backward: again, from lse. Exponents
-// are powers of 2.
+// are powers of 2. What a family calls Scores and Outputs, and its row_max_of() and row_sum_of() over the lanes that
+// share a row, stand in the text before this.
 #pragma once
-#include "mma_simt.cuh"
 #include "score.cuh"
 
 template <int ROWS>
 struct Softmax {
-  Accumulator row_max[ROWS];  // over the keys seen so far, of exponent * logit; -inf: no key yet
+  Accumulator row_max[ROWS];  // the largest logit of the keys seen so far; -inf: no key yet
   Accumulator row_sum[ROWS];  // over this thread's columns only, until finish()
+  Accumulator shrink[ROWS];   // what the last block's rise of row_max makes of everything summed before
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -17,45 +18,45 @@ struct Softmax {
     }
   }
 
-  // A row that has seen nothing has row_max = -inf; exp2(-inf - -inf) would be NaN, so subtract 0.
-  __device__ __forceinline__ Accumulator subtrahend(int r) const {
-    return row_max[r] == -math::infinity<Accumulator>() ? Accumulator(0) : row_max[r];
+  // What the exponents of a row subtract. A row that has seen nothing has row_max = -inf; exp2(-inf - -inf) would be
+  // NaN, so subtract 0.
+  __device__ __forceinline__ Accumulator subtrahend(int r, const Score& score) const {
+    return row_max[r] == -math::infinity<Accumulator>() ? Accumulator(0) : row_max[r] * score.exponent;
   }
 
-  // One block of keys: acc_s becomes p = exp2(exponent * logit - row_max), acc_o shrinks to the new row_max.
-  // Invisible pairs are discarded by selection, since what they hold may be anything. max() drops a NaN, but exp2
-  // keeps it, so a NaN logit makes row_sum, and with it the row, NaN.
-  template <int M, int N, int N_V, int PARTS, typename Visible>
-  __device__ __forceinline__ void step(
-      Scores<M, N>& acc_s, Outputs<M, N_V> (&acc_o)[PARTS], const Score& score, Visible visible) {
+  // One block of keys, row r: products become logits, -inf where invisible, whatever they held; row_max rises.
+  // max() drops a NaN, but exp2 keeps it, so a NaN logit makes row_sum, and with it the row, NaN.
+  template <typename Scores, typename Visible>
+  __device__ __forceinline__ void raise(Scores& acc_s, int r, const Score& score, Visible visible) {
+    Accumulator block_max = -math::infinity<Accumulator>();
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      Accumulator block_max = -math::infinity<Accumulator>();
-#pragma unroll
-      for (int c = 0; c < acc_s.COLS; ++c) {
-        acc_s.at[r][c] = score.logit(acc_s.at[r][c]);
-        if (visible(r, c)) block_max = math::max(block_max, score.exponent * acc_s.at[r][c]);
-      }
-      const Accumulator old_max = row_max[r];
-      row_max[r] = math::max(old_max, row_max_of(block_max));
-      const Accumulator shift = subtrahend(r);
-      const Accumulator shrink = math::exp2(old_max - shift);
-      row_sum[r] *= shrink;
-#pragma unroll
-      for (int part = 0; part < PARTS; ++part) multiply_row(acc_o[part], r, shrink);
-#pragma unroll
-      for (int c = 0; c < acc_s.COLS; ++c) {
-        const Accumulator p = math::exp2(math::fma(acc_s.at[r][c], score.exponent, -shift));
-        acc_s.at[r][c] = visible(r, c) ? p : Accumulator(0);
-        row_sum[r] += acc_s.at[r][c];
-      }
+    for (int c = 0; c < acc_s.COLS; ++c) {
+      acc_s(r, c) = visible(r, c) ? score.logit(acc_s(r, c)) : -math::infinity<Accumulator>();
+      block_max = math::max(block_max, acc_s(r, c));
     }
+    const bool first = row_max[r] == -math::infinity<Accumulator>();
+    const Accumulator before = subtrahend(r, score);
+    row_max[r] = math::max(row_max[r], row_max_of(block_max));
+    shrink[r] = first ? Accumulator(0) : math::exp2(before - subtrahend(r, score));  // exactly 1 where nothing rose
+  }
+
+  // Row r of the block, after raise(): logits become p = exp2(exponent * (logit - row_max)).
+  template <typename Scores>
+  __device__ __forceinline__ void weigh(Scores& acc_s, int r, const Score& score) {
+    const Accumulator less = -subtrahend(r, score);
+    Accumulator sum = row_sum[r] * shrink[r];
+#pragma unroll
+    for (int c = 0; c < acc_s.COLS; ++c) {
+      acc_s(r, c) = math::exp2(math::fma(acc_s(r, c), score.exponent, less));
+      sum += acc_s(r, c);
+    }
+    row_sum[r] = sum;
   }
 
   // Completes row_sum over the lanes that share a row, and divides acc_o by it. An empty row is 0, whatever its
   // acc_o: 0 times an infinite v is NaN.
-  template <int M, int N_V, int PARTS>
-  __device__ __forceinline__ void finish(Outputs<M, N_V> (&acc_o)[PARTS]) {
+  template <typename Outputs, int PARTS>
+  __device__ __forceinline__ void finish(Outputs (&acc_o)[PARTS]) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       row_sum[r] = row_sum_of(row_sum[r]);
@@ -64,7 +65,7 @@ struct Softmax {
       for (int part = 0; part < PARTS; ++part) {
 #pragma unroll
         for (int c = 0; c < acc_o[part].COLS; ++c) {
-          acc_o[part].at[r][c] = empty(r) ? Accumulator(0) : acc_o[part].at[r][c] * inverse;
+          acc_o[part](r, c) = empty(r) ? Accumulator(0) : acc_o[part](r, c) * inverse;
         }
       }
     }
@@ -76,8 +77,9 @@ struct Softmax {
     return row_sum[r] == 0 && row_max[r] == -math::infinity<Accumulator>();
   }
 
-  __device__ __forceinline__ Accumulator lse(int r) const {
-    return empty(r) ? row_max[r] : math::fma(row_max[r], Accumulator(math::LN2), math::log(row_sum[r]));
+  __device__ __forceinline__ Accumulator lse(int r, const Score& score) const {
+    return empty(r) ? row_max[r]
+                    : math::fma(row_max[r] * score.exponent, Accumulator(math::LN2), math::log(row_sum[r]));
   }
 };
 
@@ -88,28 +90,28 @@ __device__ __forceinline__ Accumulator lse_exponent(Accumulator lse) {
 }
 
 // acc becomes p = exp2(exponent * logit - lse), 0 where invisible.
-template <int M, int N, typename Visible, typename Lse>
-__device__ __forceinline__ void probabilities(Scores<M, N>& acc, const Score& score, Visible visible, Lse lse) {
+template <typename Scores, typename Visible, typename Lse>
+__device__ __forceinline__ void probabilities(Scores& acc, const Score& score, Visible visible, Lse lse) {
 #pragma unroll
   for (int r = 0; r < acc.ROWS; ++r) {
 #pragma unroll
     for (int c = 0; c < acc.COLS; ++c) {
-      const Accumulator logit = score.logit(acc.at[r][c]);
+      const Accumulator logit = score.logit(acc(r, c));
       const Accumulator p = math::exp2(math::fma(logit, score.exponent, -lse_exponent(lse(r, c))));
-      acc.at[r][c] = visible(r, c) ? p : Accumulator(0);
+      acc(r, c) = visible(r, c) ? p : Accumulator(0);
     }
   }
 }
 
 // acc = dp becomes ds = p * (dp - delta), 0 where invisible: there dp may be anything, and 0 times infinity is NaN.
-template <int M, int N, typename Visible, typename P, typename Delta>
-__device__ __forceinline__ void score_gradients(Scores<M, N>& acc, Visible visible, P p, Delta delta) {
+template <typename Scores, typename Visible, typename P, typename Delta>
+__device__ __forceinline__ void score_gradients(Scores& acc, Visible visible, P p, Delta delta) {
 #pragma unroll
   for (int r = 0; r < acc.ROWS; ++r) {
 #pragma unroll
     for (int c = 0; c < acc.COLS; ++c) {
-      const Accumulator ds = p(r, c) * (acc.at[r][c] - delta(r, c));
-      acc.at[r][c] = visible(r, c) ? ds : Accumulator(0);
+      const Accumulator ds = p(r, c) * (acc(r, c) - delta(r, c));
+      acc(r, c) = visible(r, c) ? ds : Accumulator(0);
     }
   }
 }

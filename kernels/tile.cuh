@@ -3,7 +3,7 @@
 #include "basics.cuh"
 #include "types.cuh"
 #include "memory.cuh"
-#include "seqlen.cuh"
+#include "rows.cuh"
 
 constexpr int NUM_THREADS = 32 * NUM_WARPS;
 
@@ -163,52 +163,7 @@ __device__ __forceinline__ void load_tile(
   }
 }
 
-// N neighbouring columns of one row; columns from col_end on are 0 and not read.
-template <int N, typename T>
-__device__ __forceinline__ void load_columns(
-    const Rows<const T>& rows, int row, int col, int col_end, Accumulator (&numbers)[N]) {
-  constexpr int RUN = 16 / sizeof(T) < N ? 16 / sizeof(T) : N;  // elements of one load
-  if (rows.vectors && col + N <= col_end) {
-#pragma unroll
-    for (int part = 0; part < N; part += RUN) {
-      const Vector<T, RUN> run = load_global<RUN>(rows.at(row, col + part));
-#pragma unroll
-      for (int e = 0; e < RUN; ++e) numbers[part + e] = to_accumulator(run.at[e]);
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < N; ++e) {
-      numbers[e] = col + e < col_end ? to_accumulator(load_global<1>(rows.at(row, col + e)).at[0]) : Accumulator(0);
-    }
-  }
-}
-
-// N neighbouring columns of one row, rounded to the tensor's type; columns from col_end on are not stored.
-template <int N, typename T>
-__device__ __forceinline__ void store_columns(
-    const Rows<T>& rows, int row, int col, int col_end, const Accumulator (&numbers)[N]) {
-  Vector<T, N> rounded;
-#pragma unroll
-  for (int e = 0; e < N; ++e) rounded.at[e] = from_accumulator<T>(numbers[e]);
-  if (rows.vectors && col + N <= col_end) {
-    store_global(rows.at(row, col), rounded);
-  } else {
-#pragma unroll
-    for (int e = 0; e < N; ++e) {
-      if (col + e < col_end) store_global(rows.at(row, col + e), Vector<T, 1>{{rounded.at[e]}});
-    }
-  }
-}
-
-// One number of a tensor that has rows but no columns: lse, dlse, delta.
-__device__ __forceinline__ Accumulator load_number(const Rows<const Accumulator>& rows, int row) {
-  return load_global<1>(rows.at(row)).at[0];
-}
-__device__ __forceinline__ void store_number(const Rows<Accumulator>& rows, int row, Accumulator number) {
-  store_global(rows.at(row), Vector<Accumulator, 1>{{number}});
-}
-
-// Numbers [row0, row_end) of such a tensor, and zeros to the end of N. By the whole block, like load_tile.
+// Numbers [row0, row_end) of a tensor that has rows but no columns, and zeros to the end of N. By the whole block, like load_tile.
 template <int N>
 __device__ __forceinline__ void load_numbers(
     Accumulator (&numbers)[N], const Rows<const Accumulator>& rows, int row0, int row_end) {

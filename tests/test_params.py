@@ -35,7 +35,7 @@ def test_fields_lie_where_the_kernels_read_them(tmp_path):
             pytest.fail("g++ is missing")
         pytest.skip("g++ is missing")
     numbers = ("q_offset", "softmax_scale", "batch_shape", "reduce_shape", "num_heads", "num_heads_k")
-    numbers += ("seqlen_q", "seqlen_k", "head_dim", "head_dim_v")
+    numbers += ("seqlen_q", "seqlen_k", "head_dim", "head_dim_v", "section")
     lines = [f'printf("%zu ", offsetof(Params, {name}));' for name in _params.TENSORS + numbers]
     lines.append(
         'printf("%zu ", offsetof(Tensor, batch_stride)); printf("%zu ", offsetof(Tensor, col_stride));'
@@ -54,7 +54,7 @@ def test_fields_lie_where_the_kernels_read_them(tmp_path):
     n = 4 * _params.BATCH_AXES
     expected = [i * size for i in range(len(_params.TENSORS))]
     expected += [behind, behind + 8, behind + 16, behind + 16 + n]
-    expected += [behind + 16 + 2 * n + 4 * i for i in range(6)]
+    expected += [behind + 16 + 2 * n + 4 * i for i in range(7)]
     assert offsets == [*expected, 8, size - 8]
 
 
@@ -84,7 +84,7 @@ def walks(draw):
 @given(walks())
 def test_collapsed_axes_reach_every_address(walk):
     shape, tensors = walk
-    template = _params.make_template(_params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1), shape, tensors)
+    template = _params.make_template(_params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1, 1), shape, tensors)
     expected = sorted(
         tuple(
             2 * sum(i * s for i, s in zip(index, strides[: len(shape)], strict=True))
@@ -112,7 +112,7 @@ def test_contiguous_axes_become_one():
     x = np.empty((2, 3, 4, 5, 6, 7, 8, 9), np.float32)
     strides = _params.element_strides(x.shape, x.strides, 4, 5, 3)
     template = _params.make_template(
-        _params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1), x.shape[:5], (("q", strides, 4),)
+        _params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1, 1), x.shape[:5], (("q", strides, 4),)
     )
     assert len(template.offsets) == 1
     assert decode_shapes(template.packed)[0] == (1, 1, 1, 720)
@@ -123,7 +123,7 @@ def test_an_axis_is_kept_or_summed():
     shape, reduce = (5, 1, 1), (1, 2, 3)
     strides = {"partial": (6, 3, 1, 0, 0, 0), "dq": (1, 0, 0, 0, 0, 0)}
     template = _params.make_template(
-        _params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1), shape, tuple((n, s, 4) for n, s in strides.items()), reduce
+        _params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1, 1), shape, tuple((n, s, 4) for n, s in strides.items()), reduce
     )
     assert decode_shapes(template.packed) == ((1, 5, 1, 1), (1, 1, 2, 3))
     assert decode(template.packed)["partial"][1:5] == (0, 6, 3, 1)

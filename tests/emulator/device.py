@@ -403,8 +403,9 @@ def _module(name: str, module: ModuleType) -> Iterator[None]:
 @contextlib.contextmanager
 def _watched_launches(device: Device) -> Iterator[None]:
     """Learn from the library which arrays a launch consists of, and which of them its plan says it writes."""
-    from cupyflash import _call, _compile, _launch
+    from cupyflash import _call, _compile, _launch, _tma
 
+    encoder = _tma.encoder
     run, finish, start = _launch._run, _launch.Partial.finish, _launch.Launch.run
 
     def writing(names: Any, body: Callable[[], None]) -> None:
@@ -435,9 +436,11 @@ def _watched_launches(device: Device) -> Iterator[None]:
     loaded = dict(_compile._loaded)
     forget()
     _launch._run, _launch.Partial.finish, _launch.Launch.run = watched_run, watched_finish, watched_start
+    _tma.encoder = lambda: _encode_tiled
     try:
         yield
     finally:
         _launch._run, _launch.Partial.finish, _launch.Launch.run = run, finish, start
+        _tma.encoder = encoder
         forget()
         _compile._loaded.update(loaded)

@@ -6,6 +6,8 @@ __device__ __forceinline__ int thread_index() { return static_cast<int>(threadId
 __device__ __forceinline__ int thread_index_again() { return thread_index(); }
 __device__ __forceinline__ int block_index() { return static_cast<int>(blockIdx.x); }
 
+__device__ __forceinline__ int grid_size() { return static_cast<int>(gridDim.x); }
+
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
@@ -16,7 +18,13 @@ __device__ __forceinline__ double shuffle_xor(double x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 
-#define DYNAMIC_SHARED(Type, name) Type& name = *static_cast<Type*>(emulator::dynamic_shared(16))
+__device__ __forceinline__ unsigned shuffle_xor(unsigned x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+__device__ __forceinline__ bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
+
+#define DYNAMIC_SHARED(Type, name) \
+  Type& name = *static_cast<Type*>(emulator::dynamic_shared(alignof(Type) > 16 ? alignof(Type) : 16))
 
 template <typename T, int N>
 struct alignas(N * sizeof(T)) Vector {

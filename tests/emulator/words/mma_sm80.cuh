@@ -4,6 +4,9 @@
 
 __device__ __forceinline__ unsigned shared_address(const void* p) { return emulator::shared_address(p); }
 
+__device__ __forceinline__ unsigned warp_uniform(unsigned x) { return __reduce_max_sync(0xffffffffu, x); }
+__device__ __forceinline__ int warp_uniform(int x) { return __reduce_max_sync(0xffffffffu, x); }
+
 template <typename Element>
 struct ElementFormat;
 template <>

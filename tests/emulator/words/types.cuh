@@ -74,4 +74,15 @@ __device__ __forceinline__ Number infinity() {
   return __int_as_float(0x7f800000);
 }
 
+template <typename Number>
+__device__ __forceinline__ Number smallest();
+template <>
+__device__ __forceinline__ float smallest<float>() {
+  return 1.17549435e-38f;
+}
+template <>
+__device__ __forceinline__ double smallest<double>() {
+  return 2.2250738585072014e-308;
+}
+
 }  // namespace math

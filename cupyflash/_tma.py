@@ -1,0 +1,155 @@
+"""Tensor maps: what a TMA copy needs to know of an array, and which arrays it can't read in place.
+
+A map has five dimensions: column, row, head, the last batch axis, the one before. Batch axes along which an array is
+broadcast, and a head axis of stride 0, have length 1 there; the kernel puts coordinate 0.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from ._params import PARAMS_BYTES, Template
+from ._problem import BFLOAT16, Problem
+
+MAP_BYTES = 128
+MAPPED = ("q", "k", "v", "dout")  # the maps of MappedParams in kernels/params_sm90.cuh, in order
+MAPPED_PARAMS_BYTES = -(-(len(MAPPED) * MAP_BYTES + PARAMS_BYTES) // 64) * 64
+MAP_AXES = 2  # batch axes of a map
+BOX_COLUMNS = 64  # 128 bytes: as wide as the swizzle's rows
+ALIGNMENT = 16  # bytes: of the address and of all strides but the columns'
+_LARGEST_STRIDE = 2**40
+_DTYPE = np.dtype([("bytes", np.uint8, (MAPPED_PARAMS_BYTES,))])
+_KEPT = 1024  # maps of one tensor of one launch, by address
+# CUtensorMapDataType, CUtensorMapSwizzle (128 bytes), CUtensorMapL2promotion (128 bytes)
+MAP_TYPES = {np.dtype(np.float16): 6, BFLOAT16: 9}
+_SWIZZLE_128, _PROMOTION_128 = 3, 2
+_FIVE, _FOUR, _BOX = ctypes.c_uint64 * 5, ctypes.c_uint64 * 4, ctypes.c_uint32 * 5
+
+
+@dataclass(frozen=True)
+class MapLayout:
+    """A tensor map without its address.
+
+    Attributes
+    ----------
+    lengths : tuple of 5 int
+        Columns, rows, heads, last batch axis, the one before; 1 along an axis that is broadcast.
+    strides : tuple of 4 int
+        In bytes, of the same but the columns.
+    box_rows : int
+        Rows of one copy.
+    """
+
+    dtype: np.dtype
+    lengths: tuple[int, int, int, int, int]
+    strides: tuple[int, int, int, int]
+    box_rows: int
+
+
+@dataclass(frozen=True)
+class MappedTemplate:
+    """A MappedParams struct without its addresses, as ``Template`` is for Params."""
+
+    template: Template
+    maps: tuple[tuple[str, int, MapLayout], ...]  # tensor, place among the maps, layout
+    _made: dict[tuple[int, int], bytes] = field(default_factory=dict, compare=False)
+
+    @property
+    def offsets(self) -> tuple[tuple[int, ...], ...]:
+        """For each launch: bytes to add to each tensor's address."""
+        return self.template.offsets
+
+    def fill(self, launch: int, addresses: Mapping[str, int]) -> np.ndarray:
+        """The struct of one launch, as the one-element array that a RawKernel passes by value."""
+        template, buffer = self.template, bytearray(MAPPED_PARAMS_BYTES)
+        struct = memoryview(buffer)[len(MAPPED) * MAP_BYTES :][:PARAMS_BYTES]
+        struct[:] = template.packed
+        template.put_addresses(struct, launch, addresses)
+        moved = {name: offset for (name, _), offset in zip(template.slots, template.offsets[launch], strict=True)}
+        for name, place, layout in self.maps:
+            address = addresses[name] + moved[name]
+            made = self._made.get((place, address))
+            if made is None:
+                if len(self._made) >= _KEPT:
+                    self._made.clear()
+                made = self._made[place, address] = tensor_map(layout, address)
+            buffer[place * MAP_BYTES : (place + 1) * MAP_BYTES] = made
+        return np.frombuffer(buffer, _DTYPE)
+
+
+def map_template(
+    problem: Problem, template: Template, dtype: np.dtype, boxes: tuple[tuple[str, int], ...]
+) -> MappedTemplate:
+    """Beside Params, the maps of the tensors in `boxes`, each with the rows of its box."""
+    strides = dict(template.strides)
+    maps = []
+    for name, box_rows in boxes:
+        heads, rows, columns = problem.tail(name)
+        layout = map_layout(dtype, (rows, columns), heads, template.batch_shape, strides[name], box_rows)
+        maps.append((name, MAPPED.index(name), layout))
+    return MappedTemplate(template, tuple(maps))
+
+
+def map_layout(
+    dtype: np.dtype, rows_and_columns: tuple[int, int], num_heads: int, batch_shape: tuple[int, ...],
+    strides: tuple[int, ...], box_rows: int,
+) -> MapLayout:  # fmt: skip
+    """The map of a tensor whose element strides are (*batch axes, head, row, column), 0 where it is broadcast."""
+    rows, columns = rows_and_columns
+    axes = (num_heads, *batch_shape[::-1], 1, 1)[: 1 + MAP_AXES]
+    steps = (strides[-3], *strides[-4::-1], 0, 0)[: 1 + MAP_AXES]
+    itemsize = dtype.itemsize
+    # An axis of length 1 is never stepped along, an empty tensor never read: any stride that a map may have will do.
+    lengths = [n if step else 1 for n, step in zip(axes, steps, strict=True)]
+    bytes_ = [step * itemsize if n > 1 else ALIGNMENT for n, step in zip(lengths, steps, strict=True)]
+    row = strides[-2] * itemsize if rows > 1 else ALIGNMENT
+    outer, inner, head = (max(n, 1) for n in lengths[::-1])
+    return MapLayout(
+        dtype, (max(columns, 1), max(rows, 1), head, inner, outer), (row, bytes_[0], bytes_[1], bytes_[2]), box_rows
+    )
+
+
+def unreadable(shape: tuple[int, ...], strides: tuple[int, ...], address: int, itemsize: int) -> str | None:
+    """Why a copy is needed before TMA can read an array (..., rows, columns) with these byte strides, or None."""
+    if 0 in shape:
+        return None
+    if address % ALIGNMENT:
+        return f"its address is no multiple of {ALIGNMENT} bytes"
+    if shape[-1] > 1 and strides[-1] != itemsize:
+        return f"its columns are {strides[-1]} bytes apart, not {itemsize}"
+    for axis, (length, stride) in enumerate(zip(shape[:-1], strides[:-1], strict=True)):
+        is_row = axis == len(shape) - 2
+        if length == 1 or (stride == 0 and not is_row):
+            continue
+        if stride % ALIGNMENT or not 0 < stride < _LARGEST_STRIDE:
+            return f"axis {axis - len(shape)} has a stride of {stride} bytes, TMA wants positive multiples of {ALIGNMENT}"
+    return None
+
+
+def tensor_map(layout: MapLayout, address: int) -> bytes:
+    """The 128 bytes of a map; address 0, of an empty tensor, stands for memory that is never read."""
+    holder = ctypes.create_string_buffer(MAP_BYTES + 64)
+    start = -ctypes.addressof(holder) % 64
+    at = ctypes.c_void_p(ctypes.addressof(holder) + start)
+    code = encoder()(
+        at, MAP_TYPES[layout.dtype], 5, ctypes.c_void_p(address or 2 * MAP_BYTES),
+        _FIVE(*layout.lengths), _FOUR(*layout.strides), _BOX(BOX_COLUMNS, layout.box_rows, 1, 1, 1), _BOX(*(1,) * 5),
+        0, _SWIZZLE_128, _PROMOTION_128, 0,
+    )  # fmt: skip
+    if code:
+        raise RuntimeError(f"cuTensorMapEncodeTiled refuses {layout} at address {address:#x}: CUresult {code}")
+    return holder.raw[start : start + MAP_BYTES]
+
+
+@lru_cache(maxsize=1)
+def encoder() -> Callable[..., int]:
+    """cuTensorMapEncodeTiled of the driver."""
+    library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    function: Callable[..., int] = library.cuTensorMapEncodeTiled
+    return function

@@ -1,0 +1,217 @@
+// Warpgroups, their tiles and what moves tiles, on sm_90. A warpgroup's product is (64, N): its warp w has rows 16 w to
+// 16 w + 15, so what belongs to a row stays with the 4 lanes of a quad.
+#pragma once
+#include "basics.cuh"
+#include "memory.cuh"
+#include "rows.cuh"
+#include "mma_sm90.cuh"
+
+__device__ __forceinline__ int lane_index() { return thread_index() % 32; }
+
+// A warpgroup's (64, N) accumulators, this thread's part: rows 16 w + lane / 4 and 8 below, columns in pairs.
+template <int N>
+struct Fragment {
+  static constexpr int ROWS = 2, COLS = N / 4;
+  static_assert(N % 8 == 0, "wgmma's N is a multiple of 8");
+  float at[N / 2];
+
+  __device__ __forceinline__ float& operator()(int r, int c) { return at[c / 2 * 4 + r * 2 + c % 2]; }
+  __device__ __forceinline__ float operator()(int r, int c) const { return at[c / 2 * 4 + r * 2 + c % 2]; }
+
+  static __device__ __forceinline__ int row(int r) { return thread_index() % 128 / 32 * 16 + lane_index() / 4 + 8 * r; }
+  // The column is first_col() + ahead(c); ahead() is known when the kernel is compiled.
+  static __device__ __forceinline__ int first_col() { return lane_index() % 4 * 2; }
+  static constexpr __device__ __forceinline__ int ahead(int c) { return c / 2 * 8 + c % 2; }
+};
+
+// Over the four lanes that share a row; all of them get the same bits.
+__device__ __forceinline__ float row_sum_of(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+__device__ __forceinline__ float row_max_of(float x) {
+  x = math::max(x, shuffle_xor(x, 1));
+  return math::max(x, shuffle_xor(x, 2));
+}
+
+template <int N>
+__device__ __forceinline__ void clear(Fragment<N>& fragment) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) fragment.at[i] = 0;
+}
+
+template <int N>
+__device__ __forceinline__ void multiply_row(Fragment<N>& fragment, int r, float factor) {
+#pragma unroll
+  for (int c = 0; c < fragment.COLS; ++c) fragment(r, c) *= factor;
+}
+
+// Accumulators, rounded, as the left operand of the next product: they lie where it wants them.
+template <int N>
+__device__ __forceinline__ void round_to(unsigned (&operand)[N / 16][4], const Fragment<N>& fragment) {
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) operand[i / 4][i % 4] = pack<Element>(fragment.at[2 * i], fragment.at[2 * i + 1]);
+}
+
+// ---- tiles in shared memory, as a tensor copy with the 128-byte swizzle writes them and wgmma reads them
+
+// Chunks of 64 columns, one behind the other; a row of a chunk is 128 bytes. Columns beyond the tensor's are zeros.
+template <int ROWS, int COLS>
+struct alignas(1024) SwizzledTile {
+  static constexpr int CHUNKS = ceil_div(COLS, 64);
+  static_assert(ROWS % 8 == 0, "the swizzle's pattern has 8 rows");
+  Element at[CHUNKS][ROWS][64];
+};
+
+// Where a head of a tensor lies, in the coordinates of its map behind (column, row). A broadcast axis has length 1
+// there.
+struct MapPlace {
+  int head, inner, outer;
+};
+__device__ __forceinline__ MapPlace map_place(const Tensor& tensor, const int (&batch_index)[4], int head) {
+  return {head, tensor.batch_stride[3] == 0 ? 0 : batch_index[3], tensor.batch_stride[2] == 0 ? 0 : batch_index[2]};
+}
+
+// Sends for rows row0 to row0 + ROWS - 1, by one thread; counts sizeof(tile) bytes in the mbarrier. Rows and columns
+// that the tensor does not have arrive as zeros.
+template <int ROWS, int COLS>
+__device__ __forceinline__ void load_tile(
+    SwizzledTile<ROWS, COLS>& tile, const TensorMap& map, unsigned mbarrier, int row0, const MapPlace& place) {
+#pragma unroll
+  for (int chunk = 0; chunk < tile.CHUNKS; ++chunk) {
+    const unsigned to = shared_address(tile.at[chunk]);
+    tensor_load(to, map, mbarrier, 64 * chunk, row0, place.head, place.inner, place.outer);
+  }
+}
+
+// A tile as an operand: the low word of its descriptor, the same in all lanes of a warp, so that the steps along a
+// product are added in uniform registers. K_MAJOR: the product sums over the tile's columns; MN_MAJOR: over its rows.
+template <int ROWS, Major MAJOR>
+struct Operand {
+  unsigned low;
+
+  // 16 columns (K_MAJOR) or 16 rows (MN_MAJOR) from 16 * step on.
+  __device__ __forceinline__ unsigned long long at(int step) const {
+    constexpr unsigned long long HIGH = descriptor_base(Swizzle::BYTES_128, 0, 1024);
+    const unsigned bytes = MAJOR == Major::K ? step / 4 * (ROWS * 128) + step % 4 * 32 : step * 2048;
+    return HIGH | (low + bytes / 16);
+  }
+};
+template <Major MAJOR, int ROWS, int COLS>
+__device__ __forceinline__ Operand<ROWS, MAJOR> operand(const SwizzledTile<ROWS, COLS>& tile) {
+  // From one chunk of 64 columns to the next; a K-major swizzled operand does not use it.
+  constexpr unsigned LEADING = MAJOR == Major::K ? 16 : ROWS * 128;
+  const auto low = static_cast<unsigned>(matrix_descriptor(shared_address(&tile), Swizzle::NONE, LEADING, 0));
+  return {warp_uniform(low)};
+}
+
+// acc = a b^T: a is (64, DEPTH) of a tile of M rows, b (N, DEPTH). Issued, not waited for.
+template <int DEPTH, int N, int M>
+__device__ __forceinline__ void multiply_nt(
+    Fragment<N>& acc, const Operand<M, Major::K>& a, const Operand<N, Major::K>& b) {
+  wgmma_first_ss<Element, Major::K, Major::K>(acc.at, a.at(0), b.at(0));
+#pragma unroll
+  for (int step = 1; step < DEPTH / 16; ++step) {
+    wgmma_ss<Element, Major::K, Major::K>(acc.at, a.at(step), b.at(step));
+  }
+}
+
+// acc += p b: p is (64, DEPTH) in registers, b (DEPTH, N). Issued, not waited for.
+template <int N, int STEPS>
+__device__ __forceinline__ void multiply_nn(
+    Fragment<N>& acc, const unsigned (&p)[STEPS][4], const Operand<16 * STEPS, Major::MN>& b) {
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) wgmma_rs<Element, Major::MN>(acc.at, p[step], b.at(step));
+}
+
+// ---- rings: buffers in shared memory between one thread that sends for copies and the warps that read them
+
+// Which buffer, and in which of its uses. Both sides start at the first buffer's first use.
+template <int SLOTS>
+struct Turn {
+  int slot = 0, parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++slot == SLOTS) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// full: one arrival and the bytes; empty: one arrival of each reading warp. Every reader is counted, or a buffer would
+// be refilled under it.
+template <int SLOTS>
+struct Ring {
+  unsigned long long full[SLOTS], empty[SLOTS];  // mbarriers
+
+  __device__ __forceinline__ void init(int reading_warps) {
+#pragma unroll
+    for (int i = 0; i < SLOTS; ++i) {
+      mbarrier_init(shared_address(&full[i]), 1);
+      mbarrier_init(shared_address(&empty[i]), reading_warps);
+    }
+  }
+  // The sender: waits until the buffer is read, and says how many bytes will come; returns where they count.
+  __device__ __forceinline__ unsigned refill(const Turn<SLOTS>& turn, int bytes) {
+    mbarrier_wait(shared_address(&empty[turn.slot]), turn.parity ^ 1);
+    const unsigned mbarrier = shared_address(&full[turn.slot]);
+    mbarrier_arrive_expect_tx(mbarrier, bytes);
+    return mbarrier;
+  }
+  // The readers: the bytes are there; this warp has read them.
+  __device__ __forceinline__ void await(const Turn<SLOTS>& turn) {
+    mbarrier_wait(shared_address(&full[turn.slot]), turn.parity);
+  }
+  __device__ __forceinline__ void release(const Turn<SLOTS>& turn) {
+    if (lane_index() == 0) mbarrier_arrive(shared_address(&empty[turn.slot]));
+  }
+};
+
+// ---- results
+
+// Among the 4 lanes of a quad: lane t gives word i to lane i, and gets words t of lanes 0 to 3.
+__device__ __forceinline__ void transpose_quad(unsigned (&x)[4]) {
+  const bool high = lane_index() & 2, odd = lane_index() & 1;
+  const unsigned a = shuffle_xor(high ? x[0] : x[2], 2), b = shuffle_xor(high ? x[1] : x[3], 2);
+  x[0] = high ? a : x[0];
+  x[1] = high ? b : x[1];
+  x[2] = high ? x[2] : a;
+  x[3] = high ? x[3] : b;
+  const unsigned c = shuffle_xor(odd ? x[0] : x[1], 1), d = shuffle_xor(odd ? x[2] : x[3], 1);
+  x[0] = odd ? c : x[0];
+  x[1] = odd ? x[1] : c;
+  x[2] = odd ? d : x[2];
+  x[3] = odd ? x[3] : d;
+}
+
+// (64, N) to rows [row0, row_end) and columns [0, col_end) of a tensor. 16-bit numbers go in 16 bytes where the tensor
+// allows it: a quad exchanges what its lanes hold of 32 columns.
+template <typename T, int N>
+__device__ __forceinline__ void store_fragment(
+    const Rows<T>& rows, int row0, int row_end, int col_end, const Fragment<N>& fragment) {
+  constexpr int GROUPS = sizeof(T) == 2 ? N / 32 : 0;
+#pragma unroll
+  for (int r = 0; r < fragment.ROWS; ++r) {
+    const int row = row0 + fragment.row(r);
+    const bool inside = row < row_end;
+    if constexpr (GROUPS > 0) {
+#pragma unroll
+      for (int group = 0; group < GROUPS; ++group) {
+        unsigned words[4];  // word i of lane t: columns 8 i + 2 t and the next one
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int c = 8 * group + 2 * i;
+          words[i] = pack<T>(fragment(r, c), fragment(r, c + 1));
+        }
+        transpose_quad(words);  // outside the branch: shuffles need the whole warp. Now columns 8 t to 8 t + 7
+        if (inside) store_words(rows, row, 32 * group + lane_index() % 4 * 8, col_end, words);
+      }
+    }
+#pragma unroll
+    for (int c = 8 * GROUPS; c < fragment.COLS; c += 2) {
+      const float pair[2] = {fragment(r, c), fragment(r, c + 1)};
+      if (inside) store_columns(rows, row, fragment.first_col() + fragment.ahead(c), col_end, pair);
+    }
+  }
+}
