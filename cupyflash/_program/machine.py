@@ -45,6 +45,7 @@ class Gpu:
     arch: int  # 90 for compute capability 9.0
     memory: int  # bytes
     smem: int  # bytes of shared memory that one thread block may have
+    sms: int  # multiprocessors
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ def _cupy_gpu(cupy: Any, index: int) -> Gpu:
         arch=10 * found["major"] + found["minor"],
         memory=found["totalGlobalMem"],
         smem=found["sharedMemPerBlockOptin"],
+        sms=found["multiProcessorCount"],
     )
 
 
@@ -237,7 +239,7 @@ def read_families(cupy: Cupy) -> tuple[Family, ...]:
 
 def _gpu_family(family: str, gpu: Gpu) -> Family:
     """Ask the planner, for each dtype, whether the family takes a plain problem on this GPU."""
-    device, label = Device(gpu.name, gpu.arch, gpu.smem), f"{gpu.name} (sm_{gpu.arch})"
+    device, label = Device(gpu.name, gpu.arch, gpu.smem, gpu.sms), f"{gpu.name} (sm_{gpu.arch})"
     dtypes: list[str] = []
     reasons: list[str] = []
     for dtype in DTYPES:
