@@ -34,7 +34,6 @@ from collections.abc import Callable, Iterator, Sequence
 from enum import Enum, auto
 from functools import lru_cache
 from itertools import product
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -392,8 +391,12 @@ def _behind_diagonal(keys: int, rows: int, offset: int) -> Array:
 
 
 class _KeyBlock(NamedTuple):
-    """Keys n_begin to n_end of a tile; rows before `first` see none of them, the next `cut` rows not all."""
+    """Keys n_begin to n_end of a tile; rows before `first` see none of them, the next `cut` rows not all.
 
+    They are packed together with what else begins at `panel`.
+    """
+
+    panel: int
     n_begin: int
     n_end: int
     first: int = 0
@@ -406,17 +409,19 @@ def _key_blocks(m_begin: int, m_end: int, offset: int | None, seqlen_k: int, blo
     Causal ones lie on a grid of block_n, so that tiles of a cell have them in common.
     """
     if offset is None:
-        return [_KeyBlock(*block) for block in _even(seqlen_k, block_n)]
+        return [_KeyBlock(begin, begin, end) for begin, end in _even(seqlen_k, block_n)]
     end = max(0, min(seqlen_k, m_end + offset))  # row m_end - 1 sees keys up to m_end - 1 + offset
     full = max(0, min(end, m_begin + offset + 1))
     whole = full if full == seqlen_k else full // block_n * block_n
-    blocks = [_KeyBlock(n, min(n + block_n, whole)) for n in range(0, whole, block_n)]
+    blocks = [_KeyBlock(n, n, min(n + block_n, whole)) for n in range(0, whole, block_n)]
     half = -(-block_n // 2)
-    for n_begin in range(whole, end, half):
-        n_end = min(n_begin + half, end)
+    for panel, shift in product(range(whole, end, block_n), (0, half)):
+        n_begin, n_end = panel + shift, min(panel + (shift + half if shift == 0 else block_n), end)
+        if n_begin >= n_end:
+            continue
         first = max(0, n_begin - offset - m_begin)
         last_cut = min(m_end, n_end - 1 - offset)  # the first row that sees the whole block
-        blocks.append(_KeyBlock(n_begin, n_end, first, max(0, last_cut - m_begin - first)))
+        blocks.append(_KeyBlock(panel, n_begin, n_end, first, max(0, last_cut - m_begin - first)))
     return blocks
 
 
@@ -434,7 +439,7 @@ def _even(length: int, block: int) -> list[tuple[int, int]]:
 
 
 class _Workspace:
-    """What a worker of either direction holds: packed keys [k 1], values v or [v 1], and the last mask."""
+    """What a worker of either direction holds: packed keys [k 1], values v or [v 1], and the last masks."""
 
     def __init__(self, problem: Problem, block_n: int, one_more: int) -> None:
         accumulator = problem.accumulator
@@ -442,7 +447,7 @@ class _Workspace:
         self.k_buffer = np.ones((block_n, problem.head_dim + 1), accumulator)
         self.v_buffer = np.ones((block_n, problem.head_dim_v + one_more), accumulator)
         self.head_dim, self.head_dim_v = problem.head_dim, problem.head_dim_v
-        self.last_hidden: tuple[Any, Any] = (None, None)
+        self.masks: dict[tuple[int, int, int], Array] = {}
 
     def load_keys(self, k: Array, v: Array) -> None:
         """Pack one block."""
@@ -453,13 +458,15 @@ class _Workspace:
         self.longest = _longest(packed)
 
     def hidden(self, block: _KeyBlock, m_begin: int, offset: int | None) -> Array | None:
-        """(keys, cut): which pairs of a block's cut rows the diagonal hides; mostly the same as the last time."""
+        """(keys, cut): which pairs of a block's cut rows the diagonal hides; mostly the same as some time ago."""
         if not block.cut or offset is None:
             return None
         shape = (block.n_end - block.n_begin, block.cut, m_begin + block.first + offset - block.n_begin)
-        if shape != self.last_hidden[0]:
-            self.last_hidden = shape, _behind_diagonal(*shape)
-        return self.last_hidden[1]
+        if shape not in self.masks:
+            if len(self.masks) == 4:
+                self.masks.clear()
+            self.masks[shape] = _behind_diagonal(*shape)
+        return self.masks[shape]
 
     def exponentiate(self, x: Array, below: float) -> None:
         """exp in place of logarithms that lie above -below, by Cauchy and Schwarz; NaN is no bound."""
@@ -525,28 +532,30 @@ class _ForwardCall(NamedTuple):
 
         return worker
 
-    def share(self, tiles: int) -> int:
-        """How many of all tiles a task takes: a worker keeps the sums of all of them, which 1 MiB shall hold.
-
-        Sharing changes no bits, so it may depend on what keeps all workers busy.
-        """
+    def most(self, rows: int) -> int:
+        """The tiles of a task, by their rows: a worker keeps q and sums of all of them, which 1.25 MiB shall hold."""
         problem = self.cells.problem
         row = (problem.head_dim + problem.head_dim_v + 4) * problem.accumulator.itemsize
-        return max(1, min(4, 2**20 // (row * self.block_m), tiles // (3 * worker_count())))
+        return max(1, min(4, 5 * 2**18 // (row * rows)))
 
     def tasks(self) -> list[_ForwardTask]:
-        """Long tasks come first, so that no worker is left with one at the end."""
+        """Tasks of many tiles, then of fewer, the last ones long before short, so that all workers end together.
+
+        Who computes a tile changes none of its bits.
+        """
         *outer, inner = self.cells.shape
         blocks = _even(self.cells.problem.seqlen_q, self.block_m)[::-1]
         shared = all(x.ndim < 3 or x.shape[-3] == 1 for x in (self.k, self.v))  # by the heads of a group
         lasts = [range(inner)] if shared else [range(i, i + 1) for i in range(inner)]
-        share = self.share(math.prod(self.cells.shape) * len(blocks))
-        count = len(lasts[0]) * len(blocks)
-        return [
-            _ForwardTask(lead, tuple(_Tile(last, *block) for block, last in product(blocks, heads))[i : i + share])
-            for i in range(0, count, share)
-            for lead, heads in product(np.ndindex(*outer), lasts)
-        ]
+        left, most, workers = math.prod(self.cells.shape) * len(blocks), self.most(blocks[-1][1]), worker_count()
+        tasks = []
+        for lead, heads in product(np.ndindex(*outer), lasts):
+            tiles = tuple(_Tile(last, *block) for block, last in product(blocks, heads))
+            while tiles:
+                count = max(1, min(most, len(tiles), left // workers))
+                tasks.append(_ForwardTask(lead, tiles[:count]))
+                tiles, left = tiles[count:], left - count
+        return sorted(tasks, key=lambda task: (-len(task.tiles), -task.tiles[0].m_end))
 
 
 class _Rows:
@@ -602,8 +611,9 @@ class _Rows:
 
     def add(self, first: int, block_sum: Array, values: Array) -> None:
         """Add a block's sums to the rows from `first` on; rows with a sum have seen a key."""
-        self.row_sum[first:] += block_sum
-        self.acc_o[first:] += values
+        row_sum, acc_o = (self.row_sum[first:], self.acc_o[first:]) if first else (self.row_sum, self.acc_o)
+        np.add(row_sum, block_sum, out=row_sum)
+        np.add(acc_o, values, out=acc_o)
         if self.unseen is not None:
             self.unseen[first:] &= block_sum == 0
             if not self.unseen.any():
@@ -615,8 +625,11 @@ class _Rows:
             log_sum = self.base.log(self.row_sum, dtype=np.float64) - self.q_t[-1]
             lse[...] = log_sum / self.base.per_nat
         self.row_sum[self.row_sum == 0] = 1  # rows that see no key
-        self.acc_o /= self.row_sum[:, None]
-        out[...] = self.acc_o
+        row_sum = self.row_sum[:, None]
+        if out.dtype == self.acc_o.dtype:
+            np.divide(self.acc_o, row_sum, out=out)
+        else:
+            out[...] = np.divide(self.acc_o, row_sum, out=self.acc_o)
 
 
 class _ForwardWorker(_Workspace):
@@ -638,40 +651,43 @@ class _ForwardWorker(_Workspace):
         first_cell = (*task.lead, task.tiles[0].last)
         k, v = _at(call.k, first_cell, 2), _at(call.v, first_cell, 2)
         offset = call.cells.offset(first_cell) if problem.causal else None
-        steps: dict[tuple[int, int], list[tuple[_Rows, int, _KeyBlock]]] = {}
+        steps: dict[int, list[tuple[_Rows, int, _KeyBlock]]] = {}
         for rows, (last, m_begin, m_end) in zip(self.rows, task.tiles, strict=False):
             rows.load(_at(call.q, (*task.lead, last), 2)[m_begin:m_end])
             for block in _key_blocks(m_begin, m_end, offset, problem.seqlen_k, call.block_n):
-                steps.setdefault(block[:2], []).append((rows, m_begin, block))
-        for (n_begin, n_end), tiles in sorted(steps.items(), key=itemgetter(0)):
-            self.load_keys(k[n_begin:n_end], v[n_begin:n_end])
+                steps.setdefault(block.panel, []).append((rows, m_begin, block))
+        for panel, tiles in sorted(steps.items()):
+            end = max(block.n_end for _, _, block in tiles)
+            self.load_keys(k[panel:end], v[panel:end])
             for rows, m_begin, block in tiles:
-                if n_begin == block.first == block.cut == 0:
+                if block.n_begin == block.first == block.cut == 0:
                     rows.guess_maximum(self.k[:PROBE])
-                self.absorb(rows, block.first, self.hidden(block, m_begin, offset))
+                keys = slice(block.n_begin - panel, block.n_end - panel)
+                self.absorb(rows, keys, block.first, self.hidden(block, m_begin, offset))
         for rows, (last, m_begin, m_end) in zip(self.rows, task.tiles, strict=False):
             cell = (*task.lead, last)
             lse = None if call.lse is None else _at(call.lse, cell, 1)[m_begin:m_end]
             rows.store(_at(call.out, cell, 2)[m_begin:m_end], lse)
 
-    def absorb(self, rows: _Rows, first: int, hidden: Array | None) -> None:
-        """Take one block of keys into the sums of the rows from `first` on.
+    def absorb(self, rows: _Rows, keys: slice, first: int, hidden: Array | None) -> None:
+        """Take some of the loaded keys into the sums of the rows from `first` on.
 
         A row whose sum exceeds LIMIT begins the block again with its maximum raised; what the others do does not
         depend on it.
         """
-        q_t = rows.q_t[:, first:]
-        p_t = _part(self.scores, len(self.k), q_t.shape[1])
+        k, v, q_t = self.k[keys], self.v[keys], rows.q_t[:, first:]
+        count = q_t.shape[1]
+        p_t = self.scores[: len(k) * count].reshape(-1, count)
         rising = None if rows.unseen is None else rows.unseen[first:]
         nothing = None
         while True:
-            np.matmul(self.k, q_t, out=p_t)  # logits less row_max
+            np.matmul(k, q_t, out=p_t)  # logits less row_max
             if rising is not None:
                 if hidden is not None:
                     np.copyto(p_t[:, : hidden.shape[1]], -np.inf, where=hidden)
                 nothing = rows.raise_maximum(p_t, first, rising)
             block_sum = self.weigh(rows, p_t, hidden, nothing)
-            if block_sum.max() <= LIMIT:
+            if block_sum.item(block_sum.argmax()) <= LIMIT:  # NaN would be the one that is found
                 break
             over = block_sum > LIMIT
             if rising is not None:
@@ -679,9 +695,7 @@ class _ForwardWorker(_Workspace):
             if not over.any():  # NaN and inf stay what they are
                 break
             rising = over if rising is None else rising | over
-        values = self.values[first : first + q_t.shape[1]]
-        np.matmul(p_t.T, self.v, out=values)
-        rows.add(first, block_sum, values)
+        rows.add(first, block_sum, np.matmul(p_t.T, v, out=self.values[:count]))
 
     def weigh(self, rows: _Rows, p_t: Array, hidden: Array | None, nothing: Array | None) -> Array:
         """p^T in place of its logarithm; its sums over keys."""
@@ -690,7 +704,7 @@ class _ForwardWorker(_Workspace):
             np.copyto(p_t[:, : hidden.shape[1]], 0, where=hidden)
         if nothing is not None:
             np.copyto(p_t, 0, where=nothing)
-        return np.add.reduce(p_t, axis=0)
+        return np.matmul(_ones(len(p_t), p_t.dtype), p_t)[0]
 
 
 # -------------------------------------------------------------------------------------------------------- backward

@@ -89,6 +89,14 @@ def check(x, **options):
     assert backward.ok, str(backward)
 
 
+@pytest.mark.parametrize("tile", [Tile(1, 1), Tile(5, 1), Tile(9, 2), Tile(7, 3), Tile(64, 5)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_of_odd_sizes(tile, causal):
+    """Along the diagonal a block of keys comes in halves, of which the second may be shorter or empty."""
+    case = Case(seed=9, num_heads_k=2, group=2, seqlen_q=23, seqlen_k=29, head_dim=5, head_dim_v=3)
+    check(case.inputs(), causal=causal, tile=tile)
+
+
 def test_logits_that_grow_from_block_to_block():
     """Each block's logits exceed all before them by 2**24 and more, so every row begins every block again."""
     rng = np.random.default_rng(0)
