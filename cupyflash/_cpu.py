@@ -46,7 +46,8 @@ Index = tuple[Any, ...]
 
 PROBE = 16  # keys whose largest logit is a row's first row_max
 LIMIT = 2.0**24  # of a row's sum over one block; sums of v overflow float32 where |v| > 2**(127 - 24) / Sk
-CHUNK = 2**17  # logits that the one-block path holds at a time: 512 KiB of float32, a quarter of a common L2
+CHUNK = 2**15  # numbers that the one-block path makes at a time in one thread: 128 KiB of float32
+FEW = 2**17  # the same in each of several threads, who take turns with the interpreter; fewer logits take no threads
 # OpenBLAS computes a product of at most this volume (a matrix-vector product of this size) in one thread anyway.
 SINGLE_THREAD_GEMM = 2**18
 SINGLE_THREAD_GEMV = 2**13
@@ -145,8 +146,14 @@ def forward(
     call = _ForwardCall(cells, q, k, v, out, lse, block_m, block_n)
     if size is _Size.BLOCKED:
         run(lambda: _ForwardWorker(call), call.tasks())
+        return
+    if size is _Size.FEW_CHUNKS:
+        worker = call.chunk_worker()
+        with np.errstate(all="ignore"):
+            for chunk in _chunks(cells.shape, _weight(problem), CHUNK):
+                worker(chunk)
     else:
-        run(call.chunk_worker, list(_chunks(cells.shape, problem.seqlen_q * problem.seqlen_k)))
+        run(call.chunk_worker, list(_chunks(cells.shape, _weight(problem), FEW)))
 
 
 def backward(
@@ -249,15 +256,15 @@ def _own(x: Array, index: Index, core: int) -> Index:
     )
 
 
-def _chunks(shape: Sequence[int], weight: int) -> Iterator[Index]:
-    """Slices that cover a grid of cells in order, each of at most CHUNK in weight, or of one cell."""
+def _chunks(shape: Sequence[int], weight: int, most: int) -> Iterator[Index]:
+    """Slices that cover a grid of cells in order, each of at most `most` in weight, or of one cell."""
     axis, inner = len(shape), weight
-    while axis > 0 and inner * shape[axis - 1] <= CHUNK:
+    while axis > 0 and inner * shape[axis - 1] <= most:
         axis -= 1
         inner *= shape[axis]
     steps = [1] * axis
     if axis > 0:
-        steps[-1] = max(1, CHUNK // inner)
+        steps[-1] = max(1, most // inner)
     ranges = [[slice(i, i + step) for i in range(0, n, step)] for n, step in zip(shape, steps, strict=False)]
     for index in product(*ranges):
         yield (*index, *[slice(None)] * (len(shape) - axis))
@@ -268,6 +275,7 @@ class _Size(Enum):
 
     EMPTY = auto()
     ONE_CHUNK = auto()  # one chunk holds all cells, and BLAS uses one thread for each, limited or not
+    FEW_CHUNKS = auto()  # too few for threads to pay
     CHUNKS = auto()  # one block holds each cell
     BLOCKED = auto()
 
@@ -282,8 +290,16 @@ def _prepared(problem: Problem, block_m: int, block_n: int) -> tuple[_Cells, _Si
     elif seqlen_q > block_m or seqlen_k > block_n:
         size = _Size.BLOCKED
     else:
-        size = _Size.ONE_CHUNK if logits <= CHUNK and _is_single_threaded(problem) else _Size.CHUNKS
+        weight = problem.batch * problem.num_heads * _weight(problem)
+        size = _Size.ONE_CHUNK if weight <= CHUNK else _Size.FEW_CHUNKS
+        if logits > FEW or not _is_single_threaded(problem):
+            size = _Size.CHUNKS
     return _Cells(problem, None), size
+
+
+def _weight(problem: Problem) -> int:
+    """Numbers of a cell in the larger one of the arrays that the one-block forward makes: scaled q, and logits."""
+    return problem.seqlen_q * max(problem.seqlen_k, problem.head_dim)
 
 
 def _is_single_threaded(problem: Problem) -> bool:
@@ -761,7 +777,7 @@ class _BackwardCall:
 
     def chunks(self) -> list[Index]:
         """Slices of the grid of chains."""
-        return list(_chunks(self.chain_shape, 2 * self.problem.seqlen_q * self.problem.seqlen_k))
+        return list(_chunks(self.chain_shape, 2 * self.problem.seqlen_q * self.problem.seqlen_k, 2**18))
 
     def one_block(self, chains: Index) -> None:
         """The gradients of a slice of chains: side by side, but the cells of each one after another."""
