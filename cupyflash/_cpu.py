@@ -48,6 +48,7 @@ PROBE = 16  # keys whose largest logit is a row's first row_max
 LIMIT = 2.0**24  # of a row's sum over one block; sums of v overflow float32 where |v| > 2**(127 - 24) / Sk
 CHUNK = 2**15  # numbers that the one-block path makes at a time in one thread: 128 KiB of float32
 FEW = 2**17  # the same in each of several threads, who take turns with the interpreter; fewer logits take no threads
+MANY = 2**18  # the logits and their gradients that the backward makes at a time: 1 MiB of float32, half of a common L2
 # OpenBLAS computes a product of at most this volume (a matrix-vector product of this size) in one thread anyway.
 SINGLE_THREAD_GEMM = 2**18
 SINGLE_THREAD_GEMV = 2**13
@@ -91,8 +92,8 @@ EXPONENTIALS = {np.dtype(t): _exponential(t) for t in (np.float32, np.float64)}
 # (backward, causal, bytes of the accumulator): query rows, keys. The remarks are speeds relative to torch's kernel
 # in CPU time of one thread, d = 64, S = 2048 (float64: 1024), on an AVX-512 Xeon that others used too.
 TILES = {
-    (False, False, 4): (832, 256),  # 0.83; 1040 x 256 0.80, 512 x 512 0.80, 688 x 352 0.80, 464 x 512 0.80
-    (False, True, 4): (1040, 256),  # 1.68 times the full speed; 832 x 256 1.62, 688 x 256 1.58, 464 x 256 1.48
+    (False, False, 4): (832, 256),  # 0.87; 1040 x 256 0.86, 512 x 512 0.86, 688 x 352 0.85, 464 x 512 0.85
+    (False, True, 4): (1040, 256),  # 0.85; 512 x 256 0.85, 1040 x 320 0.84, 688 x 256 0.83, 1040 x 512 0.78
     (True, False, 4): (688, 256),  # 0.81; 464 x 352 0.80, 336 x 352 0.77, 256 x 256 0.76
     (True, True, 4): (688, 256),  # 0.85; 464 x 352 0.82, 336 x 352 0.81, 256 x 256 0.80
     (False, False, 8): (688, 176),  # 0.75; 832 x 128 0.73, 464 x 256 0.72, 240 x 256 0.70
@@ -303,6 +304,7 @@ def _weight(problem: Problem) -> int:
 
 
 def _is_single_threaded(problem: Problem) -> bool:
+    """Whether BLAS computes each product, and the sums over keys, in one thread without being told to."""
     sizes = (problem.seqlen_q, problem.seqlen_k, problem.head_dim, problem.head_dim_v)
     logits = sizes[0] * sizes[1]
     volume = logits * max(sizes[2:])
@@ -777,7 +779,7 @@ class _BackwardCall:
 
     def chunks(self) -> list[Index]:
         """Slices of the grid of chains."""
-        return list(_chunks(self.chain_shape, 2 * self.problem.seqlen_q * self.problem.seqlen_k, 2**18))
+        return list(_chunks(self.chain_shape, 2 * self.problem.seqlen_q * self.problem.seqlen_k, MANY))
 
     def one_block(self, chains: Index) -> None:
         """The gradients of a slice of chains: side by side, but the cells of each one after another."""
