@@ -117,7 +117,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def plan(dtypes: Iterable[str], head_dims: Iterable[int], seqlens: Sequence[int]) -> list[Cell]:
     """Every cell; one workload's directions follow each other."""
     return [
-        Cell(Workload(ROWS // seqlen, COLUMNS // head_dim, seqlen, head_dim, dtype, causal), direction)
+        Cell(direction, workload=Workload(ROWS // seqlen, COLUMNS // head_dim, seqlen, head_dim, dtype, causal))
         for dtype in dtypes
         for head_dim in head_dims
         for causal in (False, True)

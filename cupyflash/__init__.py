@@ -1,6 +1,8 @@
 """cupyflash: exact attention with gradients for NumPy and CuPy arrays, without PyTorch."""
 
 from ._plan import Plan, Tile
+from ._tuned import TuningCacheWarning
+from ._tuning import TunedKernel, Tuning, tune
 from ._version import __version__
 from .attention import (
     AttentionGradients,
@@ -17,10 +19,14 @@ __all__ = [
     "AttentionResult",
     "Plan",
     "Tile",
+    "TunedKernel",
+    "Tuning",
+    "TuningCacheWarning",
     "__version__",
     "attention",
     "attention_backward",
     "attention_vjp",
     "explain",
     "prepare",
+    "tune",
 ]

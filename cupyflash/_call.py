@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _cpu
+from . import _cpu, _tuned
 from ._arrays import Array, address, import_cupy, is_cupy, misaligned, on_device, place, same_place, take
 from ._plan import DEVICES, Device, Plan, plan_cpu, plan_gpu
 from ._problem import Problem, read_problem
@@ -64,6 +64,8 @@ class Call:
         """The plan of the forward, or of the backward for the gradients in ``wrt``."""
         if self.device is None:
             return plan_cpu(self.problem, family, tile, wrt)
+        if tile is None:
+            tile = _tuned.tile(self.problem, self.device)
         copies = tuple(f"{name}: {why}" for name, x in self.inputs.items() if (why := misaligned(x)))
         return plan_gpu(self.problem, self.device, family, tile, wrt, copies, self._unmapped())
 

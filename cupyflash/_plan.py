@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,29 @@ class Tile:
                 raise TypeError(f"Tile({name}={value!r}): {name} is an integer or None")
             if value < 1:
                 raise ValueError(f"Tile({name}={value}): {name} is at least 1")
+
+    def row(self, kernel: str) -> Any:
+        """The whole row of the tile table for a kernel: a Tile has none, Rows may."""
+        return None
+
+
+@dataclass(frozen=True)
+class Rows(Tile):
+    """Whole rows for some kernels, in place of the table's: candidates, and the winners that ``tune`` has kept."""
+
+    rows: tuple[tuple[str, _tiles.Row], ...] = ()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Computed once: every call of a tuned problem looks up its plan."""
+        return hash(self.rows)
+
+    def row(self, kernel: str) -> Any:
+        """The row for a kernel, or None, where the table's counts."""
+        return dict(self.rows).get(kernel)
 
 
 @dataclass(frozen=True)
@@ -233,6 +257,20 @@ def _plan_gpu(
     copies: tuple[str, ...],
     unmapped: tuple[str, ...],
 ) -> Plan:
+    plan = _plan_family(problem, device, family, tile, wrt, copies, unmapped)
+    tuned = tuple(f"{step.name}: a tile that tune() has kept" for step in plan.kernels if tile.row(step.name))
+    return replace(plan, notes=plan.notes + tuned) if tuned else plan
+
+
+def _plan_family(
+    problem: Problem,
+    device: Device,
+    family: object,
+    tile: Tile,
+    wrt: frozenset[str] | None,
+    copies: tuple[str, ...],
+    unmapped: tuple[str, ...],
+) -> Plan:
     _check_gpu_limits(problem)
     why = _why_not_sm90(problem, device, wrt is not None)
     if why is None and family in (None, "sm90"):
@@ -383,6 +421,8 @@ def _choose_row(
     width = max(problem.head_dim, problem.head_dim_v)
     wanted = {name: n for name in ("block_m", "block_n", "stages", "warps") if (n := getattr(tile, name)) is not None}
     refused = ""
+    if (own := tile.row(kernel)) is not None:
+        return own, *(_tiles.padded_width(d, own.dim_chunk) for d in (problem.head_dim, problem.head_dim_v))
     for largest, table_row in _tiles.TABLE[kernel, accumulator]:
         if width > largest:
             continue

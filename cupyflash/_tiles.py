@@ -6,7 +6,8 @@ asked, so that they can't change an entry's bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -210,11 +211,9 @@ SECTION_BYTES = 2**25  # of K and V: 16 MiB are too few, all heads side by side 
 def choose_hopper(kernel: str, problem: Problem, tile: Tile, smem: int) -> HopperRow:
     """The first row that is for a problem, with the caller's tile in its place; ValueError where that can't run."""
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
-    for largest, largest_v, row in HOPPER_TABLE[kernel]:
-        if head_dim > largest or head_dim_v > largest_v or row.causal not in (None, problem.causal):
-            continue
-        if row.longest is None or problem.seqlen_k <= row.longest:
-            break
+    if (own := tile.row(kernel)) is not None:
+        return own  # type: ignore[no-any-return]
+    row = _hopper_row(kernel, problem)
     wanted = {name: n for name in ("block_m", "block_n", "stages") if (n := getattr(tile, name)) is not None}
     if wanted:
         row = replace(row, **wanted)
@@ -225,6 +224,18 @@ def choose_hopper(kernel: str, problem: Problem, tile: Tile, smem: int) -> Hoppe
     if why is not None:
         raise ValueError(f"{tile} does not fit {kernel} (head widths {head_dim}, {head_dim_v}): {why}")
     return row
+
+
+def _hopper_row(kernel: str, problem: Problem) -> HopperRow:
+    """The first row of the table that is for a problem; the last rows are for all."""
+    return next(
+        row
+        for largest, largest_v, row in HOPPER_TABLE[kernel]
+        if problem.head_dim <= largest
+        and problem.head_dim_v <= largest_v
+        and row.causal in (None, problem.causal)
+        and (row.longest is None or problem.seqlen_k <= row.longest)
+    )
 
 
 def check_hopper(kernel: str, row: HopperRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:
@@ -266,3 +277,75 @@ def section(row: HopperRow, problem: Problem, all_heads: int) -> int:
     fit = max(1, SECTION_BYTES * group // max(1, head))
     count = -(-all_heads // fit)
     return max(1, -(-all_heads // max(1, count)))  # sections of equal size
+
+
+# --------------------------------------------------------------------------------------------------------- candidates
+
+Row = TileRow | HopperRow
+_CHOICE = frozenset({"remark", "card", "causal", "longest"})  # fields that say when a row is chosen, not what it does
+
+
+def tiled_kernels() -> frozenset[str]:
+    """The kernels that have tiles to choose from."""
+    return frozenset(HOPPER_TABLE) | {kernel for kernel, _ in TABLE}
+
+
+def row_fields(row: Row) -> dict[str, int | bool]:
+    """What a row does to its kernel, by name: what the tuner keeps."""
+    return {f.name: getattr(row, f.name) for f in fields(row) if f.name not in _CHOICE}
+
+
+def make_row(kernel: str, values: object) -> Row:
+    """The row with these fields; ValueError unless they are all of them, each an integer or a truth value."""
+    kind = HopperRow if kernel in HOPPER_TABLE else TileRow
+    kinds = {f.name: {"int": int, "bool": bool}[str(f.type)] for f in fields(kind) if f.name not in _CHOICE}
+    if not isinstance(values, dict) or values.keys() != kinds.keys():
+        raise ValueError(f"a tile of {kernel} has the fields {', '.join(kinds)}, not {values!r}")
+    for name, wanted in kinds.items():
+        if type(values[name]) is not wanted or (wanted is int and values[name] < 1):
+            raise ValueError(f"{name}={values[name]!r}: it is {'true or false' if wanted is bool else 'at least 1'}")
+    return kind(**values, remark="")
+
+
+def _why_not(kernel: str, row: Row, problem: Problem, smem: int) -> str | None:
+    """Why a row can't run a problem where a thread block may have ``smem`` bytes, or None. The card may be any."""
+    head_dim, head_dim_v, accumulator = problem.head_dim, problem.head_dim_v, problem.accumulator.itemsize
+    if isinstance(row, HopperRow):
+        return check_hopper(kernel, row, head_dim, head_dim_v, smem)
+    padded, padded_v = (padded_width(d, row.dim_chunk) for d in (head_dim, head_dim_v))
+    return check_row(kernel, replace(row, card=0), padded, padded_v, accumulator, smem)
+
+
+def candidates(kernel: str, problem: Problem, smem: int) -> tuple[Row, ...]:
+    """The rows that are worth timing for a problem; none for a kernel that has nothing to choose."""
+    rows: Iterable[Row]
+    if kernel in HOPPER_TABLE:
+        rows = _hopper_candidates(kernel, problem, smem)
+    else:
+        width = max(problem.head_dim, problem.head_dim_v)
+        table = TABLE.get((kernel, problem.accumulator.itemsize), ())
+        rows = (replace(row, card=0, remark="") for largest, row in table if width <= largest)
+    return tuple(dict.fromkeys(row for row in rows if _why_not(kernel, row, problem, smem) is None))
+
+
+def _hopper_candidates(kernel: str, problem: Problem, smem: int) -> Iterator[HopperRow]:
+    """The rows of the table that hold the heads; then each form of the main loop with the three longest blocks of keys.
+
+    Long blocks ask for fewer turns and barriers, up to the registers that the softmax has; a third stage pays only
+    where it costs no keys. Sections are the table's: they are a matter of length alone.
+    """
+    sections = _hopper_row(kernel, problem).sections
+    for largest, largest_v, row in HOPPER_TABLE[kernel]:
+        if problem.head_dim <= largest and problem.head_dim_v <= largest_v:
+            yield replace(row, remark="", causal=None, longest=None, sections=sections)
+    for block_m, overlap, take_turns in HOPPER_FORMS:
+        for q_stages in (2, 1):
+            form = HopperRow(block_m, 16, 2, q_stages, overlap, take_turns, "", sections=sections)
+            blocks = (replace(form, block_n=n) for n in range(256, 48, -16))
+            fits = [row for row in blocks if _why_not(kernel, row, problem, smem) is None][:3]
+            yield from fits
+            yield from (replace(row, stages=3) for row in fits[:1])
+
+
+# Rows of queries, overlap, take_turns: what fwd_sm90 has been run with. Three warpgroups have no registers to overlap.
+HOPPER_FORMS = ((64, True, False), (128, True, True), (128, True, False), (128, False, False), (192, False, False))

@@ -1,4 +1,4 @@
-"""The program `python -m cupyflash`: demo, info, bench, selftest."""
+"""The program `python -m cupyflash`: demo, info, bench, selftest, tune."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from .._tuned import enabled
 from .._workers import worker_count
-from . import bench, demo, info, selftest
+from . import bench, demo, info, selftest, tune
 
-COMMANDS = (demo, info, bench, selftest)
+COMMANDS = (demo, info, bench, selftest, tune)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         worker_count()
+        enabled()
     except ValueError as error:  # a bad environment variable, which every command would meet
         parser.error(str(error))
     try:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if backend is None:
         return 2
     cells = [
-        Cell(Workload(args.batch, heads, seqlen, args.head_dim, args.dtype, args.causal), direction)
+        Cell(direction, workload=Workload(args.batch, heads, seqlen, args.head_dim, args.dtype, args.causal))
         for heads in (args.heads or HEADS[backend.name],)
         for seqlen in args.seqlen or SEQLENS[backend.name]
         for direction in (DIRECTIONS if args.direction == "both" else (args.direction,))

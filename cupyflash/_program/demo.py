@@ -91,7 +91,7 @@ def compute(backend: Backend, workload: Workload, progress: Progress) -> Result:
         progress.to(1 + i, f"memory of {name}")
         memory[name] = peak_memory(backend, make)
         backend.free()
-    cells = (Cell(workload, DIRECTIONS[0]), Cell(workload, DIRECTIONS[1]))
+    cells = (Cell(DIRECTIONS[0], workload=workload), Cell(DIRECTIONS[1], workload=workload))
     for i, cell in enumerate(cells):
         tick = partial(progress.tell, 3 + i * ROUNDS, f"time of {cell.direction}")
         measure(cell, makers, clock_for(backend.xp), rounds=ROUNDS, limit=LIMIT, tick=tick)

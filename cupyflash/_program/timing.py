@@ -19,6 +19,7 @@ Clock = Callable[[Callable[[], object], int], float]  # (call, repeats) to secon
 
 LEAST = 0.02  # seconds of one sample, so that the clock's own error stays below a percent
 OURS = "cupyflash"
+GRAPH = 32  # calls that a captured graph holds at most
 
 
 def host_clock(call: Callable[[], object], repeats: int) -> float:
@@ -42,62 +43,100 @@ def device_clock(call: Callable[[], object], repeats: int) -> float:
     return float(cupy.cuda.get_elapsed_time(begin, end)) / 1e3 / repeats
 
 
+def graph_clock(call: Callable[[], object], repeats: int) -> float:
+    """Seconds a call of ours on the device alone, however short: a captured graph of calls is timed."""
+    import cupy
+
+    cupy.cuda.Device().synchronize()  # what the arrays hold was written on another stream
+    stream = cupy.cuda.Stream(non_blocking=True)
+    begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+    count = min(repeats, GRAPH)
+    launches = -(-repeats // count)
+    with stream:
+        call()  # compiles, which can't be captured
+        stream.begin_capture()
+        for _ in range(count):
+            call()
+        graph = stream.end_capture()
+        begin.record()
+        for _ in range(launches):
+            graph.launch(stream)
+        end.record()
+        end.synchronize()
+    return float(cupy.cuda.get_elapsed_time(begin, end)) / 1e3 / (launches * count)
+
+
 def clock_for(xp: Any) -> Clock:
     """The clock of an array library."""
     return host_clock if xp.__name__ == "numpy" else device_clock
 
 
 @dataclass
-class Cell:
-    """What one direction of one workload took, by contender."""
+class Samples:
+    """Seconds a call of contenders that took turns: the n-th samples of all belong to one round."""
 
-    workload: Workload
-    direction: str
+    direction: str  # what was called: "forward" or "backward"
     samples: dict[str, list[float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)  # contender to reason
-
-    @property
-    def failed(self) -> bool:
-        """Whether cupyflash itself could not run."""
-        return OURS in self.skipped
 
     def skip(self, name: str, error: Exception) -> None:
         """Take a contender out, with the reason; what stops cupyflash is a defect and is shown in full."""
         self.samples.pop(name, None)
         self.skipped[name] = f"{type(error).__name__}: {first_line(error)}"
-        if name == OURS:
+        if name.startswith(OURS):
             traceback.print_exception(error, file=sys.stderr)
 
     def seconds(self, name: str = OURS) -> float:
         """The median."""
         return statistics.median(self.samples[name])
 
+    def ratios(self, name: str, base: str = OURS) -> list[float]:
+        """How many times the time of `base` a contender took, by round: neighbours in time share clocks and heat."""
+        return [a / b for a, b in zip(self.samples[name], self.samples[base], strict=True)]
+
+    def ratio(self, name: str, base: str = OURS) -> float:
+        """The median of the rounds' ratios."""
+        return statistics.median(self.ratios(name, base))
+
+    def quartiles(self, name: str, base: str = OURS) -> tuple[float, float]:
+        """The lower and upper quartile of the rounds' ratios."""
+        ratios = self.ratios(name, base)
+        if len(ratios) == 1:
+            return ratios[0], ratios[0]
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return low, high
+
+
+@dataclass
+class Cell(Samples):
+    """What one direction of one workload took, by contender."""
+
+    workload: Workload = field(kw_only=True)
+
+    @property
+    def failed(self) -> bool:
+        """Whether cupyflash itself could not run."""
+        return any(name.startswith(OURS) for name in self.skipped)
+
     def speed(self, name: str = OURS) -> float:
         """Floating-point operations a second."""
         return self.workload.flops(self.direction) / self.seconds(name)
 
-    def ratio(self, name: str) -> float:
-        """How many times cupyflash's time a contender took."""
-        return self.seconds(name) / self.seconds()
-
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        contenders: list[dict[str, Any]] = [
-            {
-                "name": name,
-                "seconds": self.seconds(name),
-                "flops_per_second": self.speed(name),
-                "ratio": self.ratio(name) if OURS in self.samples else None,
-                "samples": samples,
-            }
-            for name, samples in self.samples.items()
-        ]
+        contenders: list[dict[str, Any]] = []
+        for name, samples in self.samples.items():
+            found: dict[str, Any] = {"name": name, "seconds": self.seconds(name), "flops_per_second": self.speed(name)}
+            both = OURS in self.samples
+            found["ratio"] = self.ratio(name) if both else None
+            found["quartiles"] = self.quartiles(name) if both else None
+            contenders.append(found | {"samples": samples})
         contenders += [{"name": name, "skipped": reason} for name, reason in self.skipped.items()]
-        return {"workload": vars(self.workload), "direction": self.direction, "contenders": contenders}
+        return {"workload": self.workload.as_dict(), "direction": self.direction, "contenders": contenders}
 
 
 def measure(
-    cell: Cell,
+    found: Samples,
     contenders: Mapping[str, Callable[[], Contender]],
     clock: Clock,
     *,
@@ -105,13 +144,18 @@ def measure(
     limit: float = math.inf,
     least: float = LEAST,
     tick: Callable[[str], None] = lambda note: None,
-) -> Cell:
-    """Fill a cell: build and warm up each contender, then let them take turns.
+    ready: Callable[[str, Contender], None] = lambda name, contender: None,
+) -> None:
+    """Build and warm up each contender, then let them take turns, another one first in each round.
 
     Parameters
     ----------
+    found : Samples
+        What is filled.
     contenders : mapping of str to callable
         What makes each contender. One that raises while it warms up is skipped with its reason.
+    clock : Clock
+        For contenders that bring none of their own.
     rounds : int
         Samples of each contender.
     limit : float
@@ -120,32 +164,38 @@ def measure(
         Seconds that one sample takes at least, by repeated calls.
     tick : callable
         Is told what comes next: once for each contender, then once for each round.
+    ready : callable
+        Is given the name of each contender that has warmed up, and the contender, before the first round.
     """
     began = time.monotonic()
-    ready: dict[str, tuple[Contender, Callable[[], object], int]] = {}
+    warm: dict[str, tuple[Contender, Callable[[], object], int]] = {}
     for name, make in contenders.items():
         tick(name)
         try:
             contender = make()
-            call = getattr(contender, cell.direction)
+            call = getattr(contender, found.direction)
+            own = getattr(contender, "clock", clock)
             with contender.around():
-                clock(call, 1)  # compiles, and fills caches
-                once = clock(call, 1)
+                own(call, 1)  # compiles, and fills caches
+                once = own(call, 1)
+                ready(name, contender)
         except Exception as error:  # a peer may lack a library, memory or the dtype
-            cell.skip(name, error)
+            found.skip(name, error)
         else:
-            ready[name] = contender, call, max(1, min(1000, math.ceil(least / max(once, 1e-9))))
+            warm[name] = contender, call, max(1, min(1000, math.ceil(least / max(once, 1e-9))))
     for turn in range(rounds):
         if turn and time.monotonic() - began > limit:
             break
         tick(f"round {turn + 1}")
-        for name in list(ready)[:: 1 if turn % 2 == 0 else -1]:
-            contender, call, repeats = ready[name]
+        names = list(warm)
+        first = turn % max(1, len(names))
+        for name in names[first:] + names[:first]:
+            contender, call, repeats = warm[name]
             try:
                 with contender.around():
-                    cell.samples.setdefault(name, []).append(clock(call, repeats))
+                    seconds = getattr(contender, "clock", clock)(call, repeats)
+                found.samples.setdefault(name, []).append(seconds)
             except Exception as error:
-                cell.skip(name, error)
-                del ready[name]
-    cell.samples = {name: cell.samples[name] for name in contenders if name in cell.samples}
-    return cell
+                found.skip(name, error)
+                del warm[name]
+    found.samples = {name: found.samples[name] for name in contenders if name in found.samples}
