@@ -60,14 +60,14 @@ class Call:
             self.inputs["q_offset"] = _offsets(q_offset, self.place)
         self.device = _device(self.place) if device is None else _named_device(device)
 
-    def plan(self, family: object, tile: object, wrt: frozenset[str] | None = None) -> Plan:
+    def plan(self, family: object, tile: object, wrt: frozenset[str] | None = None, deterministic: bool = True) -> Plan:
         """The plan of the forward, or of the backward for the gradients in ``wrt``."""
         if self.device is None:
             return plan_cpu(self.problem, family, tile, wrt)
         if tile is None:
             tile = _tuned.tile(self.problem, self.device)
         copies = tuple(f"{name}: {why}" for name, x in self.inputs.items() if (why := misaligned(x)))
-        return plan_gpu(self.problem, self.device, family, tile, wrt, copies, self._unmapped())
+        return plan_gpu(self.problem, self.device, family, tile, wrt, copies, self._unmapped(), deterministic)
 
     def _unmapped(self) -> tuple[str, ...]:
         """The inputs that TMA can't read in place, with the reason, on a GPU that has it."""

@@ -55,6 +55,12 @@ class Spec:
     q_stages: int = 1  # buffers of Q
     overlap: bool = False  # of the products of one block with the softmax of another, inside a warpgroup
     take_turns: bool = False  # two consumers issue their products in turn
+    # bwd_sm90 and its preparation:
+    gradient_q: np.dtype = np.dtype(np.float32)  # dq as it is stored
+    deterministic: bool = True  # dq is added up in a fixed order
+    want_dq: bool = True
+    want_dk: bool = True
+    want_dv: bool = True
 
     def prelude(self) -> str:
         """The constants as C++, one line each; also the debug dump."""

@@ -45,7 +45,10 @@ def forward(problem: Problem, plan: Plan, device: int, inputs: Tensors, results:
     """Run a forward plan: q, k, v, q_offsets (canonical views, or None) to out and lse."""
     with on_device(device):
         (step,) = plan.kernels
-        _run(problem, step, device, _readable(plan, inputs) | results)
+        tensors = _readable(plan, inputs) | results
+        if step.tickets:
+            tensors["tickets"] = zeroed_workspace((), np.dtype(np.int32))
+        _run(problem, step, device, tensors)
 
 
 def backward(problem: Problem, plan: Plan, device: int, inputs: Tensors, gradients: dict[str, Array]) -> None:
@@ -55,8 +58,8 @@ def backward(problem: Problem, plan: Plan, device: int, inputs: Tensors, gradien
     type, and then summed over them in a fixed order.
     """
     with on_device(device):
-        delta = workspace((*problem.batch_shape, problem.num_heads, problem.seqlen_q), problem.accumulator)
-        tensors = _readable(plan, inputs) | {"delta": delta}
+        tensors = _readable(plan, inputs)
+        tensors |= {name: workspace((*problem.batch_shape, *tail), dtype) for name, tail, dtype in plan.temporaries}
         finished = [step.writes[0] for step in plan.kernels if step.name == "bwd_finish"]
         partials = {name: Partial(problem, gradients[name]) for name in finished}
         stored = {name: partials[name].by_entry if name in partials else x for name, x in gradients.items()}
@@ -162,6 +165,14 @@ def workspace(shape: tuple[int, ...], dtype: np.dtype) -> Array:
     if size and cupy.cuda.runtime.streamIsCapturing(stream.ptr):
         return cupy.ndarray(shape, dtype, cupy.cuda.malloc_async(size))
     return cupy.empty(shape, dtype)
+
+
+def zeroed_workspace(shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """Temporary memory as ``workspace`` gives it, filled with zeros."""
+    cupy = import_cupy()
+    x = workspace(shape, dtype)
+    cupy.cuda.runtime.memsetAsync(x.data.ptr, 0, x.nbytes, cupy.cuda.get_current_stream().ptr)
+    return x
 
 
 def _readable(plan: Plan, tensors: Tensors) -> Tensors:

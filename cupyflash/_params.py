@@ -21,11 +21,13 @@ from ._problem import Problem
 
 BATCH_AXES = 4
 TENSORS = (
-    "q", "k", "v", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "partial", "q_offsets",
+    "q", "k", "v", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "partial", "exponents", "dq_sums",
+    "semaphores", "q_offsets", "tickets",
 )  # fmt: skip
 _TENSOR = struct.Struct(f"<{1 + BATCH_AXES + 3}q")  # data, batch_stride[], head_stride, row_stride, col_stride
 _SCALARS = struct.Struct(f"<qd{2 * BATCH_AXES + 7}i")  # see Scalars
-TAIL_AXES = {"lse": 2, "dlse": 2, "delta": 2, "q_offsets": 0}  # axes after the leading ones, where not 3
+# Axes after the leading ones, where they are not 3.
+TAIL_AXES = {"lse": 2, "dlse": 2, "delta": 2, "exponents": 2, "semaphores": 2, "q_offsets": 0, "tickets": 0}
 PARAMS_BYTES = -(-(len(TENSORS) * _TENSOR.size + _SCALARS.size) // 8) * 8
 _DTYPE = np.dtype([("bytes", np.uint8, (PARAMS_BYTES,))])
 

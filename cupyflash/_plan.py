@@ -106,6 +106,7 @@ class KernelPlan:
     writes: tuple[str, ...]
     boxes: tuple[tuple[str, int], ...] = ()  # tensors that come by TMA, and the rows of one copy
     section: int = 1  # persistent kernels: how many heads run side by side
+    tickets: bool = False  # persistent kernels: tiles go to whoever is free, not in a fixed order
 
     @property
     def name(self) -> str:
@@ -149,6 +150,8 @@ class Plan:
     chain_k: int = 0
     chain_q: int = 0
     notes: tuple[str, ...] = field(default=())
+    # Temporary arrays of the backward: name, axes behind the leading ones, dtype. Partial sums come beside them.
+    temporaries: tuple[tuple[str, tuple[int, ...], np.dtype], ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -238,13 +241,15 @@ def plan_gpu(
     wrt: frozenset[str] | None,
     copies: tuple[str, ...] = (),
     unmapped: tuple[str, ...] = (),
+    deterministic: bool = True,
 ) -> Plan:
     """The plan of a GPU call: forward where ``wrt`` is None, else the backward for these gradients.
 
     ``copies`` are the inputs that no family reads in place, ``unmapped`` those that TMA does not, with the reason.
+    Without ``deterministic`` the backward may add in the order of arrival.
     """
     check_family(family, on_gpu=True)
-    return _plan_gpu(problem, device, family, check_tile(tile), wrt, copies, unmapped)
+    return _plan_gpu(problem, device, family, check_tile(tile), wrt, copies, unmapped, deterministic)
 
 
 @lru_cache(maxsize=4096)
@@ -256,8 +261,9 @@ def _plan_gpu(
     wrt: frozenset[str] | None,
     copies: tuple[str, ...],
     unmapped: tuple[str, ...],
+    deterministic: bool,
 ) -> Plan:
-    plan = _plan_family(problem, device, family, tile, wrt, copies, unmapped)
+    plan = _plan_family(problem, device, family, tile, wrt, copies, unmapped, deterministic)
     tuned = tuple(f"{step.name}: a tile that tune() has kept" for step in plan.kernels if tile.row(step.name))
     return replace(plan, notes=plan.notes + tuned) if tuned else plan
 
@@ -270,18 +276,21 @@ def _plan_family(
     wrt: frozenset[str] | None,
     copies: tuple[str, ...],
     unmapped: tuple[str, ...],
+    deterministic: bool,
 ) -> Plan:
     _check_gpu_limits(problem)
-    why = _why_not_sm90(problem, device, wrt is not None)
+    why = _why_not_sm90(problem, device)
     if why is None and family in (None, "sm90"):
-        return _plan_sm90(problem, device, tile, copies + unmapped)
+        if wrt is None:
+            return _plan_sm90(problem, device, tile, copies + unmapped)
+        return _plan_sm90_backward(problem, device, tile, wrt, copies + unmapped, deterministic)
     if family == "sm90":
         raise ValueError(f"family='sm90': {why}")
     plan = _plan_simt(problem, device, tile, wrt, copies)
     return plan if why is None else replace(plan, declined=(("sm90", why),))
 
 
-def _why_not_sm90(problem: Problem, device: Device, backward: bool) -> str | None:
+def _why_not_sm90(problem: Problem, device: Device) -> str | None:
     """Why the Hopper family does not take a problem, or None."""
     if device.arch != 90:
         return f"{device.name} has compute capability {device.arch / 10}: TMA and wgmma are those of 9.0"
@@ -289,8 +298,6 @@ def _why_not_sm90(problem: Problem, device: Device, backward: bool) -> str | Non
         return f"{problem.dtype}: wgmma multiplies float16 and bfloat16"
     if problem.precision is not None:
         return f"precision={problem.precision!r}: P is rounded once for the tensor cores"
-    if backward:
-        return "it has no backward yet"
     return None
 
 
@@ -320,14 +327,16 @@ def _plan_sm90(problem: Problem, device: Device, tile: Tile, copies: tuple[str, 
         overlap=row.overlap,
         take_turns=row.take_turns,
     )
+    tickets = row.sections and tiles > device.sms
     kernel = KernelPlan(
         spec=spec,
         grid=min(tiles, device.sms),
         threads=32 * row.warps,
         smem=_tiles.hopper_smem_bytes("fwd_sm90", row, *widths),
-        writes=("out", "lse"),
+        writes=("out", "lse", "tickets") if tickets else ("out", "lse"),
         boxes=(("q", 64), ("k", row.block_n), ("v", row.block_n)),
         section=_tiles.section(row, problem, all_heads),
+        tickets=tickets,
     )
     chain_d, chain_k, chain_q = _chains(problem, False)
     return Plan(
@@ -344,6 +353,141 @@ def _plan_sm90(problem: Problem, device: Device, tile: Tile, copies: tuple[str, 
     )
 
 
+def _plan_sm90_backward(
+    problem: Problem,
+    device: Device,
+    tile: Tile,
+    wrt: frozenset[str],
+    copies: tuple[str, ...],
+    deterministic: bool,
+) -> Plan:
+    """bwd_delta prepares, bwd_sm90 computes; in arrival order bwd_dq_sm90 rounds dq; bwd_finish sums partials."""
+    row = _tiles.choose_hopper_backward(problem, tile, deterministic, device.smem)
+    heads_k = problem.num_heads_k * problem.batch
+    jobs = _grid(problem.seqlen_k, row.block_n, heads_k)
+    if jobs > MAX_GRID - 4 * device.sms:  # tickets stay within 32 bits
+        raise ValueError(f"{jobs} blocks of keys: the sm90 family takes at most {MAX_GRID - 4 * device.sms}")
+    keyed = tuple(f"d{name}" for name in ("k", "v") if name in wrt)
+    main = KernelPlan(
+        spec=_sm90_backward_spec("bwd_sm90", problem, row, wrt, deterministic),
+        grid=min(jobs, device.sms),
+        threads=32 * row.warps,
+        smem=_tiles.hopper_backward_smem_bytes(row, *_padded_widths(problem)),
+        writes=(*keyed, *(("dq", "dq_sums", "semaphores") if "q" in wrt else ()), "tickets"),
+        boxes=(("q", row.block_m), ("k", row.block_n), ("v", row.block_n), ("dout", row.block_m)),
+        section=_tiles.backward_section(row, problem, deterministic, heads_k),
+    )
+    kernels = [_sm90_preparation(problem, row, wrt, deterministic), main]
+    if "q" in wrt and not deterministic:
+        kernels.append(_sm90_rounding(problem, row, wrt))
+    partial = [name for name in sorted(wrt) if _by_entry(problem, wrt, name)]
+    kernels += [_row_kernel("bwd_finish", problem, (f"d{name}",)) for name in partial]
+    temporaries = _sm90_temporaries(problem, row, wrt)
+    chain_d, chain_k, chain_q = _chains(problem, True)
+    return Plan(
+        family="sm90",
+        device=device.name,
+        direction="backward",
+        block_m=row.block_m,
+        block_n=row.block_n,
+        kernels=tuple(kernels),
+        workspace=_workspace(problem, temporaries, partial),
+        copies=copies,
+        chain_d=chain_d,
+        chain_k=chain_k,
+        chain_q=chain_q,
+        temporaries=temporaries,
+    )
+
+
+def _padded_widths(problem: Problem) -> tuple[int, int]:
+    head_dim, head_dim_v = (next(w for w in _tiles.WIDTHS if w >= d) for d in (problem.head_dim, problem.head_dim_v))
+    return head_dim, head_dim_v
+
+
+def _sm90_backward_spec(
+    kernel: str, problem: Problem, row: _tiles.HopperBackwardRow, wrt: frozenset[str], deterministic: bool
+) -> Spec:
+    head_dim, head_dim_v = _padded_widths(problem)
+    return Spec(
+        kernel=kernel,
+        element=problem.dtype,
+        output=problem.out_dtype,
+        accumulator=problem.accumulator,
+        gradient=problem.accumulator if _by_entry(problem, wrt, "k") else problem.dtype,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dim_chunk=max(head_dim, head_dim_v),
+        block_m=row.block_m,
+        block_n=row.block_n,
+        num_stages=row.stages,
+        num_warps=row.warps,
+        causal=problem.causal,
+        scale_sign=_sign(problem.scale),
+        gradient_q=problem.accumulator if _by_entry(problem, wrt, "q") else problem.dtype,
+        deterministic=deterministic,
+        want_dq="q" in wrt,
+        want_dk="k" in wrt,
+        want_dv="v" in wrt,
+    )
+
+
+def _sm90_preparation(
+    problem: Problem, row: _tiles.HopperBackwardRow, wrt: frozenset[str], deterministic: bool
+) -> KernelPlan:
+    """bwd_delta over the query tiles of the main kernel; where there is none it still sets the tickets to 0."""
+    warps = _tiles.ROW_KERNELS["bwd_delta"][1]
+    by_tile = _sm90_backward_spec("bwd_delta", problem, row, wrt, deterministic)
+    # Less than the main kernel is compiled for: one preparation serves many of them.
+    spec = replace(
+        by_tile, gradient=problem.dtype, head_dim=16, head_dim_v=16, dim_chunk=16, block_n=16, num_stages=2,
+        num_warps=warps, scale_sign=1, want_dq=True, want_dk=True, want_dv=True,
+    )  # fmt: skip
+    tiles = _grid(problem.seqlen_q, row.block_m, problem.num_heads * problem.batch)
+    ordered = ("semaphores", "dq" if deterministic else "dq_sums") if "q" in wrt else ()
+    return KernelPlan(
+        spec=spec,
+        grid=tiles or problem.batch,
+        threads=32 * warps,
+        smem=0,
+        writes=("delta", "exponents", "tickets", *ordered),
+    )
+
+
+def _sm90_rounding(problem: Problem, row: _tiles.HopperBackwardRow, wrt: frozenset[str]) -> KernelPlan:
+    """bwd_dq_sm90: dq from its sums."""
+    warps = 8
+    spec = _sm90_backward_spec("bwd_dq_sm90", problem, row, wrt, False)
+    return KernelPlan(
+        spec=replace(spec, gradient=problem.dtype, num_warps=warps, causal=False, want_dk=True, want_dv=True),
+        grid=_grid(problem.seqlen_q, row.block_m, problem.num_heads * problem.batch),
+        threads=32 * warps,
+        smem=0,
+        writes=("dq",),
+    )
+
+
+def _sm90_temporaries(
+    problem: Problem, row: _tiles.HopperBackwardRow, wrt: frozenset[str]
+) -> tuple[tuple[str, tuple[int, ...], np.dtype], ...]:
+    heads, tiles = problem.num_heads, -(-problem.seqlen_q // row.block_m)
+    numbers, integers = problem.accumulator, np.dtype(np.int32)
+    rows = [(name, (heads, tiles * row.block_m), numbers) for name in ("delta", "exponents")]
+    always = (*rows, ("tickets", (), integers))
+    if "q" not in wrt:
+        return always
+    of_tile = _tiles.dq_numbers(row, *_padded_widths(problem))
+    return (*always, ("semaphores", (heads, tiles), integers), ("dq_sums", (heads, tiles, of_tile), numbers))
+
+
+def _workspace(
+    problem: Problem, temporaries: tuple[tuple[str, tuple[int, ...], np.dtype], ...], partial: list[str]
+) -> int:
+    """Bytes of the temporaries, and of gradients that are written for each batch entry."""
+    bytes_ = sum(problem.batch * math.prod(tail) * dtype.itemsize for _, tail, dtype in temporaries)
+    return bytes_ + sum(problem.batch * math.prod(problem.tail(name)) for name in partial) * problem.accumulator.itemsize
+
+
 def _sign(scale: float) -> int:
     return (scale > 0) - (scale < 0)
 
@@ -351,6 +495,7 @@ def _sign(scale: float) -> int:
 def _plan_simt(
     problem: Problem, device: Device, tile: Tile, wrt: frozenset[str] | None, copies: tuple[str, ...]
 ) -> Plan:
+    temporaries: tuple[tuple[str, tuple[int, ...], np.dtype], ...] = ()
     if wrt is None:
         kernels = [_main_kernel("fwd_simt", problem, device, tile, ("out", "lse"))]
         workspace = 0
@@ -363,9 +508,8 @@ def _plan_simt(
             kernels.append(_main_kernel("bwd_simt_dq", problem, device, tile, ("dq",)))
         partial = [name for name in sorted(wrt) if _by_entry(problem, wrt, name)]
         kernels += [_row_kernel("bwd_finish", problem, (f"d{name}",)) for name in partial]
-        numbers = problem.batch * problem.num_heads * problem.seqlen_q  # delta
-        numbers += sum(problem.batch * math.prod(problem.tail(name)) for name in partial)
-        workspace = numbers * problem.accumulator.itemsize
+        temporaries = (("delta", (problem.num_heads, problem.seqlen_q), problem.accumulator),)
+        workspace = _workspace(problem, temporaries, partial)
     main = kernels[0] if wrt is None else kernels[1]
     chain_d, chain_k, chain_q = _chains(problem, wrt is not None)
     return Plan(
@@ -380,6 +524,7 @@ def _plan_simt(
         chain_d=chain_d,
         chain_k=chain_k,
         chain_q=chain_q,
+        temporaries=temporaries,
     )
 
 

@@ -77,11 +77,12 @@ class Problem:
         return math.prod(self.batch_shape)
 
     def tail(self, name: str) -> tuple[int, int, int]:
-        """Heads, rows and columns of "q", "k" or "v"."""
+        """Heads, rows and columns of "q", "k", "v" or "dout"."""
         return {
             "q": (self.num_heads, self.seqlen_q, self.head_dim),
             "k": (self.num_heads_k, self.seqlen_k, self.head_dim),
             "v": (self.num_heads_k, self.seqlen_k, self.head_dim_v),
+            "dout": (self.num_heads, self.seqlen_q, self.head_dim_v),
         }[name]
 
     @cached_property

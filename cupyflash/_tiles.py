@@ -262,7 +262,7 @@ def hopper_smem_bytes(kernel: str, row: HopperRow, head_dim: int, head_dim_v: in
     """Shared memory of a thread block: sizeof(Smem) in the kernel. Rows of tiles are whole chunks of 64 columns."""
     d, dv = (-(-width // 64) * 128 for width in (head_dim, head_dim_v))  # bytes of a row
     tiles = row.q_stages * row.block_m * d + row.stages * row.block_n * (d + dv)
-    rings = 16 * (row.block_m // 64 * row.q_stages + 2 * row.stages)
+    rings = 16 * (row.block_m // 64 * row.q_stages + 2 * row.stages) + 4 * 32
     return tiles + -(-rings // 1024) * 1024
 
 
@@ -277,6 +277,125 @@ def section(row: HopperRow, problem: Problem, all_heads: int) -> int:
     fit = max(1, SECTION_BYTES * group // max(1, head))
     count = -(-all_heads // fit)
     return max(1, -(-all_heads // max(1, count)))  # sections of equal size
+
+
+@dataclass(frozen=True)
+class HopperBackwardRow:
+    """One tile of the sm90 backward, whose warps and form of the main loop follow from the head widths.
+
+    ``heads`` are the kv heads that run side by side in a fixed order, for queries up to each of ORDER_LENGTHS and
+    beyond: too few, and the key blocks of one head queue up; too many, and their Q, dO and dq leave L2.
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+    heads: tuple[int, ...]
+    remark: str
+    causal: bool | None = None  # which problems the row is for; None: both
+
+    @property
+    def warps(self) -> int:
+        """Of a thread block: two warpgroups that compute and one that sends for tiles."""
+        return 12
+
+
+# (largest width of q and k, of v, row): the first that fits. TFLOP/s: H200, S = 8192, a spike without GQA.
+HOPPER_BACKWARD_TABLE: tuple[tuple[int, int, HopperBackwardRow], ...] = (
+    (64, 64, HopperBackwardRow(128, 128, 2, (32, 16, 16, 16, 8), "477 TFLOP/s; 96 queries: 5 % less", causal=False)),
+    (64, 64, HopperBackwardRow(128, 128, 2, (64, 64, 64, 64, 32), "476 TFLOP/s")),
+    (128, 128, HopperBackwardRow(80, 128, 2, (32, 32, 16, 16, 8), "525 TFLOP/s; 64 queries: 2 to 4 % less", causal=False)),
+    (128, 128, HopperBackwardRow(64, 128, 2, (64, 64, 64, 32, 16), "80 queries: 5 to 15 % less in arrival order")),
+    (256, 256, HopperBackwardRow(64, 64, 2, (16, 16, 16, 8, 8), "354 TFLOP/s", causal=False)),
+    (256, 256, HopperBackwardRow(64, 64, 2, (32, 32, 16, 16, 8), "339 TFLOP/s")),
+)
+ORDER_LENGTHS = (1024, 2048, 4096, 8192)  # of queries
+ARRIVAL_BYTES = 2**24  # of Q, dO and dq's sums: what heads side by side may take of L2 in arrival order
+
+
+def is_wide(head_dim: int, head_dim_v: int) -> bool:
+    """Whether a block of keys has 64 of them, and warpgroups share out columns (WIDE in kernels/gradients_sm90.cuh)."""
+    return max(head_dim, head_dim_v) > 128
+
+
+def choose_hopper_backward(problem: Problem, tile: Tile, deterministic: bool, smem: int) -> HopperBackwardRow:
+    """The first row that is for a problem, with the caller's tile in its place; ValueError where that can't run."""
+    head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
+    row = next(
+        row
+        for largest, largest_v, row in HOPPER_BACKWARD_TABLE
+        if head_dim <= largest and head_dim_v <= largest_v and row.causal in (None, problem.causal)
+    )
+    row = replace(
+        row, **{name: n for name in ("block_m", "block_n", "stages") if (n := getattr(tile, name)) is not None}
+    )
+    why = check_hopper_backward(row, head_dim, head_dim_v, smem)
+    if why is None and tile.warps not in (None, row.warps):
+        why = f"warps={tile.warps}: it has {row.warps}, 8 that compute and 4 that load"
+    if why is not None:
+        raise ValueError(f"{tile} does not fit bwd_sm90 (head widths {head_dim}, {head_dim_v}): {why}")
+    return row
+
+
+def check_hopper_backward(row: HopperBackwardRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:
+    """Why a tile can't run, or None."""
+    wide = is_wide(head_dim, head_dim_v)
+    if row.block_n != (64 if wide else 128):
+        return f"block_n={row.block_n}: it is 128, 64 for each warpgroup; 64 where a head is wider than 128"
+    if wide and row.block_m != 64:
+        return f"block_m={row.block_m}: it is 64 where a head is wider than 128"
+    if row.block_m % 16 or not 16 <= row.block_m <= 256:
+        return f"block_m={row.block_m}: it is a multiple of 16 up to 256"
+    if row.stages < 2:
+        return f"stages={row.stages}: one block of queries is worked on while the next arrives, so at least 2"
+    d, dv = (next(w for w in WIDTHS if w >= width) for width in (head_dim, head_dim_v))
+    needed = hopper_backward_smem_bytes(row, d, dv)
+    if needed > smem:
+        return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
+    # dk and dv beside S and dP, or beside dq and the rounded dS.
+    m = row.block_m
+    if wide:
+        words = (_share(d) + _share(dv)) // 2 + max(m // 2, _share(d) // 2 + m // 8)
+    else:
+        words = (d + dv) // 2 + max(m, (m if d > 64 else m // 2) // 2 + m // 2)
+    if words > 240 - 32:
+        return f"its accumulators need {words} registers a thread: there is room for {240 - 32}"
+    return None
+
+
+def _share(columns: int) -> int:
+    """The larger share of a tile's columns, in whole chunks of 64: first_share() in kernels/gradients_sm90.cuh."""
+    return min(columns, -(-columns // 128) * 64)
+
+
+def dq_numbers(row: HopperBackwardRow, head_dim: int, head_dim_v: int) -> int:
+    """Float32 numbers of a tile of dq while it is added up: DQ_NUMBERS in kernels/gradients_sm90.cuh."""
+    if is_wide(head_dim, head_dim_v):
+        return row.block_m * head_dim
+    return 128 * (row.block_m if head_dim > 64 else row.block_m // 2)
+
+
+def hopper_backward_smem_bytes(row: HopperBackwardRow, head_dim: int, head_dim_v: int) -> int:
+    """Shared memory of a thread block: sizeof(Smem) in the kernel. Rows of tiles are whole chunks of 64 columns."""
+    d, dv = (-(-width // 64) * 128 for width in (head_dim, head_dim_v))  # bytes of a row
+    m, n, stages = row.block_m, row.block_n, row.stages
+    scores = (2 if is_wide(head_dim, head_dim_v) else 1) * 2 * m * n
+    tiles = n * (d + dv) + stages * (m * (d + dv) + scores)
+    job, barriers = 56, 2 * (1 + 1) + (2 + 2 + 3) * stages + 2 * 2
+    rest = 2 * stages * m * 4 + 8 * barriers + 2 * job
+    return tiles + -(-rest // 1024) * 1024
+
+
+def backward_section(row: HopperBackwardRow, problem: Problem, deterministic: bool, heads_k: int) -> int:
+    """How many kv heads run side by side. It changes the order of jobs, never the bits of a fixed order."""
+    if deterministic:
+        heads = row.heads[sum(problem.seqlen_q > longest for longest in ORDER_LENGTHS)]
+    else:
+        group = problem.num_heads // problem.num_heads_k if problem.num_heads_k else 1
+        head = group * problem.seqlen_q * (4 * problem.head_dim + 2 * (problem.head_dim + problem.head_dim_v))
+        heads = max(1, ARRIVAL_BYTES // max(1, head))
+    count = -(-heads_k // heads)
+    return max(1, -(-heads_k // max(1, count)))  # sections of equal size
 
 
 # --------------------------------------------------------------------------------------------------------- candidates

@@ -66,10 +66,12 @@ def attention(
     layout : "hsd" or "shd"
         Order of the last three axes of q, k, v and out: (heads, seqlen, head_dim) or (seqlen, heads, head_dim).
     precision : None, "highest" or "ieee"
-        Arithmetic of products. float64 takes None, 16-bit types None or "highest". Everything that is accepted
-        here computes with IEEE fused multiply-adds of the accumulation type (float64 for float64, else float32).
+        Arithmetic of products. float64 takes None, 16-bit types None or "highest". 16-bit types with None may run on
+        tensor cores, which round P, and in the backward dS, once to q's dtype; everything else computes with IEEE
+        fused multiply-adds of the accumulation type (float64 for float64, else float32).
     family : str, optional
-        Kernel family to insist on: "simt" for CuPy arrays, "cpu" for NumPy arrays. None lets the planner choose.
+        Kernel family to insist on: "sm90" or "simt" for CuPy arrays, "cpu" for NumPy arrays. None lets the planner
+        choose.
     tile : Tile, optional
         Block sizes for this call instead of the planner's.
     out : array or pair of arrays, optional
@@ -164,8 +166,8 @@ def attention_backward(
     family, tile : optional
         As for ``attention``, for this call's kernels.
     deterministic : bool
-        True: the same bits on every run. False permits results to differ from run to run where that is faster;
-        the families that exist so far are deterministic at full speed.
+        True: the same bits on every run. False permits dq to differ from run to run where that is faster: in the
+        "sm90" family, which then adds its parts in the order in which they arrive.
 
     Returns
     -------
@@ -194,7 +196,7 @@ def attention_backward(
     )  # fmt: skip
     check_results(call.problem, call.inputs)
     given = _check_grads_out(call, names, grads_out)
-    plan = call.plan(family, tile, names)
+    plan = call.plan(family, tile, names, deterministic)
     gradients = {f"d{name}": _gradient(call, name, given) for name in GRADIENTS if name in names}
     call.backward(plan, gradients)
     if grads_out is not None:
@@ -266,6 +268,7 @@ def explain(
     out: Any = None,
     backward: bool = False,
     wrt: Iterable[str] | None = None,
+    deterministic: bool = True,
     device: str | None = None,
 ) -> Plan:
     """How a call would run: family, tile, grid, shared memory, workspace, copies. Nothing runs or is compiled.
@@ -276,8 +279,8 @@ def explain(
         As for ``attention``.
     backward : bool
         Explain ``attention_backward`` instead.
-    wrt : tuple of str, optional
-        As for ``attention_backward``; needs ``backward=True``.
+    wrt, deterministic : optional
+        As for ``attention_backward``; they need ``backward=True``.
     device : str, optional
         Plan for a GPU of this architecture, such as "sm_90", instead of where the arrays lie. It needs no GPU, and
         NumPy arrays do.
@@ -292,11 +295,14 @@ def explain(
     ValueError, TypeError
         As for ``attention``; ValueError for an unknown ``device``, and for a tile that does not fit it.
     """
+    _check_flag("deterministic", deterministic)
     call = _unrun(q, k, v, scale, causal, q_offset, layout, precision, out, device)
     if backward:
-        return call.plan(family, tile, read_wrt(wrt))
+        return call.plan(family, tile, read_wrt(wrt), deterministic)
     if wrt is not None:
         raise ValueError(f"wrt={wrt!r} without backward=True: the forward has no gradients")
+    if not deterministic:
+        raise ValueError("deterministic=False without backward=True: the forward always gives the same bits")
     return call.plan(family, tile)
 
 
@@ -315,6 +321,7 @@ def prepare(
     out: Any = None,
     backward: bool = True,
     wrt: Iterable[str] | None = None,
+    deterministic: bool = True,
 ) -> None:
     """Compile what a call needs, without running it: for latency, and before a CUDA graph is captured.
 
@@ -324,7 +331,7 @@ def prepare(
         As for ``attention``.
     backward : bool
         Prepare ``attention_backward`` too, for the gradients in ``wrt``.
-    wrt : tuple of str, optional
+    wrt, deterministic : optional
         As for ``attention_backward``.
 
     Raises
@@ -332,10 +339,11 @@ def prepare(
     ValueError, TypeError
         As for ``attention``.
     """
+    _check_flag("deterministic", deterministic)
     call = _unrun(q, k, v, scale, causal, q_offset, layout, precision, out, None)
     plans = [call.plan(family, tile)]
     if backward:
-        plans.append(call.plan(family, tile, read_wrt(wrt)))
+        plans.append(call.plan(family, tile, read_wrt(wrt), deterministic))
     if call.place is not None:
         from ._launch import compile_plan
 

@@ -1,47 +1,114 @@
-// Before the backward: delta_i = sum over d of dout_id * out_id - dlse_i, one number for each query row.
+// Before the backward: delta_i = sum over d of dout_id * out_id - dlse_i, one number for each query row; and, for
+// bwd_sm90, all that it finds prepared.
 //
-// A thread block owns BLOCK_M rows of one head; eight lanes share a row (mma_simt.cuh) and walk its columns in runs
-// of 16 bytes of dout: lane x takes runs x, x + 8, ... The order of the sum depends on dout's type alone, not on
-// strides. No shared memory. Where lse is -inf the row has no visible key: delta is 0 and dlse is not read.
+// A thread block owns BLOCK_M rows of one head, the rows of one tile of bwd_sm90; eight lanes share a row (mma_simt.cuh)
+// and walk its columns in runs of 16 bytes of dout: lane x takes runs x, x + 8, ... A thread's rows go side by side, so
+// that their loads are under way together. The order of a sum depends on dout's type alone, not on strides. No shared
+// memory. Where lse is -inf the row has no visible key: delta is 0 and dlse is not read.
+//
+// For bwd_sm90, where its tensors are given: lse in exponents of 2, +inf in rows beyond the end; the semaphore of the
+// tile and the tickets are set to 0; so are, in arrival order, the sums of dq, and, in a fixed order, dq of a tile that
+// no key block meets, which nobody else would write.
 #include "basics.cuh"
 #include "params.cuh"
 #include "types.cuh"
 #include "memory.cuh"
 #include "seqlen.cuh"
 #include "schedule.cuh"
+#include "mask.cuh"
 #include "tile.cuh"
 #include "mma_simt.cuh"
+#include "softmax.cuh"
 
 constexpr int SMEM_BYTES = 0;
 constexpr int RUN = 16 / sizeof(Element);
+constexpr int ROWS = ceil_div(BLOCK_M, THREADS_Y), SIDE_BY_SIDE = ROWS <= 5 ? ROWS : 4;  // of a thread
 
-extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_delta(const Params params) {
-  const Work work = scheduled_work(params, ceil_div(params.seqlen_q, BLOCK_M), params.num_heads, Longest::LAST_BLOCK);
+// Of all batch entries of this launch: the main kernel's launches may be others, and each takes that of its first.
+__device__ __forceinline__ void clear_tickets(const Params& params) {
+  const int entries = count_heads(params, 1);
+  for (int batch = thread_index(); batch < entries; batch += NUM_THREADS) {
+    const Sequence seq = sequence_of(params, batch);
+    int* tickets = static_cast<int*>(params.tickets.data) + entry_offset(params.tickets, seq.batch_index);
+    store_global(tickets, Vector<int, 1>{{0}});
+  }
+}
+
+__device__ __forceinline__ void prepare_dq(const Params& params, const Work& work, const Sequence& seq) {
+  if (thread_index() == 0) {
+    store_global(rows_of<int>(params.semaphores, seq.batch_index, work.head).at(work.block), Vector<int, 1>{{0}});
+  }
+  if constexpr (!DETERMINISTIC) {
+    float* sums = rows_of<float>(params.dq_sums, seq.batch_index, work.head).at(work.block);  // row_stride numbers
+    for (int i = 4 * thread_index(); i < params.dq_sums.row_stride; i += 4 * NUM_THREADS) {
+      store_global(sums + i, Vector<float, 4>{{0, 0, 0, 0}});
+    }
+    return;
+  }
+  const int m0 = work.block * BLOCK_M;
+  const int m_end = seq.seqlen_q - m0 < BLOCK_M ? seq.seqlen_q : m0 + BLOCK_M;
+  const BlockRange blocks = mask_of(seq).key_blocks(m0, BLOCK_M);
+  if (blocks.begin < blocks.end) return;
+  const auto dq = rows_of<Gradient_q>(params.dq, seq.batch_index, work.head);  // (seqlen_q, head_dim)
+  for (int m = m0 + thread_index() / 32; m < m_end; m += NUM_WARPS) {
+    for (int col = thread_index() % 32; col < params.head_dim; col += 32) {
+      store_global(dq.at(m, col), Vector<Gradient_q, 1>{{from_accumulator<Gradient_q>(Accumulator(0))}});
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_delta(const Params params) {
+  if (params.tickets.data != nullptr && block_index() == 0) clear_tickets(params);
+  const int num_blocks = ceil_div(params.seqlen_q, BLOCK_M);
+  if (num_blocks * params.num_heads == 0) return;  // no rows: the grid is there for the tickets
+  const Work work = scheduled_work(params, num_blocks, params.num_heads, Longest::LAST_BLOCK);
   const Sequence seq = sequence_of(params, work.batch);
-  const auto out = rows_of<const Output>(params.out, seq.batch_index, work.head);         // (seqlen_q, head_dim_v)
-  const auto dout = rows_of<const Element>(params.dout, seq.batch_index, work.head);      // (seqlen_q, head_dim_v)
-  const auto lse = rows_of<const Accumulator>(params.lse, seq.batch_index, work.head);    // (seqlen_q)
-  const auto dlse = rows_of<const Accumulator>(params.dlse, seq.batch_index, work.head);  // (seqlen_q), or no tensor
-  const auto delta = rows_of<Accumulator>(params.delta, seq.batch_index, work.head);      // (seqlen_q)
+  const auto out = rows_of<const Output>(params.out, seq.batch_index, work.head);          // (seqlen_q, head_dim_v)
+  const auto dout = rows_of<const Element>(params.dout, seq.batch_index, work.head);       // (seqlen_q, head_dim_v)
+  const auto lse = rows_of<const Accumulator>(params.lse, seq.batch_index, work.head);     // (seqlen_q)
+  const auto dlse = rows_of<const Accumulator>(params.dlse, seq.batch_index, work.head);   // (seqlen_q), or no tensor
+  const auto delta = rows_of<Accumulator>(params.delta, seq.batch_index, work.head);       // (seqlen_q) or whole tiles
+  const auto exponents = rows_of<Accumulator>(params.exponents, seq.batch_index, work.head);  // whole tiles, or none
+  const bool whole_tiles = params.exponents.data != nullptr;
   const int m0 = work.block * BLOCK_M;
   const int m_end = seq.seqlen_q - m0 < BLOCK_M ? seq.seqlen_q : m0 + BLOCK_M;
 
-  for (int m = m0 + thread_y(); m - thread_y() < m_end; m += THREADS_Y) {
-    Accumulator sum = 0;
-    if (m < m_end) {
-      for (int col = thread_x() * RUN; col < params.head_dim_v; col += THREADS_X * RUN) {
-        Accumulator o[RUN], d[RUN];
-        load_columns(out, m, col, params.head_dim_v, o);
-        load_columns(dout, m, col, params.head_dim_v, d);
+  for (int first = 0; first < ROWS; first += SIDE_BY_SIDE) {
+    Accumulator sum[SIDE_BY_SIDE];
+    const auto row = [&](int i) ALWAYS_INLINE { return (first + i) * THREADS_Y + thread_y(); };  // of the tile
 #pragma unroll
-        for (int e = 0; e < RUN; ++e) sum = math::fma(d[e], o[e], sum);
+    for (int i = 0; i < SIDE_BY_SIDE; ++i) sum[i] = 0;
+    for (int col = thread_x() * RUN; col < params.head_dim_v; col += THREADS_X * RUN) {
+      Accumulator o[SIDE_BY_SIDE][RUN], d[SIDE_BY_SIDE][RUN];
+#pragma unroll
+      for (int i = 0; i < SIDE_BY_SIDE; ++i) {
+        if (row(i) >= m_end - m0) continue;
+        load_columns(out, m0 + row(i), col, params.head_dim_v, o[i]);
+        load_columns(dout, m0 + row(i), col, params.head_dim_v, d[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < SIDE_BY_SIDE; ++i) {
+        if (row(i) >= m_end - m0) continue;
+#pragma unroll
+        for (int e = 0; e < RUN; ++e) sum[i] = math::fma(d[i][e], o[i][e], sum[i]);
       }
     }
-    sum = row_sum_of(sum);  // outside the branch: shuffles need the whole warp
-    if (m < m_end && thread_x() == 0) {
-      const bool empty = load_number(lse, m) == -math::infinity<Accumulator>();
-      const Accumulator shift = empty || params.dlse.data == nullptr ? Accumulator(0) : load_number(dlse, m);
-      store_number(delta, m, empty ? Accumulator(0) : sum - shift);
+#pragma unroll
+    for (int i = 0; i < SIDE_BY_SIDE; ++i) {
+      const Accumulator whole = row_sum_of(sum[i]);  // outside the branch: shuffles need the whole warp
+      const int m = m0 + row(i);
+      if (row(i) >= BLOCK_M || thread_x() != 0) continue;
+      if (m < m_end) {
+        const Accumulator row_lse = load_number(lse, m);
+        const bool empty = row_lse == -math::infinity<Accumulator>();
+        const Accumulator shift = empty || params.dlse.data == nullptr ? Accumulator(0) : load_number(dlse, m);
+        store_number(delta, m, empty ? Accumulator(0) : whole - shift);
+        if (whole_tiles) store_number(exponents, m, lse_exponent(row_lse));
+      } else if (whole_tiles) {
+        store_number(delta, m, 0);
+        store_number(exponents, m, math::infinity<Accumulator>());
+      }
     }
   }
+  if (params.semaphores.data != nullptr) prepare_dq(params, work, seq);
 }

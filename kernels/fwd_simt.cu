@@ -6,7 +6,7 @@
 //
 //     one turn, key block n:     K(n) arrives, V(n) is sent for     global -> shared, as Accumulator
 //                                acc_s = Q K(n)^T                   (BLOCK_M, BLOCK_N), registers
-//                                softmax.raise, softmax.weigh       acc_s becomes P; row_max, row_sum, acc_o move on
+//                                to_logits, hide, softmax           acc_s becomes P; row_max, row_sum, acc_o move on
 //                                tile_p = acc_s                     registers -> shared
 //                                V(n) arrives, K(n + 1) is sent for
 //                                acc_o += P V(n)                    (BLOCK_M, HEAD_DIM_V), registers
@@ -103,12 +103,15 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
       multiply_nt(acc_s, smem.tile_q[CHUNKS > 1 ? here : 0], smem.slot[here].k);
     }
 
-    const auto visible = [&](int r, int c) {
-      return !masked || mask.visible(m0 + acc_s.row(r), n_block * BLOCK_N + acc_s.col(c));
-    };
+    to_logits(acc_s, score);
+    if (masked) {
+      hide(acc_s, [&](int r, int c) {
+        return mask.visible(m0 + acc_s.row(r), n_block * BLOCK_N + acc_s.col(c));
+      });
+    }
 #pragma unroll
     for (int r = 0; r < ScoreTile::ROWS; ++r) {
-      softmax.raise(acc_s, r, score, visible);
+      softmax.raise(acc_s, r, score);
 #pragma unroll
       for (int chunk = 0; chunk < CHUNKS_V; ++chunk) multiply_row(acc_o[chunk], r, softmax.shrink[r]);
       softmax.weigh(acc_s, r, score);

@@ -1,8 +1,8 @@
 // Forward on Hopper: out = softmax(scale * q k^T) v and lse; tiles come by TMA, products by wgmma.
 //
-// Thread blocks are persistent: each walks its tiles of BLOCK_M queries of one head (TileWalk). Warpgroup 0 sends for
-// tiles, warp 0 K, warp 1 V, warp 2 Q; each of the others, the consumers, owns 64 of the queries, S and P never leave
-// its registers. Key blocks are taken from the last to the first: those that the diagonal cuts come first, what
+// Thread blocks are persistent: each works on one tile after another, BLOCK_M queries of one head. In warpgroup 0, warp
+// 3 walks the list of tiles and tells the others, warp 0 sends for K, warp 1 for V, warp 2 for Q, all of them ahead of
+// the work. Each of the other warpgroups, the consumers, owns 64 of the queries; S and P never leave its registers. Key blocks are taken from the last to the first: those that the diagonal cuts come first, what
 // follows is a straight loop.
 //
 //     OVERLAP: the products of one block run under the softmax of the one before     two consumers, 240 registers
@@ -19,9 +19,10 @@
 //     TAKE_TURNS: two consumers issue their products in turn, so that one is at its softmax while the other's run.
 //
 //     shared memory:   q  Q_STAGES x consumers x (64, HEAD_DIM)     k  NUM_STAGES x (BLOCK_N, HEAD_DIM)
-//                      v  NUM_STAGES x (BLOCK_N, HEAD_DIM_V)        and their rings
-//     who arrives:     full   the sender's announcement, and the bytes
-//                      empty  every warp that reads the buffer: 4 of one consumer for q, 4 of each for k and v
+//                      v  NUM_STAGES x (BLOCK_N, HEAD_DIM_V)        and the rings
+//     who arrives:     full   q, k, v: the sender's announcement, and the bytes;  work: its sender
+//                      empty  every warp that reads: 4 of one consumer for q, 4 of each consumer for k and v; for work
+//                             4 of each consumer and the 3 senders
 #include "basics.cuh"
 #include "params.cuh"
 #include "types.cuh"
@@ -36,7 +37,7 @@
 
 constexpr int CONSUMERS = BLOCK_M / 64;
 static_assert(BLOCK_M % 64 == 0 && NUM_WARPS == 4 * (1 + CONSUMERS), "a warpgroup for every 64 rows, and the senders");
-static_assert(!TAKE_TURNS || CONSUMERS == 2, "two take turns");
+static_assert(!TAKE_TURNS || (OVERLAP && CONSUMERS == 2), "two take turns");
 static_assert(BLOCK_N % 16 == 0, "P is an operand of whole steps of 16 keys");
 
 // Their sum over warpgroups stays within what the block has at entry, or setmaxnreg would wait for ever.
@@ -44,72 +45,73 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 240, SENDER_REGISTERS 
 constexpr int REGISTERS_AT_ENTRY = 65536 / (32 * NUM_WARPS) / 8 * 8;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + SENDER_REGISTERS <= (1 + CONSUMERS) * REGISTERS_AT_ENTRY, "registers");
 
-using KRing = Ring<NUM_STAGES>;
-using VRing = Ring<NUM_STAGES>;
-using QRing = Ring<Q_STAGES>;
+// The first products of a tile are issued before the results of the last one are stored: where registers allow it, and
+// Q of both is there.
+constexpr bool EARLY = OVERLAP && Q_STAGES > 1;
+
+constexpr int WORK_SLOTS = 4;  // so far the walk may be ahead of the slowest reader
 
 struct Smem {
   SwizzledTile<64, HEAD_DIM> q[Q_STAGES][CONSUMERS];
   SwizzledTile<BLOCK_N, HEAD_DIM> k[NUM_STAGES];
   SwizzledTile<BLOCK_N, HEAD_DIM_V> v[NUM_STAGES];
-  QRing q_ring[CONSUMERS];
-  KRing k_ring;
-  VRing v_ring;
+  Ring<Q_STAGES> q_ring[CONSUMERS];
+  Ring<NUM_STAGES> k_ring, v_ring;
+  WorkRing<WORK_SLOTS> work_ring;
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
 
-// One tile of the walk: whose queries, which keys they see.
-struct QueryTile {
-  Sequence seq;
-  Mask mask;
-  int head, row0;
-  BlockRange blocks;  // of all consumers
+__device__ __forceinline__ int row0_of(const Work& work) { return work.block * BLOCK_M; }
 
-  __device__ __forceinline__ QueryTile(const Params& params, const TileWalk& walk) {
-    const Work work = walk.work(Longest::LAST_BLOCK);
-    seq = sequence_of(params, work.batch);
-    mask = mask_of(seq);
-    head = work.head;
-    row0 = work.block * BLOCK_M;
-    blocks = mask.key_blocks(row0, BLOCK_M);
-  }
-  __device__ __forceinline__ int head_k(const Params& params) const {
-    return head / (params.num_heads / params.num_heads_k);
-  }
-};
+// ---- the senders, one thread each
 
-// K or V of all tiles, by one thread.
+__device__ __forceinline__ void send_work(const Params& params, Smem& smem) {
+  Turn<WORK_SLOTS> turn;
+  TileWalk walk(params, ceil_div(params.seqlen_q, BLOCK_M), params.num_heads);
+  for (; walk.more(); walk.advance(), turn.advance()) smem.work_ring.send(turn, walk.work(Longest::LAST_BLOCK));
+  smem.work_ring.send(turn, {-1, 0, 0});
+}
+
+// K or V.
 template <int COLS>
-__device__ __forceinline__ void send_keys(const Params& params, const Tensor& tensor, const TensorMap& map,
-                                          SwizzledTile<BLOCK_N, COLS> (&buffers)[NUM_STAGES], Ring<NUM_STAGES>& ring) {
+__device__ __forceinline__ void send_keys(
+    const Params& params, const Tensor& tensor, const TensorMap& map, SwizzledTile<BLOCK_N, COLS> (&tiles)[NUM_STAGES],
+    Ring<NUM_STAGES>& ring, WorkRing<WORK_SLOTS>& work_ring) {
+  const int group = params.num_heads / params.num_heads_k;
+  Turn<WORK_SLOTS> work_turn;
   Turn<NUM_STAGES> turn;
-  for (TileWalk walk(params, ceil_div(params.seqlen_q, BLOCK_M), params.num_heads); walk.more(); walk.advance()) {
-    const QueryTile tile(params, walk);
-    const MapPlace place = map_place(tensor, tile.seq.batch_index, tile.head_k(params));
+  for (Work work = work_ring.take(work_turn); work.block >= 0; work = work_ring.take(work_turn)) {
+    const Sequence seq = sequence_of(params, work.batch);
+    const BlockRange blocks = mask_of(seq).key_blocks(row0_of(work), BLOCK_M);
+    const MapPlace place = map_place(tensor, seq.batch_index, work.head / group);
 #pragma unroll 1
-    for (int n_block = tile.blocks.end - 1; n_block >= tile.blocks.begin; --n_block) {
-      const unsigned full = ring.refill(turn, sizeof buffers[0]);
-      load_tile(buffers[turn.slot], map, full, n_block * BLOCK_N, place);
+    for (int n_block = blocks.end - 1; n_block >= blocks.begin; --n_block) {
+      const unsigned full = ring.refill(turn, sizeof tiles[0]);
+      load_tile(tiles[turn.slot], map, full, n_block * BLOCK_N, place);
       turn.advance();
     }
   }
 }
 
-// Q of all tiles, by one thread, each consumer's rows for themselves.
+// Q, each consumer's rows for themselves.
 __device__ __forceinline__ void send_queries(const Params& params, const TensorMap& map, Smem& smem) {
+  Turn<WORK_SLOTS> work_turn;
   Turn<Q_STAGES> turn;
-  for (TileWalk walk(params, ceil_div(params.seqlen_q, BLOCK_M), params.num_heads); walk.more(); walk.advance()) {
-    const QueryTile tile(params, walk);
-    if (tile.blocks.begin == tile.blocks.end) continue;  // rows that see nothing need no Q
-    const MapPlace place = map_place(params.q, tile.seq.batch_index, tile.head);
+  for (Work work = smem.work_ring.take(work_turn); work.block >= 0; work = smem.work_ring.take(work_turn)) {
+    const Sequence seq = sequence_of(params, work.batch);
+    const BlockRange blocks = mask_of(seq).key_blocks(row0_of(work), BLOCK_M);
+    if (blocks.begin == blocks.end) continue;  // rows that see nothing need no Q
+    const MapPlace place = map_place(params.q, seq.batch_index, work.head);
 #pragma unroll 1
     for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
       const unsigned full = smem.q_ring[consumer].refill(turn, sizeof smem.q[0][0]);
-      load_tile(smem.q[turn.slot][consumer], map, full, tile.row0 + 64 * consumer, place);
+      load_tile(smem.q[turn.slot][consumer], map, full, row0_of(work) + 64 * consumer, place);
     }
     turn.advance();
   }
 }
+
+// ---- a consumer, one warpgroup
 
 // TAKE_TURNS: named barriers 1 and 2, one for each consumer. Whoever has issued its products lets the other go.
 __device__ __forceinline__ void take_turn(int consumer) {
@@ -119,49 +121,96 @@ __device__ __forceinline__ void pass_turn(int consumer) {
   if (TAKE_TURNS) barrier_arrive(2 - consumer, 256);
 }
 
+// One consumer's part of a tile: 64 queries from row0 on.
+struct QueryTile {
+  Work work;
+  int row0;
+  Mask mask;
+  int begin, end;  // the key blocks of all consumers
+  BlockRange own;  // of this one
+
+  __device__ __forceinline__ QueryTile(const Params& params, const Work& taken, int consumer)
+      : work(taken), row0(row0_of(taken) + 64 * consumer) {
+    mask = mask_of(sequence_of(params, work.batch));
+    // Read from memory, maybe: without this no loop's length would be known to be the same in all lanes.
+    if (CAUSAL) mask.q_offset = warp_uniform(mask.q_offset);
+    const BlockRange blocks = mask.key_blocks(row0_of(work), BLOCK_M);
+    begin = blocks.begin;
+    end = blocks.end;
+    own = mask.key_blocks(row0, 64);
+    own.end = own.end > begin ? own.end : begin + 1;  // it takes one block in any case
+  }
+  __device__ __forceinline__ bool exists() const { return work.block >= 0; }
+  __device__ __forceinline__ bool sees_keys() const { return begin < end; }
+};
+
+// Rows that see no key: out = 0, lse = -inf. By one warpgroup.
+__device__ __forceinline__ void store_nothing(const Params& params, const QueryTile& tile) {
+  const Sequence seq = sequence_of(params, tile.work.batch);
+  const auto out = rows_of<Output>(params.out, seq.batch_index, tile.work.head);       // (seqlen_q, head_dim_v)
+  const auto lse = rows_of<Accumulator>(params.lse, seq.batch_index, tile.work.head);  // (seqlen_q)
+  const int rows = smaller(seq.seqlen_q - tile.row0, 64);
+#pragma unroll 1
+  for (int row = thread_index() % 128 / 32; row < rows; row += 4) {
+#pragma unroll 1
+    for (int col = lane_index(); col < params.head_dim_v; col += 32) {
+      store_global(out.at(tile.row0 + row, col), Vector<Output, 1>{{from_accumulator<Output>(Accumulator(0))}});
+    }
+    if (lane_index() == 0) store_number(lse, tile.row0 + row, -math::infinity<Accumulator>());
+  }
+}
+
 __device__ __forceinline__ void consume(const Params& params, Smem& smem, int consumer) {
   const Score score = score_of(params);
-  Fragment<BLOCK_N> acc_s;        // (64, BLOCK_N): logits, then P
+  Fragment<BLOCK_N> acc_s;        // (64, BLOCK_N): products, logits, P
   Fragment<HEAD_DIM_V> acc_o[1];  // (64, HEAD_DIM_V)
   unsigned p[BLOCK_N / 16][4];    // P, rounded
   Softmax<2> softmax;
-  Turn<NUM_STAGES> turn;  // K's buffer, and V's
+  Turn<NUM_STAGES> turn;  // of K, and of V: they come alternately
   Turn<Q_STAGES> q_turn;
-  if (TAKE_TURNS && consumer == 1) pass_turn(consumer);  // the first turn is consumer 0's
+  Turn<WORK_SLOTS> work_turn;
+  int n_block = 0;
 
-  for (TileWalk walk(params, ceil_div(params.seqlen_q, BLOCK_M), params.num_heads); walk.more(); walk.advance()) {
-    const QueryTile tile(params, walk);
-    Mask mask = tile.mask;
-    // Read from memory, maybe: without this no loop's length would be known to be the same in all lanes.
-    if (CAUSAL) mask.q_offset = warp_uniform(mask.q_offset);
-    const int row0 = tile.row0 + 64 * consumer;
-    const BlockRange blocks = mask.key_blocks(tile.row0, BLOCK_M);
-    const int begin = blocks.begin, end = blocks.end;
-    // The consumer's own rows may see less than the tile's; one block it takes in any case.
-    BlockRange own = mask.key_blocks(row0, 64);
-    own.end = own.end > begin || begin == end ? own.end : begin + 1;
-
-    const auto q = operand<Major::K>(smem.q[q_turn.slot][consumer]);
-    const auto soften = [&](int n_block, bool masked) ALWAYS_INLINE {
-      const int origin = n_block * BLOCK_N + acc_s.first_col();
-      const MaskRow seen[2] = {mask.row(row0 + acc_s.row(0), origin), mask.row(row0 + acc_s.row(1), origin)};
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        softmax.raise(acc_s, r, score, [&](int row, int c) { return !masked || seen[row].visible(acc_s.ahead(c)); });
-        softmax.weigh(acc_s, r, score);
-      }
-    };
-    const auto shrink = [&]() ALWAYS_INLINE {
-      if (!warp_any(softmax.shrink[0] != 1 || softmax.shrink[1] != 1)) return;  // mostly no row_max rose
-      multiply_row(acc_o[0], 0, softmax.shrink[0]);
-      multiply_row(acc_o[0], 1, softmax.shrink[1]);
-    };
-
-    softmax.clear();
-    clear(acc_o[0]);
-    if (begin < end) smem.q_ring[consumer].await(q_turn);
-    int n_block = end - 1;
-    for (; n_block >= own.end; --n_block) {  // blocks that only the other consumers see
+  // Issued: acc_s = Q K^T, acc_o += P V.
+  const auto score_tile = [&]() ALWAYS_INLINE {
+    wgmma_fence();
+    multiply_nt<HEAD_DIM>(
+        acc_s, operand<Major::K>(smem.q[q_turn.slot][consumer]), operand<Major::K>(smem.k[turn.slot]));
+    wgmma_commit();
+  };
+  const auto accumulate_pv = [&](const Turn<NUM_STAGES>& v_turn) ALWAYS_INLINE {
+    smem.v_ring.await(v_turn);
+    wgmma_fence();
+    multiply_nn(acc_o[0], p, operand<Major::MN>(smem.v[v_turn.slot]));
+    wgmma_commit();
+  };
+  // acc_s is there, its tile may be refilled; acc_o's products, where issued behind, may be under way.
+  const auto await_scores = [&](bool outputs_behind) ALWAYS_INLINE {
+    if (outputs_behind) {
+      wgmma_wait<1>();
+    } else {
+      wgmma_wait<0>();
+    }
+    wgmma_hold(acc_s.at);
+    smem.k_ring.release(turn);
+  };
+  const auto await_outputs = [&](const Turn<NUM_STAGES>& v_turn) ALWAYS_INLINE {
+    wgmma_wait<0>();
+    wgmma_hold(acc_o[0].at);
+    smem.v_ring.release(v_turn);
+  };
+  // EARLY: the next tile with something to see; the others end here.
+  const auto next_tile = [&]() ALWAYS_INLINE {
+    while (true) {
+      const QueryTile tile(params, smem.work_ring.take_by_warp(work_turn), consumer);
+      if (!EARLY || !tile.exists() || tile.sees_keys()) return tile;
+      store_nothing(params, tile);
+    }
+  };
+  // Up to the first block that this consumer takes: its Q and K are there.
+  const auto await_tile = [&](const QueryTile& tile) ALWAYS_INLINE {
+#pragma unroll 1
+    for (n_block = tile.end - 1; n_block >= tile.own.end; --n_block) {  // blocks that only other consumers see
       smem.k_ring.await(turn);
       smem.v_ring.await(turn);
       take_turn(consumer);
@@ -170,101 +219,120 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
       smem.v_ring.release(turn);
       turn.advance();
     }
-
-    if constexpr (OVERLAP) {
-      const auto step = [&](int n, bool masked) ALWAYS_INLINE {
-        const Turn<NUM_STAGES> v_turn = turn;  // of the block before
-        turn.advance();
-        smem.k_ring.await(turn);
-        take_turn(consumer);
-        wgmma_fence();
-        multiply_nt<HEAD_DIM>(acc_s, q, operand<Major::K>(smem.k[turn.slot]));
-        wgmma_commit();
-        smem.v_ring.await(v_turn);
-        multiply_nn(acc_o[0], p, operand<Major::MN>(smem.v[v_turn.slot]));
-        wgmma_commit();
-        pass_turn(consumer);
-        wgmma_wait<1>();
-        wgmma_hold(acc_s.at);
-        smem.k_ring.release(turn);
-        soften(n, masked);
-        wgmma_wait<0>();
-        wgmma_hold(acc_o[0].at);
-        smem.v_ring.release(v_turn);
-        round_to(p, acc_s);
-        shrink();
-      };
-      if (begin < end) {
-        smem.k_ring.await(turn);
-        wgmma_fence();
-        multiply_nt<HEAD_DIM>(acc_s, q, operand<Major::K>(smem.k[turn.slot]));
-        wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_hold(acc_s.at);
-        smem.k_ring.release(turn);
-        soften(n_block, MASKED);
-        round_to(p, acc_s);
-        --n_block;
-#pragma unroll 1
-        for (; n_block >= begin && n_block >= own.full_end; --n_block) step(n_block, MASKED);
-#pragma unroll 1
-        for (; n_block >= begin && n_block >= own.full_begin; --n_block) step(n_block, UNMASKED);
-#pragma unroll 1
-        for (; n_block >= begin; --n_block) step(n_block, MASKED);
-        smem.q_ring[consumer].release(q_turn);
-        smem.v_ring.await(turn);
-        wgmma_fence();
-        multiply_nn(acc_o[0], p, operand<Major::MN>(smem.v[turn.slot]));
-        wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_hold(acc_o[0].at);
-        smem.v_ring.release(turn);
-        turn.advance();
-      }
-    } else {
-      const auto step = [&](int n, bool masked) ALWAYS_INLINE {
-        smem.k_ring.await(turn);
-        take_turn(consumer);
-        wgmma_fence();
-        multiply_nt<HEAD_DIM>(acc_s, q, operand<Major::K>(smem.k[turn.slot]));
-        wgmma_commit();
-        pass_turn(consumer);
-        wgmma_wait<0>();
-        wgmma_hold(acc_s.at);
-        smem.k_ring.release(turn);
-        soften(n, masked);
-        round_to(p, acc_s);
-        shrink();
-        smem.v_ring.await(turn);
-        wgmma_fence();
-        multiply_nn(acc_o[0], p, operand<Major::MN>(smem.v[turn.slot]));
-        wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_hold(acc_o[0].at);
-        smem.v_ring.release(turn);
-        turn.advance();
-      };
-#pragma unroll 1
-      for (; n_block >= begin && n_block >= own.full_end; --n_block) step(n_block, MASKED);
-#pragma unroll 1
-      for (; n_block >= begin && n_block >= own.full_begin; --n_block) step(n_block, UNMASKED);
-#pragma unroll 1
-      for (; n_block >= begin; --n_block) step(n_block, MASKED);
-      if (begin < end) smem.q_ring[consumer].release(q_turn);
+    smem.q_ring[consumer].await(q_turn);
+    smem.k_ring.await(turn);
+  };
+  const auto soften = [&](const QueryTile& tile, bool masked) ALWAYS_INLINE {
+    to_logits(acc_s, score);
+    if (masked) {
+      const int origin = n_block * BLOCK_N + acc_s.first_col();
+      const MaskRow row[2] = {
+          tile.mask.row(tile.row0 + acc_s.row(0), origin), tile.mask.row(tile.row0 + acc_s.row(1), origin)};
+      hide(acc_s, [&](int r, int c) { return row[r].visible(acc_s.ahead(c)); });
     }
-    if (begin < end) q_turn.advance();
-
-    softmax.finish(acc_o);
-    const auto out = rows_of<Output>(params.out, tile.seq.batch_index, tile.head);       // (seqlen_q, head_dim_v)
-    const auto lse = rows_of<Accumulator>(params.lse, tile.seq.batch_index, tile.head);  // (seqlen_q)
-    store_fragment(out, row0, tile.seq.seqlen_q, params.head_dim_v, acc_o[0]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = row0 + acc_s.row(r);
-      if (lane_index() % 4 == 0 && row < tile.seq.seqlen_q) store_number(lse, row, softmax.lse(r, score));
+      softmax.raise(acc_s, r, score);
+      softmax.weigh(acc_s, r, score);
     }
+  };
+  const auto shrink_outputs = [&]() ALWAYS_INLINE {
+    if (!warp_any(softmax.rose())) return;  // mostly none did
+    multiply_row(acc_o[0], 0, softmax.shrink[0]);
+    multiply_row(acc_o[0], 1, softmax.shrink[1]);
+  };
+  // One turn, see above. OVERLAP: before it, P of block n_block + 1 waits in p.
+  const auto step = [&](const QueryTile& tile, bool masked) ALWAYS_INLINE {
+    if constexpr (OVERLAP) {
+      const Turn<NUM_STAGES> v_turn = turn;
+      turn.advance();
+      smem.k_ring.await(turn);
+      take_turn(consumer);
+      score_tile();
+      accumulate_pv(v_turn);
+      pass_turn(consumer);
+      await_scores(true);
+      soften(tile, masked);
+      await_outputs(v_turn);
+      round_to(p, acc_s);
+      shrink_outputs();
+    } else {
+      smem.k_ring.await(turn);
+      score_tile();
+      await_scores(false);
+      soften(tile, masked);
+      round_to(p, acc_s);
+      shrink_outputs();
+      accumulate_pv(turn);
+      await_outputs(turn);
+      turn.advance();
+    }
+    --n_block;
+  };
+  if (TAKE_TURNS && consumer == 1) pass_turn(consumer);  // the first turn is consumer 0's
+  QueryTile tile = next_tile();
+  if (EARLY && tile.exists()) {
+    await_tile(tile);
+    score_tile();
   }
-  if (TAKE_TURNS && consumer == 0) take_turn(consumer);  // the last turn that the other passed
+  while (tile.exists()) {
+    softmax.clear();
+    clear(acc_o[0]);
+    if (EARLY || tile.sees_keys()) {
+      if (!EARLY) await_tile(tile);
+      if constexpr (OVERLAP) {
+        if (!EARLY) score_tile();
+        await_scores(false);
+        soften(tile, n_block >= tile.own.full_end || n_block < tile.own.full_begin);
+        round_to(p, acc_s);
+        --n_block;
+      }
+      if (!OVERLAP || CUT_ALONG_DIAGONAL) {
+#pragma unroll 1
+        while (n_block >= tile.begin && n_block >= tile.own.full_end) step(tile, MASKED);
+      }
+#pragma unroll 1
+      while (n_block >= tile.begin && n_block >= tile.own.full_begin) step(tile, UNMASKED);
+      if (CUT_AT_BEGIN) {
+#pragma unroll 1
+        while (n_block >= tile.begin) step(tile, MASKED);
+      }
+      smem.q_ring[consumer].release(q_turn);
+      q_turn.advance();
+      if constexpr (OVERLAP) {
+        accumulate_pv(turn);
+        await_outputs(turn);
+        turn.advance();
+      }
+    }
+
+    QueryTile next = tile;
+    if constexpr (EARLY) {
+      next = next_tile();
+      // These products run under what follows. Behind the last tile they are some that nobody reads, of buffers that
+      // were filled once: were they issued in a branch, nvcc would wait for them where it ends.
+      if (next.exists()) {
+        await_tile(next);
+      } else {
+        q_turn = {};
+        turn = {};
+      }
+      score_tile();
+    }
+    softmax.finish(acc_o);
+    const Sequence seq = sequence_of(params, tile.work.batch);
+    const auto out = rows_of<Output>(params.out, seq.batch_index, tile.work.head);       // (seqlen_q, head_dim_v)
+    const auto lse = rows_of<Accumulator>(params.lse, seq.batch_index, tile.work.head);  // (seqlen_q)
+    store_fragment(out, tile.row0, seq.seqlen_q, params.head_dim_v, acc_o[0]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = tile.row0 + acc_s.row(r);
+      if (lane_index() % 4 == 0 && row < seq.seqlen_q) store_number(lse, row, softmax.lse(r, score));
+    }
+    tile = EARLY ? next : next_tile();
+  }
+  if (EARLY) wgmma_wait<0>();
+  if (TAKE_TURNS && consumer == 0) take_turn(consumer);  // the last turn, which the other has passed
 }
 
 extern "C" __global__ void __launch_bounds__(32 * NUM_WARPS, 1) fwd_sm90(const __grid_constant__ MappedParams launch) {
@@ -275,15 +343,17 @@ extern "C" __global__ void __launch_bounds__(32 * NUM_WARPS, 1) fwd_sm90(const _
     for (int consumer = 0; consumer < CONSUMERS; ++consumer) smem.q_ring[consumer].init(4);
     smem.k_ring.init(4 * CONSUMERS);
     smem.v_ring.init(4 * CONSUMERS);
+    smem.work_ring.init(4 * CONSUMERS + 3);
     fence_mbarrier_init();
   }
   sync_block();  // the rings are there
   if (warpgroup == 0) {
     setmaxnreg_dec<SENDER_REGISTERS>();
     if (lane_index() != 0) return;
-    if (warp == 0) send_keys(params, params.k, launch.map_k, smem.k, smem.k_ring);
-    if (warp == 1) send_keys(params, params.v, launch.map_v, smem.v, smem.v_ring);
+    if (warp == 0) send_keys(params, params.k, launch.map_k, smem.k, smem.k_ring, smem.work_ring);
+    if (warp == 1) send_keys(params, params.v, launch.map_v, smem.v, smem.v_ring, smem.work_ring);
     if (warp == 2) send_queries(params, launch.map_q, smem);
+    if (warp == 3) send_work(params, smem);
   } else {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
     consume(params, smem, warpgroup - 1);

@@ -9,6 +9,10 @@ struct BlockRange {
   int begin, full_begin, full_end, end;
 };
 
+// Which of these loops a kernel needs at all: whether blocks of keys are cut at the beginning, and whether more than
+// one is at the end.
+constexpr bool CUT_AT_BEGIN = false, CUT_ALONG_DIAGONAL = CAUSAL;
+
 // What a main loop's step is told: whether it must ask visible(). A constant at each call, so each loop is compiled
 // for itself.
 constexpr bool MASKED = true, UNMASKED = false;
@@ -18,6 +22,13 @@ struct MaskRow {
   int end;
 
   __device__ __forceinline__ bool visible(int key) const { return key < end; }
+};
+
+// The transpose: who sees one key, queries counted from an origin.
+struct MaskColumn {
+  int begin;
+
+  __device__ __forceinline__ bool visible(int query) const { return query >= begin; }
 };
 
 struct Mask {
@@ -38,6 +49,10 @@ struct Mask {
   // Queries [n, seqlen_q) see key j; n is this.
   __device__ __forceinline__ int first_query(int j) const {
     return CAUSAL ? clamp(static_cast<long long>(j) - q_offset, seqlen_q) : 0;
+  }
+
+  __device__ __forceinline__ MaskColumn column(int j, int origin) const {
+    return {j < seqlen_k ? first_query(j) - origin : 0x7fffffff};
   }
 
   // The key blocks that `rows` queries from `first` on see. The first row sees fewest keys, the last one most.

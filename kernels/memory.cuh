@@ -32,6 +32,9 @@ __device__ __forceinline__ unsigned shuffle_xor(unsigned x, int mask) { return _
 // Whether any lane says so. Reached by all 32 lanes.
 __device__ __forceinline__ bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
+// The counter's value before this thread's one is added.
+__device__ __forceinline__ int take_ticket(int* counter) { return atomicAdd(counter, 1); }
+
 // The block's dynamic shared memory as one struct: DYNAMIC_SHARED(Smem, smem); declares `Smem& smem`. Its size at
 // launch is sizeof(Smem); aligned as Type asks, to 16 bytes at least; its first content is undefined.
 #define DYNAMIC_SHARED(Type, name)                                                                   \
@@ -79,6 +82,15 @@ template <int N, typename T>
 __device__ __forceinline__ Vector<T, N> load_global(const T* address) {
   Pun<T, N> pun;
   pun.bits = __ldg(reinterpret_cast<const typename Bits<N * sizeof(T)>::Type*>(address));
+  return pun.vector;
+}
+
+// From global memory that other thread blocks write during the kernel; what they wrote before a release that this
+// thread has learned of is there.
+template <int N, typename T>
+__device__ __forceinline__ Vector<T, N> load_global_written(const T* address) {
+  Pun<T, N> pun;
+  pun.bits = __ldcg(reinterpret_cast<const typename Bits<N * sizeof(T)>::Type*>(address));
   return pun.vector;
 }
 

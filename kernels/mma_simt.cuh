@@ -78,6 +78,12 @@ __device__ __forceinline__ void multiply_row(Fragment& fragment, int r, Accumula
 }
 
 template <typename Fragment>
+__device__ __forceinline__ void clear_row(Fragment& fragment, int r) {
+#pragma unroll
+  for (int c = 0; c < fragment.COLS; ++c) fragment(r, c) = 0;
+}
+
+template <typename Fragment>
 __device__ __forceinline__ void multiply(Fragment& fragment, Accumulator factor) {
 #pragma unroll
   for (int r = 0; r < fragment.ROWS; ++r) multiply_row(fragment, r, factor);

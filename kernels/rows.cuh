@@ -51,21 +51,10 @@ __device__ __forceinline__ void store_columns(
   }
 }
 
-// Eight neighbouring columns of one row, 16-bit numbers in pairs, the first of each in the low half.
+// Eight neighbouring 16-bit numbers in pairs, the first of each in the low half.
 template <typename T>
-__device__ __forceinline__ void store_words(
-    const Rows<T>& rows, int row, int col, int col_end, const unsigned (&words)[4]) {
-  Vector<T, 8> numbers;
-#pragma unroll
-  for (int e = 0; e < 8; ++e) numbers.at[e].bits = static_cast<unsigned short>(words[e / 2] >> (e % 2 * 16));
-  if (rows.vectors && col + 8 <= col_end) {
-    store_global(rows.at(row, col), numbers);
-  } else {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      if (col + e < col_end) store_global(rows.at(row, col + e), Vector<T, 1>{{numbers.at[e]}});
-    }
-  }
+__device__ __forceinline__ void store_words(T* to, const unsigned (&words)[4]) {
+  store_global(reinterpret_cast<unsigned*>(to), Vector<unsigned, 4>{{words[0], words[1], words[2], words[3]}});
 }
 
 // One number of a tensor that has rows but no columns: lse, dlse, delta.

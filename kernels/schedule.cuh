@@ -6,7 +6,7 @@
 #include "basics.cuh"
 
 struct Work {
-  int block;  // m_block or n_block
+  int block;  // m_block or n_block; -1 where there is no more to do
   int head;
   int batch;
 };
@@ -40,20 +40,26 @@ __device__ __forceinline__ Work scheduled_work(const Params& params, int num_blo
 //
 // The list goes through the heads in sections, small enough that what a section reads again and again stays in L2;
 // inside a section it begins with the longest tiles of all its heads. Blocks take turns from left to right, then from
-// right to left, so that a list sorted by length is shared out evenly without a counter in memory.
+// right to left, so that a list sorted by length is shared out evenly; or, with tickets, whoever is free takes the next.
 struct TileWalk {
   int index, total;  // in the list
   bool backwards;    // the round to come
   int num_blocks, num_heads, all_heads, section;
+  int* tickets;
 
   __device__ __forceinline__ TileWalk(const Params& params, int blocks, int heads)
       : index(block_index()), backwards(true), num_blocks(blocks), num_heads(heads) {
     all_heads = count_heads(params, num_heads);
     total = all_heads * num_blocks;
     section = params.section;
+    tickets = static_cast<int*>(params.tickets.data);
   }
   __device__ __forceinline__ bool more() const { return index < total; }
   __device__ __forceinline__ void advance() {
+    if (tickets != nullptr) {
+      index = grid_size() + take_ticket(tickets);
+      return;
+    }
     const int from_the_left = block_index(), from_the_right = grid_size() - 1 - from_the_left;
     index += 2 * (backwards ? from_the_right : from_the_left) + 1;
     backwards = !backwards;

@@ -4,6 +4,25 @@
 #pragma once
 #include "score.cuh"
 
+template <typename Scores>
+__device__ __forceinline__ void to_logits(Scores& acc_s, const Score& score) {
+#pragma unroll
+  for (int r = 0; r < acc_s.ROWS; ++r) {
+#pragma unroll
+    for (int c = 0; c < acc_s.COLS; ++c) acc_s(r, c) = score.logit(acc_s(r, c));
+  }
+}
+
+// The logits of invisible pairs become -inf, whatever they were.
+template <typename Scores, typename Visible>
+__device__ __forceinline__ void hide(Scores& acc_s, Visible visible) {
+#pragma unroll
+  for (int r = 0; r < acc_s.ROWS; ++r) {
+#pragma unroll
+    for (int c = 0; c < acc_s.COLS; ++c) acc_s(r, c) = visible(r, c) ? acc_s(r, c) : -math::infinity<Accumulator>();
+  }
+}
+
 template <int ROWS>
 struct Softmax {
   Accumulator row_max[ROWS];  // the largest logit of the keys seen so far; -inf: no key yet
@@ -24,16 +43,21 @@ struct Softmax {
     return row_max[r] == -math::infinity<Accumulator>() ? Accumulator(0) : row_max[r] * score.exponent;
   }
 
-  // One block of keys, row r: products become logits, -inf where invisible, whatever they held; row_max rises.
-  // max() drops a NaN, but exp2 keeps it, so a NaN logit makes row_sum, and with it the row, NaN.
-  template <typename Scores, typename Visible>
-  __device__ __forceinline__ void raise(Scores& acc_s, int r, const Score& score, Visible visible) {
-    Accumulator block_max = -math::infinity<Accumulator>();
+  // Whether a row's maximum rose in the last block, so that what was summed before must shrink.
+  __device__ __forceinline__ bool rose() const {
+    bool any = false;
 #pragma unroll
-    for (int c = 0; c < acc_s.COLS; ++c) {
-      acc_s(r, c) = visible(r, c) ? score.logit(acc_s(r, c)) : -math::infinity<Accumulator>();
-      block_max = math::max(block_max, acc_s(r, c));
-    }
+    for (int r = 0; r < ROWS; ++r) any |= shrink[r] != 1;
+    return any;
+  }
+
+  // One block of keys, row r, as logits: row_max rises. max() drops a NaN, but exp2 keeps it, so a NaN logit makes
+  // row_sum, and with it the row, NaN.
+  template <typename Scores>
+  __device__ __forceinline__ void raise(const Scores& acc_s, int r, const Score& score) {
+    Accumulator block_max = acc_s(r, 0);
+#pragma unroll
+    for (int c = 1; c < acc_s.COLS; ++c) block_max = math::max(block_max, acc_s(r, c));
     const bool first = row_max[r] == -math::infinity<Accumulator>();
     const Accumulator before = subtrahend(r, score);
     row_max[r] = math::max(row_max[r], row_max_of(block_max));
@@ -63,10 +87,8 @@ struct Softmax {
       const Accumulator inverse = Accumulator(1) / row_sum[r];
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) {
-#pragma unroll
-        for (int c = 0; c < acc_o[part].COLS; ++c) {
-          acc_o[part](r, c) = empty(r) ? Accumulator(0) : acc_o[part](r, c) * inverse;
-        }
+        multiply_row(acc_o[part], r, inverse);
+        if (warp_any(empty(r)) && empty(r)) clear_row(acc_o[part], r);  // the vote makes it a branch
       }
     }
   }
@@ -89,29 +111,40 @@ __device__ __forceinline__ Accumulator lse_exponent(Accumulator lse) {
   return lse == -math::infinity<Accumulator>() ? -lse : lse * Accumulator(math::LOG2E);
 }
 
-// acc becomes p = exp2(exponent * logit - lse), 0 where invisible.
+// p = exp2(exponent * logit - lse), 0 where invisible; lse as lse_exponent() gives it.
+__device__ __forceinline__ Accumulator probability(
+    const Score& score, Accumulator product, Accumulator lse, bool visible) {
+  const Accumulator p = math::exp2(math::fma(score.logit(product), score.exponent, -lse));
+  return visible ? p : Accumulator(0);
+}
+
+// ds = p * (dp - delta), 0 where invisible: there dp may be anything, and 0 times infinity is NaN.
+__device__ __forceinline__ Accumulator score_gradient(
+    Accumulator p, Accumulator dp, Accumulator delta, bool visible) {
+  const Accumulator ds = p * (dp - delta);
+  return visible ? ds : Accumulator(0);
+}
+
+// acc becomes p.
 template <typename Scores, typename Visible, typename Lse>
 __device__ __forceinline__ void probabilities(Scores& acc, const Score& score, Visible visible, Lse lse) {
 #pragma unroll
   for (int r = 0; r < acc.ROWS; ++r) {
 #pragma unroll
     for (int c = 0; c < acc.COLS; ++c) {
-      const Accumulator logit = score.logit(acc(r, c));
-      const Accumulator p = math::exp2(math::fma(logit, score.exponent, -lse_exponent(lse(r, c))));
-      acc(r, c) = visible(r, c) ? p : Accumulator(0);
+      acc(r, c) = probability(score, acc(r, c), lse_exponent(lse(r, c)), visible(r, c));
     }
   }
 }
 
-// acc = dp becomes ds = p * (dp - delta), 0 where invisible: there dp may be anything, and 0 times infinity is NaN.
+// acc = dp becomes ds.
 template <typename Scores, typename Visible, typename P, typename Delta>
 __device__ __forceinline__ void score_gradients(Scores& acc, Visible visible, P p, Delta delta) {
 #pragma unroll
   for (int r = 0; r < acc.ROWS; ++r) {
 #pragma unroll
     for (int c = 0; c < acc.COLS; ++c) {
-      const Accumulator ds = p(r, c) * (acc(r, c) - delta(r, c));
-      acc(r, c) = visible(r, c) ? ds : Accumulator(0);
+      acc(r, c) = score_gradient(p(r, c), acc(r, c), delta(r, c), visible(r, c));
     }
   }
 }

@@ -4,6 +4,7 @@
 #include "basics.cuh"
 #include "memory.cuh"
 #include "rows.cuh"
+#include "schedule.cuh"
 #include "mma_sm90.cuh"
 
 __device__ __forceinline__ int lane_index() { return thread_index() % 32; }
@@ -44,6 +45,12 @@ template <int N>
 __device__ __forceinline__ void multiply_row(Fragment<N>& fragment, int r, float factor) {
 #pragma unroll
   for (int c = 0; c < fragment.COLS; ++c) fragment(r, c) *= factor;
+}
+
+template <int N>
+__device__ __forceinline__ void clear_row(Fragment<N>& fragment, int r) {
+#pragma unroll
+  for (int c = 0; c < fragment.COLS; ++c) fragment(r, c) = 0;
 }
 
 // Accumulators, rounded, as the left operand of the next product: they lie where it wants them.
@@ -168,6 +175,50 @@ struct Ring {
   }
 };
 
+// Tiles on their way from the thread that walks the list to all that work on them: the others need no division, and
+// the walk is ahead of them.
+template <int SLOTS>
+struct WorkRing {
+  unsigned long long full[SLOTS], empty[SLOTS];  // mbarriers
+  Vector<int, 4> work[SLOTS];                    // block, head, batch
+
+  __device__ __forceinline__ void init(int readers) {
+#pragma unroll
+    for (int i = 0; i < SLOTS; ++i) {
+      mbarrier_init(shared_address(&full[i]), 1);
+      mbarrier_init(shared_address(&empty[i]), readers);
+    }
+  }
+  __device__ __forceinline__ void send(const Turn<SLOTS>& turn, const Work& next) {
+    mbarrier_wait(shared_address(&empty[turn.slot]), turn.parity ^ 1);
+    store_shared(work[turn.slot].at, Vector<int, 4>{{next.block, next.head, next.batch, 0}});
+    mbarrier_arrive(shared_address(&full[turn.slot]));
+  }
+  // By one thread.
+  __device__ __forceinline__ Work take(Turn<SLOTS>& turn) {
+    const Work next = read(turn);
+    mbarrier_arrive(shared_address(&empty[turn.slot]));
+    turn.advance();
+    return next;
+  }
+  // By a warp, which counts as one reader.
+  __device__ __forceinline__ Work take_by_warp(Turn<SLOTS>& turn) {
+    Work next = read(turn);
+    next = {warp_uniform(next.block), warp_uniform(next.head), warp_uniform(next.batch)};
+    sync_warp();  // all lanes have read
+    if (lane_index() == 0) mbarrier_arrive(shared_address(&empty[turn.slot]));
+    turn.advance();
+    return next;
+  }
+
+ private:
+  __device__ __forceinline__ Work read(const Turn<SLOTS>& turn) {
+    mbarrier_wait(shared_address(&full[turn.slot]), turn.parity);
+    const Vector<int, 4> next = load_shared<4>(work[turn.slot].at);
+    return {next.at[0], next.at[1], next.at[2]};
+  }
+};
+
 // ---- results
 
 // Among the 4 lanes of a quad: lane t gives word i to lane i, and gets words t of lanes 0 to 3.
@@ -185,6 +236,17 @@ __device__ __forceinline__ void transpose_quad(unsigned (&x)[4]) {
   x[3] = odd ? x[3] : d;
 }
 
+// Row r of a fragment, its columns from FIRST on, two at a time.
+template <int FIRST, typename T, int N>
+__device__ __forceinline__ void store_pairs(
+    const Rows<T>& rows, int row, int row_end, int col_end, const Fragment<N>& fragment, int r) {
+#pragma unroll
+  for (int c = FIRST; c < fragment.COLS; c += 2) {
+    const float numbers[2] = {fragment(r, c), fragment(r, c + 1)};
+    if (row < row_end) store_columns(rows, row, fragment.first_col() + fragment.ahead(c), col_end, numbers);
+  }
+}
+
 // (64, N) to rows [row0, row_end) and columns [0, col_end) of a tensor. 16-bit numbers go in 16 bytes where the tensor
 // allows it: a quad exchanges what its lanes hold of 32 columns.
 template <typename T, int N>
@@ -194,24 +256,24 @@ __device__ __forceinline__ void store_fragment(
 #pragma unroll
   for (int r = 0; r < fragment.ROWS; ++r) {
     const int row = row0 + fragment.row(r);
-    const bool inside = row < row_end;
+    if (GROUPS == 0 || !rows.vectors || col_end % 8) {
+      store_pairs<0>(rows, row, row_end, col_end, fragment, r);
+      continue;
+    }
     if constexpr (GROUPS > 0) {
+      const int col = lane_index() % 4 * 8;
+      T* to = rows.at(row) + col;
 #pragma unroll
       for (int group = 0; group < GROUPS; ++group) {
         unsigned words[4];  // word i of lane t: columns 8 i + 2 t and the next one
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int c = 8 * group + 2 * i;
-          words[i] = pack<T>(fragment(r, c), fragment(r, c + 1));
+          words[i] = pack<T>(fragment(r, 8 * group + 2 * i), fragment(r, 8 * group + 2 * i + 1));
         }
-        transpose_quad(words);  // outside the branch: shuffles need the whole warp. Now columns 8 t to 8 t + 7
-        if (inside) store_words(rows, row, 32 * group + lane_index() % 4 * 8, col_end, words);
+        transpose_quad(words);  // outside the branch: it needs the whole warp. Now columns 8 t to 8 t + 7
+        if (row < row_end && col + 32 * group < col_end) store_words(to + 32 * group, words);
       }
-    }
-#pragma unroll
-    for (int c = 8 * GROUPS; c < fragment.COLS; c += 2) {
-      const float pair[2] = {fragment(r, c), fragment(r, c + 1)};
-      if (inside) store_columns(rows, row, fragment.first_col() + fragment.ahead(c), col_end, pair);
+      store_pairs<8 * GROUPS>(rows, row, row_end, col_end, fragment, r);
     }
   }
 }

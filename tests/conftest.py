@@ -21,6 +21,7 @@ import hypothesis
 import numpy as np
 import pytest
 
+from cupyflash import Tile
 from cupyflash.testing import data
 
 os.environ["CUPYFLASH_TUNING"] = "0"  # tiles that this machine's user has tuned are not what is tested
@@ -59,7 +60,12 @@ class Backend:
         self.name = name
         self.xp = xp
         self.styles = styles  # memory styles that this backend's arrays can have
-        self.family = {"numpy": "cpu", "cupy": "simt"}[name]
+        self.family = {"numpy": "cpu", "cupy": "simt"}[name]  # that takes every dtype
+
+    def small_tile(self, dtype: Any) -> Tile:
+        """A tile below the planner's own that both directions take in the family that the planner chooses."""
+        hopper = self.name == "cupy" and self.xp.cuda.Device().compute_capability == "90"
+        return Tile(64, 128) if hopper and np.dtype(dtype).itemsize == 2 else Tile(32, 32)
 
     def array(self, values: Any, dtype: Any = None, style: str = "plain") -> Any:
         """`values` inside poison, in memory as `style` says."""

@@ -106,6 +106,7 @@ def test_table(backend, name, dtype):
     check(backend, case)
     if dtype.itemsize == 2:
         check(backend, dataclasses.replace(case, out="float32"))
+        check(backend, case, family=backend.family)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -133,9 +134,9 @@ def test_numpy_takes_any_width(dim):
     [(name, dtype) for name in data.DATA_SETS for dtype in data.DTYPES if data.suits(name, dtype)],
     ids=lambda x: getattr(x, "name", x),
 )
-@pytest.mark.parametrize("tile", [None, Tile(32, 32)], ids=["own tile", "small tile"])
+@pytest.mark.parametrize("small", [False, True], ids=["own tile", "small tile"])
 @pytest.mark.share(110)
-def test_data_sets(backend, name, dtype, causal, tile):
+def test_data_sets(backend, name, dtype, causal, small):
     case = Case(
         seed=3,
         dtype=dtype.name,
@@ -147,7 +148,7 @@ def test_data_sets(backend, name, dtype, causal, tile):
         head_dim_v=17,
         causal=causal,
     )
-    check(backend, dataclasses.replace(case, dlse=True), tile=tile)
+    check(backend, dataclasses.replace(case, dlse=True), tile=backend.small_tile(dtype) if small else None)
 
 
 ARRAYS = ("q", "k", "v", "dout", "out", "lse", "dq", "dk", "dv")  # in the order of Case.styles
@@ -306,7 +307,7 @@ def test_tiles_and_families(backend, tile, dtype):
     case = Case(seed=5, dtype=dtype.name, seqlen_q=70, seqlen_k=90, head_dim=16, head_dim_v=16, group=2, causal=True)
     check(backend, case, tile=tile, family=backend.family)
     inputs = backend.arrays(case.inputs()[:3])
-    plan = explain(*inputs, tile=tile)
+    plan = explain(*inputs, tile=tile, family=backend.family)
     for name in ("block_m", "block_n"):
         assert getattr(tile, name) in (None, getattr(plan, name))
 

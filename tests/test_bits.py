@@ -20,10 +20,8 @@ DTYPES = pytest.mark.parametrize("dtype", data.DTYPES, ids=str)
 TILES = pytest.mark.parametrize("small", [False, True], ids=["own tile", "small tile"])
 
 
-def tile(small):
-    from cupyflash import Tile
-
-    return {"tile": Tile(block_m=32, block_n=32)} if small else {}
+def tile(backend, dtype, small):
+    return {"tile": backend.small_tile(dtype)} if small else {}
 
 
 def both(backend, x, grads_out=None, out=None, **options):
@@ -48,9 +46,9 @@ def assert_same_bits(got, want):
 @DTYPES
 def test_run_to_run(backend, dtype, small):
     x = dataclasses.replace(CASE, dtype=dtype.name).inputs()
-    want = both(backend, x, causal=True, **tile(small))
+    want = both(backend, x, causal=True, **tile(backend, dtype, small))
     for _ in range(3):
-        assert_same_bits(both(backend, x, causal=True, **tile(small)), want)
+        assert_same_bits(both(backend, x, causal=True, **tile(backend, dtype, small)), want)
 
 
 @TILES
@@ -59,16 +57,16 @@ def test_batch_size_and_batch_mates(backend, dtype, small):
     """An entry alone, and the same entry among others, whatever they hold."""
     case = dataclasses.replace(CASE, dtype=dtype.name, batch=((5,),) * 3)
     x = case.inputs()
-    whole = both(backend, x, causal=True, **tile(small))
+    whole = both(backend, x, causal=True, **tile(backend, dtype, small))
     for n in (0, 3):
         alone = data.Inputs(*(a[n] for a in x))
-        assert_same_bits(both(backend, alone, causal=True, **tile(small)), [a[n] for a in whole])
+        assert_same_bits(both(backend, alone, causal=True, **tile(backend, dtype, small)), [a[n] for a in whole])
         single = data.Inputs(*(a[n : n + 1] for a in x))
-        assert_same_bits(both(backend, single, causal=True, **tile(small)), [a[n : n + 1] for a in whole])
+        assert_same_bits(both(backend, single, causal=True, **tile(backend, dtype, small)), [a[n : n + 1] for a in whole])
     for a in x:
         a[1] = -3 * a[1]
         a[4] = np.nan
-    changed = both(backend, x, causal=True, **tile(small))
+    changed = both(backend, x, causal=True, **tile(backend, dtype, small))
     assert_same_bits([a[[0, 2, 3]] for a in changed], [a[[0, 2, 3]] for a in whole])
 
 
@@ -77,9 +75,9 @@ def test_batch_size_and_batch_mates(backend, dtype, small):
 def test_heads_do_not_touch_each_other(backend, dtype, small):
     case = dataclasses.replace(CASE, dtype=dtype.name, num_heads_k=3)
     x = case.inputs()
-    whole = both(backend, x, causal=True, **tile(small))
+    whole = both(backend, x, causal=True, **tile(backend, dtype, small))
     alone = data.Inputs(x.q[2:4], x.k[1:2], x.v[1:2], x.dout[2:4], x.dlse[2:4])
-    got = both(backend, alone, causal=True, **tile(small))
+    got = both(backend, alone, causal=True, **tile(backend, dtype, small))
     assert_same_bits(got, [a[2:4] for a in whole[:3]] + [a[1:2] for a in whole[3:]])
 
 
@@ -101,9 +99,9 @@ def test_strides_and_alignment(backend, style, dtype, small):
         pytest.skip("a GPU loads elements at multiples of their size only")
     case = dataclasses.replace(CASE, dtype=dtype.name, batch=((2,),) * 3)
     x = case.inputs()
-    want = both(backend, x, causal=True, **tile(small))
+    want = both(backend, x, causal=True, **tile(backend, dtype, small))
     placed = [backend.array(a, style=style) for a in x]
-    assert_same_bits(both(backend, placed, causal=True, **tile(small)), want)
+    assert_same_bits(both(backend, placed, causal=True, **tile(backend, dtype, small)), want)
 
 
 @DTYPES
@@ -127,10 +125,10 @@ def test_broadcasting_is_repeating(backend, dtype, small):
     """Stride 0, size 1, a missing axis and a copy give the same out, lse and dq."""
     case = dataclasses.replace(CASE, dtype=dtype.name, batch=((3,), (), ()))
     x = case.inputs()
-    want = both(backend, x, causal=True, **tile(small))
+    want = both(backend, x, causal=True, **tile(backend, dtype, small))
     for make in (lambda a: a[None], lambda a: np.broadcast_to(a, (3, *a.shape)), lambda a: np.stack([a] * 3)):
         y = x._replace(k=make(x.k), v=make(x.v))
-        assert_same_bits(both(backend, y, causal=True, **tile(small))[:3], want[:3])
+        assert_same_bits(both(backend, y, causal=True, **tile(backend, dtype, small))[:3], want[:3])
 
 
 @DTYPES

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,12 +37,17 @@ class Contender(Protocol):
     def backward(self) -> Any:
         """The backward once, from a forward that has run before."""
 
+    def results(self, direction: str) -> dict[str, Any]:
+        """What a direction computes, by name, in axes (batch, heads, seqlen, columns); as arrays of its own kind."""
+
 
 class Ours:
     """cupyflash."""
 
-    def __init__(self, workload: Workload, arrays: Arrays, family: str | None = None) -> None:
-        self._arrays = arrays
+    def __init__(
+        self, workload: Workload, arrays: Arrays, family: str | None = None, deterministic: bool = True
+    ) -> None:
+        self._arrays, self._deterministic = arrays, deterministic
         self._options: dict[str, Any] = {"causal": workload.causal, "family": family}
 
     def around(self) -> AbstractContextManager[Any]:
@@ -57,7 +64,10 @@ class Ours:
 
     def backward(self) -> Any:
         q, k, v, dout = self._arrays
-        return attention_backward(dout, q, k, v, *self.kept, **self._options)
+        return attention_backward(dout, q, k, v, *self.kept, deterministic=self._deterministic, **self._options)
+
+    def results(self, direction: str) -> dict[str, Any]:
+        return dict(getattr(self, direction)()._asdict())
 
 
 class Unfused:
@@ -111,6 +121,9 @@ class Unfused:
         dq, dk = xp.matmul(ds, k), xp.matmul(ds.swapaxes(-1, -2), q)
         return tuple(x.astype(dtype, copy=False) for x in (dq, dk, dv))
 
+    def results(self, direction: str) -> dict[str, Any]:
+        return {"out": self.forward()[0]} if direction == "forward" else gradients(self.backward())
+
 
 class Torch:
     """torch's scaled_dot_product_attention, by the SDPBackend of that name, or the one that torch chooses."""
@@ -145,6 +158,68 @@ class Torch:
     def backward(self) -> Any:
         out, leaves = self._graph
         return self._torch.autograd.grad(out, leaves, self._inputs[3], retain_graph=True)
+
+    def results(self, direction: str) -> dict[str, Any]:
+        return {"out": self.forward()} if direction == "forward" else gradients(self.backward())
+
+
+class Jax:
+    """JAX's dot_product_attention. It runs on streams of its own, so the host times it, to the end of many calls."""
+
+    def __init__(self, workload: Workload, arrays: Arrays, implementation: str = "cudnn") -> None:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the others need memory too
+        import jax
+
+        self._jax = jax
+        self._inputs = tuple(jax.block_until_ready(jax.jit(self._swap)(as_jax(x))) for x in arrays)
+        self._attention = jax.jit(
+            partial(jax.nn.dot_product_attention, is_causal=workload.causal, implementation=implementation)
+        )
+        self._pull = jax.jit(lambda vjp, dout: vjp(dout))
+
+    @staticmethod
+    def _swap(x: Any) -> Any:
+        """Between (batch, heads, seqlen, columns) and JAX's (batch, seqlen, heads, columns)."""
+        return x.swapaxes(1, 2)
+
+    def around(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    @cached_property
+    def _graph(self) -> Any:
+        return self._jax.vjp(self._attention, *self._inputs[:3])[1]
+
+    def forward(self) -> Any:
+        return self._attention(*self._inputs[:3])
+
+    def backward(self) -> Any:
+        return self._pull(self._graph, self._inputs[3])
+
+    def clock(self, call: Callable[[], object], repeats: int) -> float:
+        """Seconds a call."""
+        self._jax.block_until_ready(call())
+        began = time.perf_counter()
+        for _ in range(repeats):
+            result = call()
+        self._jax.block_until_ready(result)
+        return (time.perf_counter() - began) / repeats
+
+    def results(self, direction: str) -> dict[str, Any]:
+        if direction == "forward":
+            return {"out": self._swap(self.forward())}
+        return gradients([self._swap(x) for x in self.backward()])
+
+
+def gradients(values: Iterable[Any]) -> dict[str, Any]:
+    """dq, dk, dv by name."""
+    return dict(zip(("dq", "dk", "dv"), values, strict=True))
+
+
+def as_jax(x: Any) -> Any:
+    """A JAX array of x's numbers; on a GPU of its memory."""
+    import jax
+
+    return jax.numpy.asarray(x) if isinstance(x, np.ndarray) else jax.dlpack.from_dlpack(x)
 
 
 def as_torch(x: Any) -> Any:

@@ -145,6 +145,7 @@ def measure(
     least: float = LEAST,
     tick: Callable[[str], None] = lambda note: None,
     ready: Callable[[str, Contender], None] = lambda name, contender: None,
+    before: Callable[[], None] = lambda: None,
 ) -> None:
     """Build and warm up each contender, then let them take turns, another one first in each round.
 
@@ -166,6 +167,8 @@ def measure(
         Is told what comes next: once for each contender, then once for each round.
     ready : callable
         Is given the name of each contender that has warmed up, and the contender, before the first round.
+    before : callable
+        Is called once, when all are warm and the first round follows at once.
     """
     began = time.monotonic()
     warm: dict[str, tuple[Contender, Callable[[], object], int]] = {}
@@ -183,6 +186,7 @@ def measure(
             found.skip(name, error)
         else:
             warm[name] = contender, call, max(1, min(1000, math.ceil(least / max(once, 1e-9))))
+    before()
     for turn in range(rounds):
         if turn and time.monotonic() - began > limit:
             break

@@ -265,6 +265,8 @@ class _Bound:
                 _granules_of(fresh, x, granule)[...] = 0
         if allocation.filled is False:
             fresh[:] = 0
+        if allocation.written is not None:  # the launch runs once more
+            fresh, allocation.written = allocation.written, None
         writable = any(w for _, _, w in arrays)
         first = writable and allocation.granule is None
         build.core().emulator_bind(
@@ -281,9 +283,7 @@ class _Bound:
         """Undo what a launch wrote."""
         for allocation, content, written in self._saved:
             allocation.bytes[:] = content
-            allocation.granule = None
-            if allocation.filled is None and written.all():
-                allocation.filled = True
+            allocation.granule, allocation.written = None, written
 
     def explain(self, message: str) -> str:
         """Add the element's index where a report names an array and a distance in bytes."""
@@ -334,6 +334,7 @@ def _cupy(device: Device) -> ModuleType:
         getDeviceCount=lambda: 1,
         getDeviceProperties=lambda _: properties,
         streamIsCapturing=lambda _: False,
+        memsetAsync=lambda address, value, size, _: _fill(device, address, value, size),
     )
 
     def empty(shape: Any, dtype: Any = np.float32) -> ndarray:
@@ -378,6 +379,15 @@ def _cupy(device: Device) -> ModuleType:
         runtime=runtime, get_current_stream=lambda: SimpleNamespace(ptr=0), Device=lambda _: contextlib.nullcontext()
     )
     return module
+
+
+def _fill(device: Device, address: int, value: int, size: int) -> None:
+    """As cudaMemsetAsync, of a whole allocation."""
+    (allocation,) = (a for a in device.live if a.ptr == address)
+    if size != allocation.nbytes:
+        raise ValueError(f"{size} bytes of an allocation of {allocation.nbytes}: whole ones only")
+    allocation.bytes[:] = value
+    allocation.filled = True
 
 
 def _encode_tiled(*arguments: Any) -> None:

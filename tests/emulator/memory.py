@@ -26,6 +26,7 @@ class Allocation:
         self.itemsize = itemsize
         self.filled = filled  # True: by the host; False: nothing yet; None: by the host, but outputs in it are not
         self.granule: int | None = None  # once a launch may have written here
+        self.written: np.ndarray | None = None  # granule by granule, where a launch has been undone
         weakref.finalize(self, library.emulator_free, self.handle)
 
 

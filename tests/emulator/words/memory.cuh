@@ -23,6 +23,8 @@ __device__ __forceinline__ unsigned shuffle_xor(unsigned x, int mask) {
 }
 __device__ __forceinline__ bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
+__device__ __forceinline__ int take_ticket(int* counter) { return atomicAdd(counter, 1); }
+
 #define DYNAMIC_SHARED(Type, name) \
   Type& name = *static_cast<Type*>(emulator::dynamic_shared(alignof(Type) > 16 ? alignof(Type) : 16))
 
@@ -57,6 +59,11 @@ __device__ __forceinline__ Vector<T, N> load_shared(const T* address) {
   Vector<T, N> vector;
   __builtin_memcpy(&vector, &bytes, sizeof vector);
   return vector;
+}
+
+template <int N, typename T>
+__device__ __forceinline__ Vector<T, N> load_global_written(const T* address) {
+  return load_shared<N>(address);
 }
 
 template <typename T, int N>
