@@ -11,10 +11,8 @@ torch is a peer where it is installed; "unfused" is NumPy with the whole matrix 
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import statistics
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -30,9 +28,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this file runs as a script from a bare checkout too
 
+from benchmarks import facts  # noqa: E402
 from cupyflash import AttentionGradients, attention, attention_backward  # noqa: E402
 from cupyflash._program.machine import cpu_name, read_versions  # noqa: E402
-from cupyflash._program.terminal import as_json, seconds, size, table  # noqa: E402
+from cupyflash._program.terminal import seconds, size, table  # noqa: E402
 from cupyflash._workers import worker_count  # noqa: E402
 
 HEADS, SEQLEN, HEAD_DIM = 8, 2048, 64
@@ -87,7 +86,7 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> int:
     """The program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cpu.json")
+    parser.add_argument("--out", type=Path, default=facts.RESULTS / "cpu.json")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples of each contender (default %(default)s)")
     parser.add_argument("--no-torch", action="store_true", help="leave torch out, though it is installed")
     args = parser.parse_args(argv)
@@ -325,8 +324,8 @@ def write(path: Path, groups: list[Group], rows: list[Row], torch: Any, load: fl
     """Everything as JSON."""
     found = {
         "program": "benchmarks/cpu.py",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "date": facts.now(),
+        "commit": facts.commit(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "workers": worker_count(),
@@ -336,19 +335,8 @@ def write(path: Path, groups: list[Group], rows: list[Row], torch: Any, load: fl
         "rows": [asdict(row) | {"met": row.met} for row in rows],
         "samples": {group.name: group.samples for group in groups},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(as_json(found) + "\n", encoding="utf-8")
+    facts.write(path, found)
     print(f"\nwrote {path}")
-
-
-def commit() -> str | None:
-    """The checkout's commit, with "+" where files differ from it; None outside a checkout."""
-    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
-    try:
-        name = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-        return name + ("+" if git(["git", "status", "--porcelain", "-uno"]).stdout.strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def versions(backend: Backend) -> dict[str, str | None]:
     machine = backend.machine
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
     return machine.versions | {
-        "driver's CUDA": machine.driver.cuda if machine.driver else None,
+        "driver": machine.driver.cuda if machine.driver else None,
         "CUDA runtime": str(backend.xp.cuda.runtime.runtimeGetVersion()) if backend.name == "cupy" else None,
         "CuPy": machine.cupy.version,
         "NVRTC": machine.cupy.nvrtc,

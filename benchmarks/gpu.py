@@ -11,24 +11,21 @@ can't run is skipped with its reason. --dry-run lists the cells and needs no GPU
 from __future__ import annotations
 
 import argparse
-import datetime
-import math
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cupyflash import AttentionGradients, attention, attention_backward
+from benchmarks import facts
+from benchmarks.cells import memory_of, result_line, too_large, warm_up
 from cupyflash._program import backend as backends
+from cupyflash._program import host
 from cupyflash._program.backend import Backend
-from cupyflash._program.contenders import Ours, Torch, contenders
-from cupyflash._program.terminal import as_json, seconds, size, table
-from cupyflash._program.timing import OURS, Cell, Clock, clock_for, measure
+from cupyflash._program.contenders import contenders
+from cupyflash._program.terminal import seconds, table
+from cupyflash._program.timing import OURS, Cell, Clock, Samples, clock_for, measure
 from cupyflash._program.workload import DIRECTIONS, DTYPE_NAMES, Workload
 
 ROWS, COLUMNS = 16384, 1024  # batch x seqlen, and heads x head_dim, of every cell
@@ -42,16 +39,13 @@ PEERS = {
     "float16": ("torch flash", "torch cuDNN"),
     "bfloat16": ("torch flash", "torch cuDNN"),
 }
-#: How many matrices of weights a peer holds at its peak, forward and backward.
-MATRICES = {"unfused CuPy": (1, 2), "torch math": (4, 5)}
-SHARE = 0.8  # of the device's memory that such peers may fill together, so that cupyflash never waits for memory
 FAMILY = "simt"
 ROUNDS = 5
 LIMIT = 3.0  # seconds after which a cell begins no new round
 LEAST = 0.005  # seconds of a sample; events are exact to microseconds
 BUDGET = 150.0  # seconds after which no new cell begins
 WARM_UP = 1.5  # seconds of work before the first cell, so that clocks have settled
-CALLS, BATCHES = 200, 9  # host time: calls without waiting (a stream takes 1024), and how often
+HOST_DTYPE = "float32"  # of the calls whose host time is measured
 
 
 @dataclass
@@ -61,13 +55,12 @@ class Run:
     backend: Backend
     cells: list[Cell] = field(default_factory=list)
     not_run: list[Cell] = field(default_factory=list)
-    host: dict[str, list[float]] = field(default_factory=dict)  # what to seconds a call, by batch
-    host_skipped: dict[str, str] = field(default_factory=dict)
+    host: Samples = field(default_factory=lambda: Samples("call"))
 
     @property
     def failed(self) -> bool:
         """Whether cupyflash failed anywhere."""
-        return any(cell.failed for cell in self.cells) or any(name.startswith(OURS) for name in self.host_skipped)
+        return any(found.failed for found in (*self.cells, self.host))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Run(backend)
     try:
         measure_all(run, cells, clock_for(backend.xp), rounds=args.rounds, budget=args.budget)
-        host_time(run)
+        run.host = host.measure(host.calls(host.workload(HOST_DTYPE), backend.xp), backend)
     finally:
         write(run, args.out)
     print(text(run))
@@ -152,10 +145,10 @@ def measure_all(run: Run, cells: Sequence[Cell], clock: Clock, *, rounds: int, b
             continue
         if work.dtype not in flat:
             flat = {work.dtype: work.arrays(run.backend.xp)}
-            warm_up(work, flat[work.dtype], clock)
+            warm_up(work, flat[work.dtype], clock, FAMILY, WARM_UP)
         arrays = tuple(x.reshape(work.shape) for x in flat[work.dtype])
         makers = contenders(work, arrays, run.backend.xp, FAMILY)
-        cell.skipped = too_large(cell, memory_of(run.backend))
+        cell.skipped = too_large(cell, PEERS[work.dtype], memory_of(run.backend))
         names = (OURS, *(name for name in PEERS[work.dtype] if name not in cell.skipped))
         makers = {name: makers[name] for name in names if name in makers}
         run.cells.append(cell)
@@ -164,91 +157,7 @@ def measure_all(run: Run, cells: Sequence[Cell], clock: Clock, *, rounds: int, b
         finally:
             del makers
             run.backend.free()
-        print(f"[{time.monotonic() - began:5.1f} s] {result_line(cell)}")
-
-
-def memory_of(backend: Backend) -> float:
-    """Bytes of the current device; no limit on NumPy."""
-    if backend.name == "numpy":
-        return math.inf
-    return float(backend.xp.cuda.runtime.memGetInfo()[1])
-
-
-def too_large(cell: Cell, memory: float) -> dict[str, str]:
-    """The peers whose matrices do not fit into `memory` beside those of the peers before them."""
-    skipped: dict[str, str] = {}
-    held = 0
-    for name in PEERS[cell.workload.dtype]:
-        needs = MATRICES.get(name, (0, 0))[DIRECTIONS.index(cell.direction)] * cell.workload.score_bytes()
-        if held + needs > SHARE * memory:
-            skipped[name] = f"its matrices take about {size(needs)}, too much beside the others"
-        else:
-            held += needs
-    return skipped
-
-
-def warm_up(workload: Workload, arrays: Any, clock: Clock) -> None:
-    """Work until clocks and temperature have settled; a failure here shows up in the cell."""
-    began = time.monotonic()
-    contender = Ours(workload, arrays, FAMILY)
-    try:
-        while time.monotonic() - began < WARM_UP:
-            clock(contender.forward, 1)
-    except Exception as error:
-        print(f"warm-up failed: {error}", file=sys.stderr)
-
-
-def result_line(cell: Cell) -> str:
-    """What a cell found."""
-    parts = [f"{name} {cell.speed(name) / 1e12:.2f} TFLOP/s ({seconds(cell.seconds(name))})" for name in cell.samples]
-    parts += [f"{name} skipped: {why}" for name, why in cell.skipped.items()]
-    return f"{describe(cell).partition(':')[0]}: {'; '.join(parts)}"
-
-
-def host_time(run: Run) -> None:
-    """Host time of a call that does not wait for the device, on small arrays."""
-    work = Workload(1, 8, 128, 64)
-    for name, make in host_calls(run, work).items():
-        try:
-            call = make()
-            for _ in range(3):
-                call()
-            run.host[name] = [host_sample(call, run.backend.synchronize) for _ in range(BATCHES)]
-        except Exception as error:
-            run.host_skipped[name] = f"{type(error).__name__}: {error}"
-
-
-def host_sample(call: Callable[[], object], synchronize: Callable[[], object]) -> float:
-    """Seconds a call, while the device catches up outside the clock."""
-    synchronize()
-    began = time.perf_counter()
-    for _ in range(CALLS):
-        call()
-    spent = (time.perf_counter() - began) / CALLS
-    synchronize()
-    return spent
-
-
-def host_calls(run: Run, work: Workload) -> dict[str, Callable[[], Callable[[], object]]]:
-    """What makes each call whose host time is measured, by name."""
-    xp = run.backend.xp
-    q, k, v, dout = work.arrays(xp)
-
-    def backward() -> Callable[[], object]:
-        out, lse = attention(q, k, v, return_lse=True)
-        grads = AttentionGradients(*(xp.empty_like(x) for x in (q, k, v)))
-        return lambda: attention_backward(dout, q, k, v, out, lse, grads_out=grads)
-
-    def forward_into() -> Callable[[], object]:
-        out = attention(q, k, v, return_lse=True)
-        return partial(attention, q, k, v, out=tuple(out))
-
-    return {
-        f"{OURS}: attention(q, k, v, out=(out, lse))": forward_into,
-        f"{OURS}: attention(q, k, v)": lambda: partial(attention, q, k, v),
-        f"{OURS}: attention_backward(..., grads_out=...)": backward,
-        "torch: scaled_dot_product_attention(q, k, v)": lambda: Torch(work, (q, k, v, dout)).forward,
-    }
+        print(f"[{time.monotonic() - began:5.1f} s] {result_line(cell, describe(cell).partition(':')[0])}")
 
 
 # ----------------------------------------------------------------------------------------------------- output
@@ -256,45 +165,18 @@ def host_calls(run: Run, work: Workload) -> dict[str, Callable[[], Callable[[], 
 
 def write(run: Run, path: Path) -> None:
     """Everything as JSON, also after a failure."""
-    machine = run.backend.machine
     found = {
         "program": "benchmarks/gpu.py",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": run.backend.device,
-        "gpus": [asdict(gpu) for gpu in machine.cupy.gpus],
-        "versions": machine.versions | gpu_versions(run.backend),
+        **facts.place(run.backend),
         "cells": [cell.as_dict() for cell in run.cells],
         "not_run": [describe(cell) for cell in run.not_run],
-        "host_seconds": {name: {"median": statistics.median(s), "samples": s} for name, s in run.host.items()},
-        "host_skipped": run.host_skipped,
+        "host_seconds": {
+            name: {"median": run.host.seconds(name), "samples": samples} for name, samples in run.host.samples.items()
+        },
+        "host_skipped": run.host.skipped,
         "failed": run.failed,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(as_json(found) + "\n", encoding="utf-8")
-
-
-def gpu_versions(backend: Backend) -> dict[str, str | None]:
-    """Versions of the GPU's side."""
-    machine, torch = backend.machine, sys.modules.get("torch")
-    return {
-        "driver": machine.driver.cuda if machine.driver else None,
-        "CUDA runtime": str(backend.xp.cuda.runtime.runtimeGetVersion()) if backend.name == "cupy" else None,
-        "CuPy": machine.cupy.version,
-        "NVRTC": machine.cupy.nvrtc,
-        "torch": str(torch.__version__) if torch else None,
-    }
-
-
-def commit() -> str | None:
-    """The checkout's commit, with "+" where files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        git = partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
-        name = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-        return name + ("+" if git(["git", "status", "--porcelain", "-uno"]).stdout.strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    facts.write(path, found)
 
 
 def text(run: Run) -> str:
@@ -309,15 +191,15 @@ def text(run: Run) -> str:
     speeds = table(header, [(*key, *(row.get(n, "-") for n in lengths)) for key, row in rows.items()])
     host = table(
         ("host time of a call", "median"),
-        [(name, seconds(statistics.median(samples))) for name, samples in run.host.items()]
-        + [(name, f"skipped: {why}") for name, why in run.host_skipped.items()],
+        [(name, seconds(run.host.seconds(name))) for name in run.host.samples]
+        + [(name, f"skipped: {why}") for name, why in run.host.skipped.items()],
     )
     parts = [f"{run.backend.device}\nTFLOP/s of cupyflash, time of its fastest peer / its time", speeds, host]
     if run.not_run:
         parts.append(f"NOT RUN, the budget was spent: {len(run.not_run)} cells, from {describe(run.not_run[0])}")
     failed = [describe(cell) for cell in run.cells if cell.failed]
     if run.failed:
-        parts.append("FAILED: " + "; ".join(failed or list(run.host_skipped)))
+        parts.append("FAILED: " + "; ".join(failed or list(run.host.skipped)))
     return "\n\n".join(parts)
 
 

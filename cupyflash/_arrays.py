@@ -32,7 +32,8 @@ def import_cupy() -> ModuleType:
 
 def is_cupy(x: object) -> bool:
     """Whether x is a CuPy array; imports nothing."""
-    return type(x).__module__.partition(".")[0] == "cupy" and hasattr(x, "device")
+    module = type(x).__module__
+    return module == "cupy" or (module.startswith("cupy.") and hasattr(x, "device"))
 
 
 def take(name: str, x: object) -> Array:
@@ -128,12 +129,12 @@ def misaligned(x: Array) -> str | None:
 
 def share_memory(x: Array, y: Array) -> bool:
     """Whether an element of x and one of y lie on the same byte, exactly, on either side."""
-    low_x, high_x = _extent(x)
-    low_y, high_y = _extent(y)
+    low_x, high_x = extent(x)
+    low_y, high_y = extent(y)
     return low_x < high_y and low_y < high_x and np.shares_memory(_twin(x), _twin(y))
 
 
-def _extent(x: Array) -> tuple[int, int]:
+def extent(x: Array) -> tuple[int, int]:
     """First byte and last byte + 1 of x; empty for an empty array."""
     low = high = address(x)
     if x.size == 0:

@@ -7,7 +7,7 @@ Between the public functions, which speak the user's shapes, and the computing m
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from ._arrays import Array, address, import_cupy, is_cupy, misaligned, on_device
 from ._plan import DEVICES, Device, Plan, plan_cpu, plan_gpu
 from ._problem import Problem, read_problem
 from ._tma import MAP_TYPES, MAPPED, unreadable
+
+if TYPE_CHECKING:
+    from ._launch import Ready
 
 
 class Call:
@@ -82,11 +85,11 @@ class Call:
         return tuple(reasons)
 
     def allocate(self, out: Array | None, lse: Array | None, pair: bool) -> tuple[Array, Array | None]:
-        """Out and lse, where the user gave none; lse only for a pair, or for kernels, which always write it."""
+        """Out and lse, where the user gave none; lse only for a pair."""
         problem = self.problem
         if out is None:
             out = self.empty(problem.out_shape, problem.out_dtype)
-        if lse is None and (pair or self.place is not None):
+        if lse is None and pair:
             lse = self.empty(problem.lse_shape, problem.accumulator)
         return out, lse
 
@@ -97,8 +100,8 @@ class Call:
         with on_device(self.place):
             return import_cupy().empty(shape, dtype)
 
-    def forward(self, plan: Plan, out: Array, lse: Array | None) -> None:
-        """Compute out, and lse where there is one."""
+    def forward(self, plan: Plan, out: Array, lse: Array | None) -> Ready | None:
+        """Compute out, and lse where there is one; on a GPU return what calls like this one can run again."""
         problem, inputs = self.problem, self.inputs
         q, k, v, offsets = inputs["q"], inputs["k"], inputs["v"], inputs.get("q_offset")
         if not problem.comes_canonical:
@@ -106,14 +109,17 @@ class Call:
             lse = None if lse is None else problem.canonical_lse(lse)
         if self.place is None:
             _cpu.forward(problem, q, k, v, offsets, out, lse, plan.block_m, plan.block_n)
-            return
+            return None
         from . import _launch
 
         read: dict[str, Array | None] = {"q": q, "k": k, "v": v, "q_offsets": offsets}
-        _launch.forward(problem, plan, self.place, read, {"out": out, "lse": lse})
+        return _launch.forward(problem, plan, self.place, read, {"out": out, "lse": lse})
 
-    def backward(self, plan: Plan, gradients: dict[str, Array]) -> None:
-        """Compute the gradients, keyed "dq", "dk", "dv", from ``inputs``, which holds dout, out, lse too."""
+    def backward(self, plan: Plan, gradients: dict[str, Array]) -> Ready | None:
+        """Compute the gradients, keyed "dq", "dk", "dv", from ``inputs``, which holds dout, out, lse too.
+
+        Returns what ``forward`` returns.
+        """
         problem, inputs = self.problem, self.inputs
         tensors = {name: problem.canonical(inputs[name]) for name in ("q", "k", "v", "dout", "out")}
         tensors |= {name: problem.canonical_lse(inputs[name]) for name in ("lse", "dlse") if name in inputs}
@@ -125,11 +131,11 @@ class Call:
                 tensors.get("dlse"), offsets, grads.get("dq"), grads.get("dk"), grads.get("dv"),
                 plan.block_m, plan.block_n,
             )  # fmt: skip
-            return
+            return None
         from . import _launch
 
         tensors["q_offsets"] = offsets
-        _launch.backward(problem, plan, self.place, tensors, grads)
+        return _launch.backward(problem, plan, self.place, tensors, grads)
 
 
 def _offsets(q_offset: Any, where: int | None) -> Array:

@@ -27,6 +27,7 @@ _C_TYPES = {
     np.dtype(np.float32): "float",
     np.dtype(np.float64): "double",
 }
+FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Spec:
     overlap: bool = False  # of the products of one block with the softmax of another, inside a warpgroup
     take_turns: bool = False  # two consumers issue their products in turn
     # bwd_sm90 and its preparation:
-    gradient_q: np.dtype = np.dtype(np.float32)  # dq as it is stored
+    gradient_q: np.dtype = FLOAT32  # dq as it is stored
     deterministic: bool = True  # dq is added up in a fixed order
     want_dq: bool = True
     want_dk: bool = True

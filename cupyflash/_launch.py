@@ -6,10 +6,11 @@ look-up, the addresses, and CuPy's own launch.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import threading
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -22,53 +23,111 @@ from ._tma import ALIGNMENT, MAP_AXES, MappedTemplate, map_template, unreadable
 
 Tensors = dict[str, Array | None]
 Layout = tuple[str, tuple[int, ...], tuple[int, ...], int]  # name, shape, strides in bytes, itemsize
+ArraySpec = tuple[str, tuple[int, ...], np.dtype]  # name, shape, dtype of a new array
+
+
+class Launch:
+    """One kernel of one layout, ready but for its addresses.
+
+    Attributes
+    ----------
+    names : tuple of str
+        The tensors whose addresses the kernel gets.
+    writes : frozenset of str
+        Those that it writes.
+    """
+
+    def __init__(self, step: KernelPlan, grid: int, device: int, template: Template | MappedTemplate) -> None:
+        self.names = tuple(name for name, _ in template.slots)
+        self.writes = frozenset(step.writes)
+        self._template = template
+        self._kernel = _compile.load(step.spec, step.smem, device)
+        # The struct stays where it is: a launch writes addresses and hands the driver a pointer, which takes a tenth of
+        # the time that CuPy needs to make an argument of an array. One launch at a time, since the driver copies it.
+        self._lock = threading.Lock()
+        self._memory = ctypes.create_string_buffer(template.nbytes + _STRUCT_ALIGNMENT)
+        start = -ctypes.addressof(self._memory) % _STRUCT_ALIGNMENT
+        struct = memoryview(self._memory).cast("B")[start : start + template.nbytes]
+        template.begin(struct)
+        self._words = struct.cast("Q")
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._memory) + start)
+        self._shape = (grid, 1, 1, step.threads, 1, 1, step.smem)
+
+    def run(self, tensors: dict[str, Array]) -> None:
+        """Launch on the current stream: once, or once for each index of leading axes beyond the struct's."""
+        addresses = {name: tensors[name].data.ptr for name in self.names}
+        cuda = import_cupy().cuda
+        stream, launch = cuda.get_current_stream().ptr, cuda.driver.launchKernel
+        function, pointers = self._kernel.kernel.ptr, ctypes.addressof(self._pointers)
+        with self._lock:
+            for i in range(len(self._template.offsets)):
+                self._template.fill(self._words, i, addresses)
+                launch(function, *self._shape, stream, pointers, 0)
+
+
+_STRUCT_ALIGNMENT = 64  # of tensor maps, and of the kernel parameter that holds them
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One kernel, ready but for its addresses."""
+class Ready:
+    """The launches of a plan for tensors of one layout, in order, and the temporary arrays between them."""
 
-    kernel: Any
-    grid: tuple[int]
-    block: tuple[int]
-    smem: int
-    template: Template | MappedTemplate
+    device: int
+    launches: tuple[Launch, ...]
+    temporaries: tuple[ArraySpec, ...]
+    zeroed: tuple[ArraySpec, ...]  # temporaries that start at 0
+    results: tuple[ArraySpec, ...] = ()  # to allocate beside the tensors given
 
-    def run(self, tensors: Tensors) -> None:
-        """Launch on the current stream: once, or once for each index of leading axes beyond the struct's."""
-        addresses = {name: x.data.ptr for name, x in tensors.items() if x is not None}
-        for i in range(len(self.template.offsets)):
-            self.kernel(self.grid, self.block, (self.template.fill(i, addresses),), shared_mem=self.smem)
+    def run(self, tensors: dict[str, Array]) -> dict[str, Array]:
+        """Run on the current stream; all tensors but the temporaries."""
+        with on_device(self.device):
+            if self.results:
+                empty = import_cupy().empty
+                tensors |= {name: empty(shape, dtype) for name, shape, dtype in self.results}
+            held = dict(tensors)
+            for name, shape, dtype in self.temporaries:
+                held[name] = workspace(shape, dtype)
+            for name, shape, dtype in self.zeroed:
+                held[name] = zeroed_workspace(shape, dtype)
+            for launch in self.launches:
+                launch.run(held)
+        return tensors
 
 
-def forward(problem: Problem, plan: Plan, device: int, inputs: Tensors, results: Tensors) -> None:
-    """Run a forward plan: q, k, v, q_offsets (canonical views, or None) to out and lse."""
+def forward(problem: Problem, plan: Plan, device: int, inputs: Tensors, results: Tensors) -> Ready | None:
+    """Run a forward plan: q, k, v, q_offsets (canonical views, or None) to out and lse, which may be None.
+
+    Returns what later calls with tensors of the same layout can run; None where such a call needs more than that.
+    """
     with on_device(device):
+        tensors = {name: x for name, x in (_readable(plan, inputs) | results).items() if x is not None}
         (step,) = plan.kernels
-        tensors = _readable(plan, inputs) | results
-        if step.tickets:
-            tensors["tickets"] = zeroed_workspace((), np.dtype(np.int32))
-        _run(problem, step, device, tensors)
+        zeroed = (("tickets", (), np.dtype(np.int32)),) if step.tickets else ()
+        ready = _ready(problem, plan.kernels, device, tensors, (), zeroed)
+        ready.run(tensors)
+    return None if plan.copies else ready
 
 
-def backward(problem: Problem, plan: Plan, device: int, inputs: Tensors, gradients: dict[str, Array]) -> None:
+def backward(
+    problem: Problem, plan: Plan, device: int, inputs: Tensors, gradients: dict[str, Array]
+) -> Ready | None:
     """Run a backward plan: q, k, v, out, lse, dout, dlse, q_offsets to the gradients dq, dk, dv that are given.
 
     A gradient whose input several batch entries share is written for each of them first, in the accumulator
-    type, and then summed over them in a fixed order.
+    type, and then summed over them in a fixed order. Returns what ``forward`` returns.
     """
     with on_device(device):
-        tensors = _readable(plan, inputs)
-        tensors |= {name: workspace((*problem.batch_shape, *tail), dtype) for name, tail, dtype in plan.temporaries}
+        tensors = {name: x for name, x in _readable(plan, inputs).items() if x is not None}
         finished = [step.writes[0] for step in plan.kernels if step.name == "bwd_finish"]
         partials = {name: Partial(problem, gradients[name]) for name in finished}
-        stored = {name: partials[name].by_entry if name in partials else x for name, x in gradients.items()}
-        for step in plan.kernels:
-            if step.name == "bwd_finish":
-                (name,) = step.writes
-                partials[name].finish(step, device)
-            else:
-                _run(problem, step, device, tensors | {name: stored[name] for name in step.writes if name in stored})
+        tensors |= {name: partials[name].by_entry if name in partials else x for name, x in gradients.items()}
+        temporaries = tuple((name, (*problem.batch_shape, *tail), dtype) for name, tail, dtype in plan.temporaries)
+        steps = tuple(step for step in plan.kernels if step.name != "bwd_finish")
+        ready = _ready(problem, steps, device, tensors, temporaries, ())
+        ready.run(tensors)
+        for step in plan.kernels[len(steps) :]:
+            partials[step.writes[0]].finish(step, device)
+    return None if plan.copies or partials else ready
 
 
 def compile_plan(plan: Plan, device: int) -> None:
@@ -78,29 +137,47 @@ def compile_plan(plan: Plan, device: int) -> None:
             _compile.load(step.spec, step.smem, device)
 
 
-def _run(problem: Problem, step: KernelPlan, device: int, tensors: Tensors) -> None:
-    if step.grid:
-        layouts = tuple((name, x.shape, x.strides, x.itemsize) for name, x in tensors.items() if x is not None)
-        _prepared(problem, step, device, layouts).run(tensors)
+def _ready(
+    problem: Problem,
+    steps: tuple[KernelPlan, ...],
+    device: int,
+    tensors: dict[str, Array],
+    temporaries: tuple[ArraySpec, ...],
+    zeroed: tuple[ArraySpec, ...],
+) -> Ready:
+    made = [(name, shape, _contiguous(shape, dtype), dtype.itemsize) for name, shape, dtype in (*temporaries, *zeroed)]
+    given = [(name, x.shape, x.strides, x.itemsize) for name, x in tensors.items()]
+    launches = []
+    for step in steps:
+        if step.grid:
+            # A gradient is known to the kernels that write it.
+            named = (layout for layout in (*given, *made) if layout[0] not in RESULTS or layout[0] in step.writes)
+            launches.append(_launch(problem, step, device, tuple(named)))
+    return Ready(device, tuple(launches), temporaries, zeroed)
+
+
+RESULTS = frozenset({"dq", "dk", "dv"})
+
+
+def _contiguous(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    """The strides of a new array, in bytes."""
+    return tuple(dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 @lru_cache(maxsize=4096)
-def _prepared(problem: Problem, step: KernelPlan, device: int, layouts: tuple[Layout, ...]) -> Launch:
+def _launch(problem: Problem, step: KernelPlan, device: int, layouts: tuple[Layout, ...]) -> Launch:
     ndim = len(problem.batch_shape)
     packed = tuple(
         (name, element_strides(shape, strides, itemsize, ndim, TAIL_AXES.get(name, 3)), itemsize)
         for name, shape, strides, itemsize in layouts
     )
-    kernel = _compile.load(step.spec, step.smem, device)
     numbers = scalars(problem, step.section)
     if not step.boxes:
         template = make_template(numbers, problem.batch_shape, packed)
         # The grid counts the tiles of all launches; there are several where leading axes are walked from here.
-        return Launch(kernel, (step.grid // len(template.offsets),), (step.threads,), step.smem, template)
-    mapped = map_template(
-        problem, make_template(numbers, problem.batch_shape, packed, axes=MAP_AXES), problem.dtype, step.boxes
-    )
-    return Launch(kernel, (step.grid,), (step.threads,), step.smem, mapped)
+        return Launch(step, step.grid // len(template.offsets), device, template)
+    template = make_template(numbers, problem.batch_shape, packed, axes=MAP_AXES)
+    return Launch(step, step.grid, device, map_template(problem, template, problem.dtype, step.boxes))
 
 
 class Partial:
@@ -148,9 +225,8 @@ class Partial:
     def finish(self, step: KernelPlan, device: int) -> None:
         """Sum over the shared axes into the gradient; in Params, ``dq`` stands for whichever gradient it is."""
         if step.grid:
-            kernel = _compile.load(step.spec, step.smem, device)
-            launch = Launch(kernel, (step.grid,), (step.threads,), step.smem, self._template)
-            launch.run({"partial": self._partial, "dq": self._gradient})
+            step = replace(step, writes=("dq",))
+            Launch(step, step.grid, device, self._template).run({"partial": self._partial, "dq": self._gradient})
 
 
 def workspace(shape: tuple[int, ...], dtype: np.dtype) -> Array:

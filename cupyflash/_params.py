@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-
 from ._problem import Problem
 
 BATCH_AXES = 4
@@ -29,7 +27,6 @@ _SCALARS = struct.Struct(f"<qd{2 * BATCH_AXES + 7}i")  # see Scalars
 # Axes after the leading ones, where they are not 3.
 TAIL_AXES = {"lse": 2, "dlse": 2, "delta": 2, "exponents": 2, "semaphores": 2, "q_offsets": 0, "tickets": 0}
 PARAMS_BYTES = -(-(len(TENSORS) * _TENSOR.size + _SCALARS.size) // 8) * 8
-_DTYPE = np.dtype([("bytes", np.uint8, (PARAMS_BYTES,))])
 
 Strides = tuple[int, ...]  # one for each leading axis, then head, row, column
 
@@ -85,15 +82,14 @@ class Template:
     batch_shape: tuple[int, ...]  # of one launch, collapsed
     strides: tuple[tuple[str, Strides], ...]  # of each tensor, along these axes, heads, rows and columns
 
-    def fill(self, launch: int, addresses: Mapping[str, int]) -> np.ndarray:
-        """The struct of one launch, as the one-element array that a RawKernel passes by value."""
-        buffer = bytearray(self.packed)
-        self.put_addresses(memoryview(buffer), launch, addresses)
-        return np.frombuffer(buffer, _DTYPE)
+    nbytes = PARAMS_BYTES
 
-    def put_addresses(self, struct: memoryview, launch: int, addresses: Mapping[str, int]) -> None:
-        """Write the addresses of one launch into the struct's bytes."""
-        words = struct.cast("Q")
+    def begin(self, struct: memoryview) -> None:
+        """Write all that no launch changes, once, to where launches will read it."""
+        struct[:] = self.packed
+
+    def fill(self, words: memoryview, launch: int, addresses: Mapping[str, int]) -> None:
+        """Write the addresses of one launch into the struct, as words of 8 bytes."""
         for (name, slot), offset in zip(self.slots, self.offsets[launch], strict=True):
             words[slot] = addresses[name] + offset
 

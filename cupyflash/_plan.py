@@ -135,6 +135,8 @@ class Plan:
         Faster families, and why they were passed over.
     chain_d, chain_k, chain_q : int
         Longest chains of dependent additions over head width, keys and queries, for error bounds.
+    rounds_p : bool
+        P, and in the backward dS, are rounded once to q's dtype, for tensor cores.
     """
 
     family: str
@@ -150,6 +152,7 @@ class Plan:
     chain_k: int = 0
     chain_q: int = 0
     notes: tuple[str, ...] = field(default=())
+    rounds_p: bool = False
     # Temporary arrays of the backward: name, axes behind the leading ones, dtype. Partial sums come beside them.
     temporaries: tuple[tuple[str, tuple[int, ...], np.dtype], ...] = ()
 
@@ -350,6 +353,7 @@ def _plan_sm90(problem: Problem, device: Device, tile: Tile, copies: tuple[str, 
         chain_d=chain_d,
         chain_k=chain_k,
         chain_q=chain_q,
+        rounds_p=True,
     )
 
 
@@ -362,7 +366,8 @@ def _plan_sm90_backward(
     deterministic: bool,
 ) -> Plan:
     """bwd_delta prepares, bwd_sm90 computes; in arrival order bwd_dq_sm90 rounds dq; bwd_finish sums partials."""
-    row = _tiles.choose_hopper_backward(problem, tile, deterministic, device.smem)
+    row = _tiles.choose_hopper_backward(problem, tile, device.smem)
+    deterministic = deterministic or not row.arrival
     heads_k = problem.num_heads_k * problem.batch
     jobs = _grid(problem.seqlen_k, row.block_n, heads_k)
     if jobs > MAX_GRID - 4 * device.sms:  # tickets stay within 32 bits
@@ -396,6 +401,7 @@ def _plan_sm90_backward(
         chain_d=chain_d,
         chain_k=chain_k,
         chain_q=chain_q,
+        rounds_p=True,
         temporaries=temporaries,
     )
 
@@ -484,8 +490,8 @@ def _workspace(
     problem: Problem, temporaries: tuple[tuple[str, tuple[int, ...], np.dtype], ...], partial: list[str]
 ) -> int:
     """Bytes of the temporaries, and of gradients that are written for each batch entry."""
-    bytes_ = sum(problem.batch * math.prod(tail) * dtype.itemsize for _, tail, dtype in temporaries)
-    return bytes_ + sum(problem.batch * math.prod(problem.tail(name)) for name in partial) * problem.accumulator.itemsize
+    numbers = sum(math.prod(problem.tail(name)) for name in partial) * problem.accumulator.itemsize
+    return problem.batch * (numbers + sum(math.prod(tail) * dtype.itemsize for _, tail, dtype in temporaries))
 
 
 def _sign(scale: float) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from ._plan import Tile
@@ -189,23 +189,34 @@ class HopperRow:
         return 4 * (1 + self.block_m // 64)
 
 
-# kernel -> (largest width of q and k, of v, row): the first that fits. TFLOP/s: H200.
+# kernel -> (largest width of q and k, of v, row): the first that fits. Remarks: cuDNN's time to ours on an H100, at the
+# row's longest length or at 16384, and the next best. bfloat16, 16384 rows and 2048 columns over all heads.
 HOPPER_TABLE: dict[str, tuple[tuple[int, int, HopperRow], ...]] = {
     "fwd_sm90": (
-        (64, 64, HopperRow(128, 256, 2, 1, False, False, "", causal=False, longest=1024)),
-        (64, 64, HopperRow(192, 192, 2, 2, False, False, "", causal=True, longest=1024, sections=True)),
-        (64, 64, HopperRow(192, 192, 2, 2, False, False, "")),
-        (128, 128, HopperRow(128, 128, 2, 2, True, True, "", causal=False)),
-        (128, 128, HopperRow(128, 128, 2, 2, True, False, "", causal=True, longest=4096, sections=True)),
-        (128, 128, HopperRow(192, 128, 2, 1, False, False, "")),
+        (64, 64, HopperRow(192, 128, 2, 2, False, False, "0.99; (128, 256) 0.98", causal=False, longest=1024)),
+        (64, 48, HopperRow(192, 160, 2, 2, False, False, "192 keys spill where v has 33 to 48 columns", causal=False)),
+        (64, 64, HopperRow(192, 192, 2, 2, False, False, "1.11; (192, 128) 1.10", causal=False, longest=2048)),
+        (64, 64, HopperRow(192, 128, 3, 2, False, False, "1.05; a third stage 0.01", longest=2048, sections=True)),
+        (64, 64, HopperRow(192, 192, 2, 2, False, False, "1.15; one Q buffer 1.14", causal=True, longest=4096)),
+        (64, 64, HopperRow(192, 192, 2, 1, False, False, "1.25, causal 1.30; two Q buffers 1.23, 1.21")),
+        (128, 128, HopperRow(128, 128, 2, 2, True, False, "1.02; in turns 1.01", causal=False, longest=512)),
+        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.12; 160 keys 1.11", causal=False, longest=4096)),
+        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.09; 160 keys 1.05", longest=2048, sections=True)),
+        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.21; 176 keys 1.18", causal=True, longest=4096)),
+        (128, 128, HopperRow(128, 160, 2, 1, True, True, "1.17, causal 1.27; 128 keys 1.15, 1.28; (192, 128) 1.16")),
         (192, 128, HopperRow(128, 128, 2, 1, True, True, "")),
         (192, 192, HopperRow(128, 96, 2, 1, True, True, "")),
-        (256, 256, HopperRow(128, 80, 2, 1, True, True, "", causal=False)),
-        (256, 256, HopperRow(128, 80, 2, 1, True, False, "", causal=True, longest=1024, sections=True)),
-        (256, 256, HopperRow(128, 80, 2, 1, True, False, "")),
+        (256, 256, HopperRow(128, 64, 2, 1, True, True, "1.09; 80 keys 1.08", causal=False, longest=512)),
+        (256, 256, HopperRow(128, 64, 2, 1, True, False, "0.85; 80 keys 0.82", longest=512, sections=True)),
+        (256, 256, HopperRow(128, 80, 2, 1, True, False, "0.90; 64 keys 0.89", causal=True, longest=1024, sections=True)),
+        (256, 256, HopperRow(128, 64, 2, 1, True, True, "1.08; 80 keys 1.04", causal=True, longest=2048)),
+        (256, 256, HopperRow(128, 80, 2, 1, True, False, "1.21, causal 1.37; in turns 1.19, 1.35")),
     ),
 }
-SECTION_BYTES = 2**25  # of K and V: 16 MiB are too few, all heads side by side too many, for short causal calls
+_R = TypeVar("_R", "HopperRow", "HopperBackwardRow")
+# Of K and V of a section. H100, causal: 1024 and 2048 keys run up to 9 % faster with 32 than with 12 MiB, 512 keys 4 to
+# 9 % faster with 12 than with 32, since what is read once then alternates with what is read again.
+SECTION_BYTES, SHORT_SECTION_BYTES = 2**25, 12 * 2**20
 
 
 def choose_hopper(kernel: str, problem: Problem, tile: Tile, smem: int) -> HopperRow:
@@ -213,7 +224,7 @@ def choose_hopper(kernel: str, problem: Problem, tile: Tile, smem: int) -> Hoppe
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
     if (own := tile.row(kernel)) is not None:
         return own  # type: ignore[no-any-return]
-    row = _hopper_row(kernel, problem)
+    row = _first_row(HOPPER_TABLE[kernel], problem, problem.seqlen_k)
     wanted = {name: n for name in ("block_m", "block_n", "stages") if (n := getattr(tile, name)) is not None}
     if wanted:
         row = replace(row, **wanted)
@@ -226,15 +237,15 @@ def choose_hopper(kernel: str, problem: Problem, tile: Tile, smem: int) -> Hoppe
     return row
 
 
-def _hopper_row(kernel: str, problem: Problem) -> HopperRow:
-    """The first row of the table that is for a problem; the last rows are for all."""
+def _first_row(table: tuple[tuple[int, int, _R], ...], problem: Problem, length: int) -> _R:
+    """The first row that is for a problem's widths, mask and length; the last rows are for all."""
     return next(
         row
-        for largest, largest_v, row in HOPPER_TABLE[kernel]
+        for largest, largest_v, row in table
         if problem.head_dim <= largest
         and problem.head_dim_v <= largest_v
         and row.causal in (None, problem.causal)
-        and (row.longest is None or problem.seqlen_k <= row.longest)
+        and (row.longest is None or length <= row.longest)
     )
 
 
@@ -262,7 +273,7 @@ def hopper_smem_bytes(kernel: str, row: HopperRow, head_dim: int, head_dim_v: in
     """Shared memory of a thread block: sizeof(Smem) in the kernel. Rows of tiles are whole chunks of 64 columns."""
     d, dv = (-(-width // 64) * 128 for width in (head_dim, head_dim_v))  # bytes of a row
     tiles = row.q_stages * row.block_m * d + row.stages * row.block_n * (d + dv)
-    rings = 16 * (row.block_m // 64 * row.q_stages + 2 * row.stages) + 4 * 32
+    rings = 16 * (row.block_m // 64 * row.q_stages + 2 * row.stages) + 32
     return tiles + -(-rings // 1024) * 1024
 
 
@@ -274,7 +285,7 @@ def section(row: HopperRow, problem: Problem, all_heads: int) -> int:
         return max(1, all_heads)
     group = problem.num_heads // problem.num_heads_k if problem.num_heads_k else 1
     head = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
-    fit = max(1, SECTION_BYTES * group // max(1, head))
+    fit = max(1, (SHORT_SECTION_BYTES if problem.seqlen_k <= 512 else SECTION_BYTES) * group // max(1, head))
     count = -(-all_heads // fit)
     return max(1, -(-all_heads // max(1, count)))  # sections of equal size
 
@@ -283,16 +294,18 @@ def section(row: HopperRow, problem: Problem, all_heads: int) -> int:
 class HopperBackwardRow:
     """One tile of the sm90 backward, whose warps and form of the main loop follow from the head widths.
 
-    ``heads`` are the kv heads that run side by side in a fixed order, for queries up to each of ORDER_LENGTHS and
-    beyond: too few, and the key blocks of one head queue up; too many, and their Q, dO and dq leave L2.
+    ``heads`` are the kv heads that run side by side in a fixed order: too few, and the key blocks of one head queue up;
+    too many, and their Q, dO and dq leave L2.
     """
 
     block_m: int
     block_n: int
     stages: int
-    heads: tuple[int, ...]
+    heads: int
+    arrival: bool  # dq is added up in the order of arrival where the call permits it; else in the fixed order still
     remark: str
     causal: bool | None = None  # which problems the row is for; None: both
+    longest: int | None = None  # queries
 
     @property
     def warps(self) -> int:
@@ -300,16 +313,30 @@ class HopperBackwardRow:
         return 12
 
 
-# (largest width of q and k, of v, row): the first that fits. TFLOP/s: H200, S = 8192, a spike without GQA.
+# (largest width of q and k, of v, row): the first that fits. Ratios: cuDNN's time to ours on an H100 at the row's longest
+# length, or at 16384, in a fixed order / in the order of arrival.
 HOPPER_BACKWARD_TABLE: tuple[tuple[int, int, HopperBackwardRow], ...] = (
-    (64, 64, HopperBackwardRow(128, 128, 2, (32, 16, 16, 16, 8), "477 TFLOP/s; 96 queries: 5 % less", causal=False)),
-    (64, 64, HopperBackwardRow(128, 128, 2, (64, 64, 64, 64, 32), "476 TFLOP/s")),
-    (128, 128, HopperBackwardRow(80, 128, 2, (32, 32, 16, 16, 8), "525 TFLOP/s; 64 queries: 2 to 4 % less", causal=False)),
-    (128, 128, HopperBackwardRow(64, 128, 2, (64, 64, 64, 32, 16), "80 queries: 5 to 15 % less in arrival order")),
-    (256, 256, HopperBackwardRow(64, 64, 2, (16, 16, 16, 8, 8), "354 TFLOP/s", causal=False)),
-    (256, 256, HopperBackwardRow(64, 64, 2, (32, 32, 16, 16, 8), "339 TFLOP/s")),
+    (64, 64, HopperBackwardRow(128, 128, 2, 32, False, "", causal=False, longest=1024)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 16, False, "", causal=False, longest=2048)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 16, True, "", causal=False, longest=8192)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 8, True, "", causal=False)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 128, False, "", longest=512)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 64, False, "", longest=2048)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 32, True, "")),
+    (128, 128, HopperBackwardRow(64, 128, 2, 16, False, "", causal=False, longest=2048)),
+    (128, 128, HopperBackwardRow(64, 128, 2, 8, False, "", causal=False, longest=4096)),
+    (128, 128, HopperBackwardRow(80, 128, 2, 8, True, "", causal=False)),
+    (128, 128, HopperBackwardRow(64, 128, 2, 32, False, "", longest=512)),
+    (128, 128, HopperBackwardRow(64, 128, 2, 16, False, "", longest=4096)),
+    (128, 128, HopperBackwardRow(80, 128, 2, 16, True, "")),
+    (256, 256, HopperBackwardRow(64, 64, 2, 16, False, "", causal=False, longest=512)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 8, False, "", causal=False, longest=1024)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 4, True, "", causal=False)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 32, False, "", longest=512)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 16, False, "", longest=1024)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 16, True, "", longest=2048)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 8, True, "")),
 )
-ORDER_LENGTHS = (1024, 2048, 4096, 8192)  # of queries
 ARRIVAL_BYTES = 2**24  # of Q, dO and dq's sums: what heads side by side may take of L2 in arrival order
 
 
@@ -318,17 +345,13 @@ def is_wide(head_dim: int, head_dim_v: int) -> bool:
     return max(head_dim, head_dim_v) > 128
 
 
-def choose_hopper_backward(problem: Problem, tile: Tile, deterministic: bool, smem: int) -> HopperBackwardRow:
+def choose_hopper_backward(problem: Problem, tile: Tile, smem: int) -> HopperBackwardRow:
     """The first row that is for a problem, with the caller's tile in its place; ValueError where that can't run."""
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
-    row = next(
-        row
-        for largest, largest_v, row in HOPPER_BACKWARD_TABLE
-        if head_dim <= largest and head_dim_v <= largest_v and row.causal in (None, problem.causal)
-    )
-    row = replace(
-        row, **{name: n for name in ("block_m", "block_n", "stages") if (n := getattr(tile, name)) is not None}
-    )
+    if (own := tile.row("bwd_sm90")) is not None:
+        return own  # type: ignore[no-any-return]
+    wanted = {name: n for name in ("block_m", "block_n", "stages") if (n := getattr(tile, name)) is not None}
+    row = replace(_first_row(HOPPER_BACKWARD_TABLE, problem, problem.seqlen_q), **wanted)
     why = check_hopper_backward(row, head_dim, head_dim_v, smem)
     if why is None and tile.warps not in (None, row.warps):
         why = f"warps={tile.warps}: it has {row.warps}, 8 that compute and 4 that load"
@@ -381,15 +404,15 @@ def hopper_backward_smem_bytes(row: HopperBackwardRow, head_dim: int, head_dim_v
     m, n, stages = row.block_m, row.block_n, row.stages
     scores = (2 if is_wide(head_dim, head_dim_v) else 1) * 2 * m * n
     tiles = n * (d + dv) + stages * (m * (d + dv) + scores)
-    job, barriers = 56, 2 * (1 + 1) + (2 + 2 + 3) * stages + 2 * 2
-    rest = 2 * stages * m * 4 + 8 * barriers + 2 * job
+    job, leave, barriers = 60, 24, 2 * (1 + 1) + (2 + 2 + 3) * stages + 2 * 2
+    rest = 2 * stages * m * 4 + 8 * barriers + 2 * job + stages * leave
     return tiles + -(-rest // 1024) * 1024
 
 
-def backward_section(row: HopperBackwardRow, problem: Problem, deterministic: bool, heads_k: int) -> int:
+def backward_section(row: HopperBackwardRow, problem: Problem, ordered: bool, heads_k: int) -> int:
     """How many kv heads run side by side. It changes the order of jobs, never the bits of a fixed order."""
-    if deterministic:
-        heads = row.heads[sum(problem.seqlen_q > longest for longest in ORDER_LENGTHS)]
+    if ordered:
+        heads = row.heads
     else:
         group = problem.num_heads // problem.num_heads_k if problem.num_heads_k else 1
         head = group * problem.seqlen_q * (4 * problem.head_dim + 2 * (problem.head_dim + problem.head_dim_v))
@@ -400,13 +423,13 @@ def backward_section(row: HopperBackwardRow, problem: Problem, deterministic: bo
 
 # --------------------------------------------------------------------------------------------------------- candidates
 
-Row = TileRow | HopperRow
+Row = TileRow | HopperRow | HopperBackwardRow
 _CHOICE = frozenset({"remark", "card", "causal", "longest"})  # fields that say when a row is chosen, not what it does
 
 
 def tiled_kernels() -> frozenset[str]:
     """The kernels that have tiles to choose from."""
-    return frozenset(HOPPER_TABLE) | {kernel for kernel, _ in TABLE}
+    return frozenset({*HOPPER_TABLE, "bwd_sm90"}) | {kernel for kernel, _ in TABLE}
 
 
 def row_fields(row: Row) -> dict[str, int | bool]:
@@ -416,7 +439,7 @@ def row_fields(row: Row) -> dict[str, int | bool]:
 
 def make_row(kernel: str, values: object) -> Row:
     """The row with these fields; ValueError unless they are all of them, each an integer or a truth value."""
-    kind = HopperRow if kernel in HOPPER_TABLE else TileRow
+    kind = {"fwd_sm90": HopperRow, "bwd_sm90": HopperBackwardRow}.get(kernel, TileRow)
     kinds = {f.name: {"int": int, "bool": bool}[str(f.type)] for f in fields(kind) if f.name not in _CHOICE}
     if not isinstance(values, dict) or values.keys() != kinds.keys():
         raise ValueError(f"a tile of {kernel} has the fields {', '.join(kinds)}, not {values!r}")
@@ -431,6 +454,8 @@ def _why_not(kernel: str, row: Row, problem: Problem, smem: int) -> str | None:
     head_dim, head_dim_v, accumulator = problem.head_dim, problem.head_dim_v, problem.accumulator.itemsize
     if isinstance(row, HopperRow):
         return check_hopper(kernel, row, head_dim, head_dim_v, smem)
+    if isinstance(row, HopperBackwardRow):
+        return check_hopper_backward(row, head_dim, head_dim_v, smem)
     padded, padded_v = (padded_width(d, row.dim_chunk) for d in (head_dim, head_dim_v))
     return check_row(kernel, replace(row, card=0), padded, padded_v, accumulator, smem)
 
@@ -440,6 +465,8 @@ def candidates(kernel: str, problem: Problem, smem: int) -> tuple[Row, ...]:
     rows: Iterable[Row]
     if kernel in HOPPER_TABLE:
         rows = _hopper_candidates(kernel, problem, smem)
+    elif kernel == "bwd_sm90":
+        rows = _hopper_backward_candidates(problem)
     else:
         width = max(problem.head_dim, problem.head_dim_v)
         table = TABLE.get((kernel, problem.accumulator.itemsize), ())
@@ -453,7 +480,7 @@ def _hopper_candidates(kernel: str, problem: Problem, smem: int) -> Iterator[Hop
     Long blocks ask for fewer turns and barriers, up to the registers that the softmax has; a third stage pays only
     where it costs no keys. Sections are the table's: they are a matter of length alone.
     """
-    sections = _hopper_row(kernel, problem).sections
+    sections = _first_row(HOPPER_TABLE[kernel], problem, problem.seqlen_k).sections
     for largest, largest_v, row in HOPPER_TABLE[kernel]:
         if problem.head_dim <= largest and problem.head_dim_v <= largest_v:
             yield replace(row, remark="", causal=None, longest=None, sections=sections)
@@ -464,6 +491,15 @@ def _hopper_candidates(kernel: str, problem: Problem, smem: int) -> Iterator[Hop
             fits = [row for row in blocks if _why_not(kernel, row, problem, smem) is None][:3]
             yield from fits
             yield from (replace(row, stages=3) for row in fits[:1])
+
+
+def _hopper_backward_candidates(problem: Problem) -> Iterator[HopperBackwardRow]:
+    """Every block of queries, with every number of heads side by side that has paid on some problem."""
+    own = _first_row(HOPPER_BACKWARD_TABLE, problem, problem.seqlen_q)
+    yield replace(own, remark="", causal=None, longest=None)
+    for block_m in (64, 80, 96, 128):
+        for heads in (4, 8, 16, 32, 64, 128):
+            yield HopperBackwardRow(block_m, own.block_n, 2, heads, own.arrival, "")
 
 
 # Rows of queries, overlap, take_turns: what fwd_sm90 has been run with. Three warpgroups have no registers to overlap.

@@ -24,7 +24,7 @@ MAP_AXES = 2  # batch axes of a map
 BOX_COLUMNS = 64  # 128 bytes: as wide as the swizzle's rows
 ALIGNMENT = 16  # bytes: of the address and of all strides but the columns'
 _LARGEST_STRIDE = 2**40
-_DTYPE = np.dtype([("bytes", np.uint8, (MAPPED_PARAMS_BYTES,))])
+_MAP_WORDS, _PARAMS_WORD = MAP_BYTES // 8, len(MAPPED) * MAP_BYTES // 8  # in words of 8 bytes
 _KEPT = 1024  # maps of one tensor of one launch, by address
 # CUtensorMapDataType, CUtensorMapSwizzle (128 bytes), CUtensorMapL2promotion (128 bytes)
 MAP_TYPES = {np.dtype(np.float16): 6, BFLOAT16: 9}
@@ -58,29 +58,36 @@ class MappedTemplate:
 
     template: Template
     maps: tuple[tuple[str, int, MapLayout], ...]  # tensor, place among the maps, layout
-    _made: dict[tuple[int, int], bytes] = field(default_factory=dict, compare=False)
+    _made: dict[tuple[int, int], memoryview] = field(default_factory=dict, compare=False)
+    nbytes = MAPPED_PARAMS_BYTES
 
     @property
     def offsets(self) -> tuple[tuple[int, ...], ...]:
         """For each launch: bytes to add to each tensor's address."""
         return self.template.offsets
 
-    def fill(self, launch: int, addresses: Mapping[str, int]) -> np.ndarray:
-        """The struct of one launch, as the one-element array that a RawKernel passes by value."""
-        template, buffer = self.template, bytearray(MAPPED_PARAMS_BYTES)
-        struct = memoryview(buffer)[len(MAPPED) * MAP_BYTES :][:PARAMS_BYTES]
-        struct[:] = template.packed
-        template.put_addresses(struct, launch, addresses)
-        moved = {name: offset for (name, _), offset in zip(template.slots, template.offsets[launch], strict=True)}
+    @property
+    def slots(self) -> tuple[tuple[str, int], ...]:
+        """Each tensor's name, and where its address goes behind the maps."""
+        return self.template.slots
+
+    def begin(self, struct: memoryview) -> None:
+        """Write all that no launch changes, once, to where launches will read it."""
+        self.template.begin(struct[len(MAPPED) * MAP_BYTES :][:PARAMS_BYTES])
+
+    def fill(self, words: memoryview, launch: int, addresses: Mapping[str, int]) -> None:
+        """Write the addresses of one launch, and the maps that hold them, into the struct, as words of 8 bytes."""
+        template = self.template
+        template.fill(words[_PARAMS_WORD:], launch, addresses)
+        moved = dict(zip((name for name, _ in template.slots), template.offsets[launch], strict=True))
         for name, place, layout in self.maps:
             address = addresses[name] + moved[name]
             made = self._made.get((place, address))
             if made is None:
                 if len(self._made) >= _KEPT:
                     self._made.clear()
-                made = self._made[place, address] = tensor_map(layout, address)
-            buffer[place * MAP_BYTES : (place + 1) * MAP_BYTES] = made
-        return np.frombuffer(buffer, _DTYPE)
+                made = self._made[place, address] = memoryview(tensor_map(layout, address)).cast("Q")
+            words[place * _MAP_WORDS : (place + 1) * _MAP_WORDS] = made
 
 
 def map_template(
@@ -129,7 +136,7 @@ def unreadable(shape: tuple[int, ...], strides: tuple[int, ...], address: int, i
         if length == 1 or (stride == 0 and not is_row):
             continue
         if stride % ALIGNMENT or not 0 < stride < _LARGEST_STRIDE:
-            return f"axis {axis - len(shape)} has a stride of {stride} bytes, TMA wants positive multiples of {ALIGNMENT}"
+            return f"axis {axis - len(shape)} has a stride of {stride} bytes, not a positive multiple of {ALIGNMENT}"
     return None
 
 

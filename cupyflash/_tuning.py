@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import _tiles, _tuned
+from . import _ready, _tiles, _tuned
 from ._call import Call
 from ._plan import Device, Plan, Rows
 from ._problem import GRADIENTS
@@ -136,6 +136,7 @@ def tune(
             for i, trial in enumerate(trials)
         )
     _tuned.forget()
+    _ready.forget()
     return Tuning(call.device.name, found)
 
 

@@ -68,6 +68,7 @@ struct Job {
   int n_block;  // -1: there are no more
   int head_k, first_head, end_head;
   int begin, full_begin, end;  // query tiles; unmasked from full_begin on
+  int keys_parity;             // of the ring of K, and of V
   Sequence seq;
 
   __device__ __forceinline__ bool has_turns() const { return begin < end && first_head < end_head; }
@@ -120,8 +121,16 @@ struct JobRing {
 
 // ---- the order of the sums: leave to add, from warp 1 to the consumers, to warp 2
 
+// What warp 1 works out, for which consumers have no registers.
+struct Leave {
+  float* sums;       // of the tile, in dq_sums
+  Gradient_q* dq;    // of the head: (seqlen_q, head_dim)
+  bool first, last;  // whether this key block is, of those that the tile meets
+};
+
 struct OrderRing {
   unsigned long long full[NUM_STAGES], added[NUM_STAGES], empty[NUM_STAGES];  // mbarriers
+  Leave at[NUM_STAGES];
 
   __device__ __forceinline__ void init() {
 #pragma unroll
@@ -197,6 +206,7 @@ __device__ __forceinline__ void take_jobs(const MappedParams& launch, Smem& smem
     const bool more = walk.more();
     if (more) {
       describe(job, params, walk.work(Longest::FIRST_BLOCK));
+      job.keys_parity = keys_turn.parity;
     } else {
       job.n_block = -1;
     }
@@ -255,10 +265,14 @@ __device__ __forceinline__ void await_blocks_below(const Params& params, Smem& s
     const Job& job = smem.jobs.await(job_turn);
     if (job.n_block < 0) return;
     for_each_turn(job, [&](int head, int m_block) ALWAYS_INLINE {
-      const int below = job.n_block - mask_of(job.seq).key_blocks(m_block * BLOCK_M, BLOCK_M).begin;
-      const int* semaphore = semaphore_of(params, job, head, m_block);
-      while (load_acquire(semaphore) < below) {}
+      const BlockRange blocks = mask_of(job.seq).key_blocks(m_block * BLOCK_M, BLOCK_M);
       mbarrier_wait(shared_address(&smem.order.empty[turn.slot]), turn.parity ^ 1);
+      smem.order.at[turn.slot].sums = tile_sums(params, job.seq.batch_index, head, m_block);
+      smem.order.at[turn.slot].dq = rows_of<Gradient_q>(params.dq, job.seq.batch_index, head).data;
+      smem.order.at[turn.slot].first = job.n_block == blocks.begin;
+      smem.order.at[turn.slot].last = job.n_block == blocks.end - 1;
+      const int* semaphore = semaphore_of(params, job, head, m_block);
+      while (load_acquire(semaphore) < job.n_block - blocks.begin) {}
       mbarrier_arrive(shared_address(&smem.order.full[turn.slot]));
       turn.advance();
     });
@@ -384,22 +398,24 @@ __device__ __forceinline__ void to_score_gradients(
   }
 }
 
+// Which consumer this is, where it need not be kept in a register.
+__device__ __forceinline__ int consumer_again() { return thread_index_again() / 128 - 1; }
+
 // This consumer's part of dQ joins those of other key blocks.
 template <int N>
 __device__ __forceinline__ void join_dq(const Params& params, Smem& smem, const Job& job, const Turn<NUM_STAGES>& turn,
                                         int head, int m_block, int consumer, Fragment<N>& dq) {
-  float* part = dq_part(params, job.seq.batch_index, head, m_block, consumer);
   if constexpr (!DETERMINISTIC) {
-    add_to_part(part, dq);
+    add_to_part(own_part(tile_sums(params, job.seq.batch_index, head, m_block), consumer), dq);
     return;
   }
-  const BlockRange blocks = mask_of(job.seq).key_blocks(m_block * BLOCK_M, BLOCK_M);
-  const bool first = job.n_block == blocks.begin, last = job.n_block == blocks.end - 1;
   mbarrier_wait(shared_address(&smem.order.full[turn.slot]), turn.parity);  // the blocks below have added theirs
-  if (last) {
-    if (!first) add_part(dq, part);
-    finish_dq(params, job.seq.batch_index, head, m_block, consumer, dq);
-  } else if (first) {
+  const Leave& leave = smem.order.at[turn.slot];
+  float* part = own_part(leave.sums, consumer);
+  if (leave.last) {
+    if (!leave.first) add_part(dq, part);
+    finish_dq(params, rows_from(params.dq, leave.dq), m_block, consumer, dq);
+  } else if (leave.first) {
     store_part(part, dq);
   } else {
     add_to_part(part, dq);
@@ -426,17 +442,15 @@ __device__ __forceinline__ void multiply(Fragment<N>& fragment, Accumulator fact
 template <typename Begin, typename TurnOf, typename End>
 __device__ __forceinline__ void work_on_jobs(const Params& params, Smem& smem, Begin begin, TurnOf turn_of, End end) {
   Turn<JobRing::SLOTS> job_turn;
-  Turn<1> keys_turn;
   while (true) {
     const Job& job = smem.jobs.await(job_turn);
     if (job.n_block < 0) return;
     begin();
     // Read from shared memory: said to be the same in all lanes.
     const int first_block = warp_uniform(job.begin), full_begin = warp_uniform(job.full_begin);
-    const bool has_turns = job.has_turns();
-    if (has_turns) {
-      smem.k_ring.await(keys_turn);
-      smem.v_ring.await(keys_turn);
+    if (job.has_turns()) {
+      smem.k_ring.await({0, job.keys_parity});
+      smem.v_ring.await({0, job.keys_parity});
     }
 #pragma unroll 1
     for (int head = warp_uniform(job.first_head); head < warp_uniform(job.end_head); ++head) {
@@ -446,10 +460,9 @@ __device__ __forceinline__ void work_on_jobs(const Params& params, Smem& smem, B
 #pragma unroll 1
       for (; m_block >= first_block; --m_block) turn_of(job, head, m_block, MASKED);
     }
-    if (has_turns) {
-      smem.k_ring.release(keys_turn);
-      smem.v_ring.release(keys_turn);
-      keys_turn.advance();
+    if (job.has_turns()) {
+      smem.k_ring.release({0, job.keys_parity});
+      smem.v_ring.release({0, job.keys_parity});
     }
     end(job);
     sync_warp();  // all lanes have looked at the job for the last time
@@ -485,14 +498,14 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
     // S^T = K Q^T
     smem.q_ring.await(turn);
     wgmma_fence();
-    const auto k = from_row(operand<Major::K>(smem.k), 64 * consumer);
+    const auto k = from_row(operand<Major::K>(smem.k), 64 * warp_uniform(consumer_again()));
     product<HEAD_DIM / 16>(acc_s, k, operand<Major::K>(smem.q[turn.slot]));
     wgmma_commit();
     // dP^T = V dO^T
     smem.dout_ring.await(turn);
     wgmma_fence();
     if constexpr (WANT_DS) {
-      const auto v = from_row(operand<Major::K>(smem.v), 64 * consumer);
+      const auto v = from_row(operand<Major::K>(smem.v), 64 * warp_uniform(consumer_again()));
       product<HEAD_DIM_V / 16>(acc_dp, v, operand<Major::K>(smem.dout[turn.slot]));
     }
     wgmma_commit();
@@ -514,8 +527,8 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
     if (EARLY_DV) add_dv();
     // dS^T = P^T * (dP^T - delta)
     if constexpr (WANT_DS) to_score_gradients(acc_dp, acc_s, smem.delta[turn.slot], seen, masked);
-    if (!EARLY_DV) add_dv();
     if constexpr (WANT_DS) round_to(ds, acc_dp);
+    if (!EARLY_DV) add_dv();
     // dQ^T = K^T dS^T
     if constexpr (WANT_DQ) {
       store_scores_transposed(scores.ds[turn.slot], consumer, ds);
@@ -635,7 +648,7 @@ __device__ __forceinline__ void consume_wide(const Params& params, Smem& smem, S
     wgmma_wait<1>();
     if constexpr (OWN_DQ) {
       wgmma_hold(acc_dq.at);
-      join_dq(params, smem, job, turn, head, m_block, consumer, acc_dq);
+      join_dq(params, smem, job, turn, head, m_block, consumer_again(), acc_dq);
     } else if constexpr (ORDERED) {  // nothing to add, and still counted
       if (lane_index() == 0) mbarrier_arrive(shared_address(&smem.order.added[turn.slot]));
     }
@@ -646,6 +659,7 @@ __device__ __forceinline__ void consume_wide(const Params& params, Smem& smem, S
   };
   const auto end = [&](const Job& job) ALWAYS_INLINE {
     const int key0 = job.n_block * BLOCK_N;
+    const int col0 = consumer_again() * first_share(HEAD_DIM), col0_v = consumer_again() * first_share(HEAD_DIM_V);
     if constexpr (OWN_DV) store_keys(params.dv, job, key0, col0_v, params.head_dim_v, acc_dv);
     if constexpr (OWN_DK) {
       multiply(acc_dk, score.gradient);

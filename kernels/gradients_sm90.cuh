@@ -25,12 +25,13 @@ constexpr int DQ_NUMBERS = WIDE ? BLOCK_M * HEAD_DIM : 128 * DQ_COLS;  // of a t
 constexpr int DQ_SECOND = WIDE ? 64 * first_share(HEAD_DIM) : 64 * DQ_COLS;  // where consumer 1's begin
 static_assert(WIDE ? BLOCK_M == 64 : BLOCK_M % 16 == 0, "a tile is dealt out to two warpgroups");
 
-// A tile in dq_sums, this thread's first four numbers: a warpgroup's part lies as its threads hold it, four by four,
-// so that a warp moves 512 bytes at a time.
-__device__ __forceinline__ float* dq_part(
-    const Params& params, const int (&batch_index)[4], int head, int m_block, int consumer) {
-  const auto tiles = rows_of<float>(params.dq_sums, batch_index, head);  // (m_block, DQ_NUMBERS)
-  return tiles.at(m_block) + (consumer * DQ_SECOND + 4 * (static_cast<unsigned>(thread_index_again()) % 128));
+// A tile in dq_sums; and there this thread's first four numbers: a warpgroup's part lies as its threads hold it, four by
+// four, so that a warp moves 512 bytes at a time.
+__device__ __forceinline__ float* tile_sums(const Params& params, const int (&batch_index)[4], int head, int m_block) {
+  return rows_of<float>(params.dq_sums, batch_index, head).at(m_block);  // (m_block, DQ_NUMBERS)
+}
+__device__ __forceinline__ float* own_part(float* sums, int consumer) {
+  return sums + (consumer * DQ_SECOND + 4 * (static_cast<unsigned>(thread_index_again()) % 128));
 }
 template <int N>
 __device__ __forceinline__ void store_part(float* part, const Fragment<N>& dq) {
@@ -149,14 +150,13 @@ __device__ __forceinline__ void store_transposed(
   }
 }
 
-// A consumer's part of dq, whole: scaled, rounded, stored.
+// A consumer's part of dq, whole: scaled, rounded, stored to the rows of its head, (seqlen_q, head_dim).
 template <int N>
 __device__ __forceinline__ void finish_dq(
-    const Params& params, const int (&batch_index)[4], int head, int m_block, int consumer, Fragment<N>& dq) {
+    const Params& params, Rows<Gradient_q> rows, int m_block, int consumer, Fragment<N>& dq) {
   const Accumulator factor = score_of(params).gradient;
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) dq.at[i] *= factor;
-  auto rows = rows_of<Gradient_q>(params.dq, batch_index, head);  // (seqlen_q, head_dim)
   const int row0 = m_block * BLOCK_M;
   if constexpr (WIDE) {
     const int col0 = consumer * first_share(HEAD_DIM);

@@ -57,10 +57,10 @@ __device__ __forceinline__ void store_words(T* to, const unsigned (&words)[4]) {
   store_global(reinterpret_cast<unsigned*>(to), Vector<unsigned, 4>{{words[0], words[1], words[2], words[3]}});
 }
 
-// One number of a tensor that has rows but no columns: lse, dlse, delta.
+// One number of a tensor that has rows but no columns: lse, dlse, delta. A call may do without lse: its strides are 0.
 __device__ __forceinline__ Accumulator load_number(const Rows<const Accumulator>& rows, int row) {
   return load_global<1>(rows.at(row)).at[0];
 }
 __device__ __forceinline__ void store_number(const Rows<Accumulator>& rows, int row, Accumulator number) {
-  store_global(rows.at(row), Vector<Accumulator, 1>{{number}});
+  if (rows.data != nullptr) store_global(rows.at(row), Vector<Accumulator, 1>{{number}});
 }

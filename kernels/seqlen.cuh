@@ -40,14 +40,16 @@ __device__ __forceinline__ Sequence sequence_of(const Params& params, int batch)
   return seq;
 }
 
+// The rows of a head that begins at `data`.
+template <typename T>
+__device__ __forceinline__ Rows<T> rows_from(const Tensor& tensor, T* data) {
+  const bool vectors = tensor.col_stride == 1 && is_aligned(data, 16) && tensor.row_stride * sizeof(T) % 16 == 0;
+  return {data, tensor.row_stride, tensor.col_stride, vectors};
+}
+
 template <typename T>
 __device__ __forceinline__ Rows<T> rows_of(const Tensor& tensor, const int (&batch_index)[4], int head) {
-  Rows<T> rows;
-  rows.data = static_cast<T*>(tensor.data) + entry_offset(tensor, batch_index) + head * tensor.head_stride;
-  rows.row_stride = tensor.row_stride;
-  rows.col_stride = tensor.col_stride;
-  rows.vectors = tensor.col_stride == 1 && is_aligned(rows.data, 16) && tensor.row_stride * sizeof(T) % 16 == 0;
-  return rows;
+  return rows_from(tensor, static_cast<T*>(tensor.data) + entry_offset(tensor, batch_index) + head * tensor.head_stride);
 }
 
 // To where the whole block reads it. Main loops find their tensors from there each time: addresses kept in registers

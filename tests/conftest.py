@@ -64,8 +64,12 @@ class Backend:
 
     def small_tile(self, dtype: Any) -> Tile:
         """A tile below the planner's own that both directions take in the family that the planner chooses."""
+        return Tile(16, 16) if self.p_dtype(dtype) is None else Tile(64, 128)
+
+    def p_dtype(self, dtype: Any) -> Any:
+        """What P and dS are rounded to in the family that the planner chooses; None: they are not."""
         hopper = self.name == "cupy" and self.xp.cuda.Device().compute_capability == "90"
-        return Tile(64, 128) if hopper and np.dtype(dtype).itemsize == 2 else Tile(32, 32)
+        return np.dtype(dtype) if hopper and np.dtype(dtype).itemsize == 2 else None
 
     def array(self, values: Any, dtype: Any = None, style: str = "plain") -> Any:
         """`values` inside poison, in memory as `style` says."""

@@ -34,7 +34,7 @@ def test_planted_in_a_sample(bug: Planted):
 def test_planted_in_a_kernel(bug: Planted):
     _applies(bug, assembled_text(bug.kernel))
     run = bug.problem.forward if bug.kernel.startswith("fwd") else bug.problem.backward
-    for seed in (0, 1):
+    for seed in bug.seeds:
         _expect(bug, lambda seed=seed: run((bug.patch,), Schedule.draw(seed)))
 
 

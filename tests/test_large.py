@@ -11,15 +11,17 @@ from cupyflash.testing import bounds
 
 
 @pytest.mark.parametrize("shape", [(70001, 1, 3, 4), (1, 70001, 3, 4), (70001, 3, 4)])
-def test_more_than_65535_entries_or_heads(backend, shape):
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_more_than_65535_entries_or_heads(backend, shape, dtype):
     rng = np.random.default_rng(1)
-    q, k, v, dout = rng.standard_normal((4, *shape), np.float32)
+    q, k, v, dout = rng.standard_normal((4, *shape), np.float32).astype(dtype)
     placed = [backend.xp.asarray(x) for x in (q, k, v)]
     (out, lse), vjp = attention_vjp(*placed, causal=True, return_lse=True)
     grads = vjp(backend.xp.asarray(dout))
     host = [x if isinstance(x, np.ndarray) else x.get() for x in (out, lse, *grads)]
-    report = bounds.check_forward(q, k, v, *host[:2], causal=True)
-    report = report + bounds.check_backward(dout, q, k, v, *host[:2], tuple(host[2:]), causal=True)
+    options = {"causal": True, "p_dtype": backend.p_dtype(dtype)}
+    report = bounds.check_forward(q, k, v, *host[:2], **options)
+    report = report + bounds.check_backward(dout, q, k, v, *host[:2], tuple(host[2:]), **options)
     assert report.ok, report
 
 
@@ -42,9 +44,10 @@ def test_more_than_2_to_31_elements(gpu):
     grads = attention_backward(dout, *arrays, out, lse)
     end_out, end_lse = out[:, -last:].get(), lse[:, -last:].get()
     # The last rows are a problem of their own: rows are independent, and where dout is 0 nothing is added to dk and dv.
-    report = bounds.check_forward(end, k, v, end_out, end_lse)
+    p_dtype = gpu.p_dtype(np.float16)
+    report = bounds.check_forward(end, k, v, end_out, end_lse, p_dtype=p_dtype)
     parts = (grads.dq[:, -last:].get(), grads.dk.get(), grads.dv.get())
-    report = report + bounds.check_backward(end_dout, end, k, v, end_out, end_lse, parts)
+    report = report + bounds.check_backward(end_dout, end, k, v, end_out, end_lse, parts, p_dtype=p_dtype)
     assert report.ok, report
     del out, grads, q, dout, arrays
     xp.get_default_memory_pool().free_all_blocks()

@@ -94,7 +94,9 @@ def test_collapsed_axes_reach_every_address(walk):
     )
     reached = []
     for launch in range(len(template.offsets)):
-        packed = template.fill(launch, dict.fromkeys("qkv", 1 << 40))["bytes"].tobytes()
+        packed = bytearray(template.nbytes)
+        template.begin(memoryview(packed))
+        template.fill(memoryview(packed).cast("Q"), launch, dict.fromkeys("qkv", 1 << 40))
         fields = decode(packed)
         for index in itertools.product(*map(range, decode_shapes(packed)[0])):
             reached.append(

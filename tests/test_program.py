@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import importlib
 import importlib.util
 import io
 import json
@@ -25,9 +26,10 @@ from threadpoolctl import threadpool_limits
 import cupyflash
 from cupyflash import _cpu
 from cupyflash._program import backend as backends
-from cupyflash._program import contenders, demo, machine, main, selftest, terminal, timing
+from cupyflash._program import bench, contenders, demo, host, machine, main, selftest, terminal, timing
 from cupyflash._program.machine import Cupy, Driver, Gpu
 from cupyflash._program.workload import DIRECTIONS, DTYPE_NAMES, Workload, numpy_dtype
+from cupyflash.testing import reference
 from cupyflash.testing.cases import run as run_case
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -358,6 +360,74 @@ def test_bench_fails_when_cupyflash_fails(monkeypatch: pytest.MonkeyPatch, capsy
     assert {"name": "cupyflash", "skipped": "RuntimeError: no kernel"} in backward["contenders"]
 
 
+def test_bench_host_times_small_calls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(host.CALLS, "numpy", 2)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    args = ("bench", "--host", "--family", "cpu", "--rounds", "3")
+    code, found = in_process(capsys, *args)
+    assert code == 0
+    names = [call["name"] for call in found["calls"]]
+    assert names == [name for name in host.calls(host.workload("float32"), np) if name.startswith("cupyflash")]
+    assert len(names) == 6
+    assert found["workload"]["dtype"] == "float32"
+    for call in found["calls"]:
+        assert len(call["samples"]) == 3
+        assert 0 < min(call["samples"]) <= call["quartiles"][0] <= call["seconds"] <= call["quartiles"][1]
+        assert call["ratio_to_torch"] is None
+    assert list(found["skipped"]) == [host.TORCH, host.TORCH_BACKWARD]
+    assert main(list(args)) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^cupyflash: attention\(q, k, v\)( +[\d.]+ [um]?s){3} +-$", text, re.M), text
+    assert f"{host.TORCH} skipped" in text
+
+
+def test_host_times_are_held_against_torchs(capsys: pytest.CaptureFixture[str]) -> None:
+    """A batch counts the calls between two waits for the device; a backward is held against a backward."""
+    events: list[str] = []
+    makers: Any = {
+        name: lambda name=name: lambda: events.append(name) for name in (host.TORCH, host.TORCH_BACKWARD, "cupyflash")
+    }
+    backend = SimpleNamespace(name="numpy", synchronize=lambda: events.append("wait"))
+    found = host.measure(makers, backend, batches=2)  # type: ignore[arg-type]
+    count = host.CALLS["numpy"]
+    assert events[9:] == [
+        event
+        for name in (host.TORCH, host.TORCH_BACKWARD, "cupyflash", host.TORCH_BACKWARD, "cupyflash", host.TORCH)
+        for event in ("wait", *[name] * count, "wait")
+    ]
+    assert all(len(samples) == 2 for samples in found.samples.values())
+    found.samples = {host.TORCH: [2.0, 4.0], host.TORCH_BACKWARD: [5.0, 5.0]}
+    found.samples |= {"a": [4.0, 12.0], "a backward": [5.0, 10.0]}
+    assert [bench.to_torch(found, name) for name in found.samples] == ["1.00", "1.00", "2.50", "1.50"]
+
+
+def test_bench_says_once_what_the_planner_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = backends.Backend("numpy", np, machine.read_machine())
+    monkeypatch.setattr(bench.backends, "choose", lambda name: found)  # of arrays that a GPU's family does not take
+    for more in ([], ["--host"], ["--json"]):
+        assert main(["bench", "--family", "sm90", *more]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err == "family='sm90' with NumPy arrays: NumPy arrays run on 'cpu'\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "name", "dtype"),
+    [
+        ([], "cupy", "float32"),
+        (["--family", "sm90"], "cupy", "bfloat16"),
+        (["--host"], "cupy", "bfloat16"),
+        (["--host"], "numpy", "float32"),
+    ],
+)
+def test_bench_has_a_dtype_that_fits(args: list[str], name: str, dtype: str) -> None:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    assert bench.default_dtype(parser.parse_args(args), SimpleNamespace(name=name)) == dtype  # type: ignore[arg-type]
+
+
 def test_bench_needs_cupy_for_a_gpu_family(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(machine, "read_cupy", lambda driver: MISSING)
     assert main(["bench", "--family", "simt"]) == 2
@@ -609,24 +679,26 @@ def test_progress_uses_tqdm_where_it_is_installed(monkeypatch: pytest.MonkeyPatc
 # ------------------------------------------------------------------------------------------------- the GPU benchmark
 
 
+def benchmark(name: str) -> ModuleType:
+    """A module of the benchmarks, which are run from the repository's root and not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        return importlib.import_module(f"benchmarks.{name}")
+
+
 @pytest.fixture(scope="module")
 def gpu_benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "gpu.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_benchmark"] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("gpu")
 
 
 @pytest.fixture
 def small_benchmark(gpu_benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The benchmark with cells that NumPy computes in no time."""
     everything = dict.fromkeys(DTYPE_NAMES, ("unfused NumPy",))
-    changes = {"ROWS": 32, "COLUMNS": 16, "FAMILY": None, "PEERS": everything, "WARM_UP": 0.01, "CALLS": 2}
+    changes = {"ROWS": 32, "COLUMNS": 16, "FAMILY": None, "PEERS": everything, "WARM_UP": 0.01}
     for name, value in (changes | {"LEAST": 1e-4, "CAUSAL_SEQLENS": (32,)}).items():
         monkeypatch.setattr(gpu_benchmark, name, value)
+    monkeypatch.setitem(host.CALLS, "numpy", 2)
     found = backends.Backend("numpy", np, machine.read_machine())
     monkeypatch.setattr(gpu_benchmark.backends, "choose", lambda name: found)
     return gpu_benchmark
@@ -649,7 +721,7 @@ def test_gpu_benchmark_leaves_out_what_would_fill_the_memory(gpu_benchmark: Modu
             for cell in gpu_benchmark.plan([dtype], [64], [seqlen])
             if cell.direction == direction and not cell.workload.causal
         )
-        return list(gpu_benchmark.too_large(cell, 140e9))
+        return list(gpu_benchmark.too_large(cell, gpu_benchmark.PEERS[dtype], 140e9))
 
     assert skipped("float64", 2048, "backward") == []
     assert skipped("float64", 16384, "forward") == ["torch math"]  # one matrix is 34 GB
@@ -672,9 +744,9 @@ def test_gpu_benchmark_measures_and_writes(
     assert found["not_run"] == []
     assert {"cupyflash", "NumPy", "driver", "CuPy", "NVRTC", "torch"} <= found["versions"].keys()
     ours = [name for name in found["host_seconds"] if name.startswith("cupyflash")]
-    assert len(ours) == 3
+    assert len(ours) == 6
     assert all(found["host_seconds"][name]["median"] > 0 for name in ours)
-    assert list(found["host_skipped"]) == ["torch: scaled_dot_product_attention(q, k, v)"]
+    assert list(found["host_skipped"]) == [host.TORCH, host.TORCH_BACKWARD]
     text = capsys.readouterr().out
     assert re.search(r"^float64 +8 +causal +backward +- +[\d.]+ +[\d.]+x$", text, re.M), text
 
@@ -703,6 +775,212 @@ def test_gpu_benchmark_stops_at_its_budget(small_benchmark: ModuleType, tmp_path
     found = json.loads(path.read_text())
     assert found["cells"] == []
     assert len(found["not_run"]) == 12
+
+
+# ------------------------------------------------------------------------------------------- the attention benchmark
+
+
+@pytest.fixture(scope="module")
+def attention_benchmark() -> ModuleType:
+    return benchmark("attention")
+
+
+@pytest.fixture(scope="module")
+def verdict() -> ModuleType:
+    return benchmark("verdict")
+
+
+@pytest.fixture
+def small_attention(
+    attention_benchmark: ModuleType, verdict: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> ModuleType:
+    """The benchmark with cells that NumPy computes in no time, beside a peer that NumPy has."""
+    changes: dict[str, Any] = {"ROWS": 32, "COLUMNS": 16, "FAMILY": None, "WARM_UP": 0.01, "LEAST": 1e-4}
+    changes |= {"PEERS": ("unfused NumPy",), "MORE_PEERS": (), "LONG": (64,), "REFERENCES": ("unfused NumPy",)}
+    for name, value in changes.items():
+        monkeypatch.setattr(attention_benchmark, name, value)
+        if hasattr(verdict, name):
+            monkeypatch.setattr(verdict, name, value)
+    monkeypatch.setattr(attention_benchmark, "import_modules", lambda names: None)
+    found = backends.Backend("numpy", np, machine.read_machine())
+    monkeypatch.setattr(attention_benchmark.backends, "choose", lambda name: found)
+    return attention_benchmark
+
+
+SMALL_ATTENTION = ["--head-dims", "8", "--seqlens", "16", "32", "--rounds", "3"]
+
+
+def test_attention_benchmark_lists_its_cells(
+    attention_benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert attention_benchmark.main(["--dry-run"]) == 0
+    *lines, count = capsys.readouterr().out.splitlines()
+    assert count == "72 cells and 12 long ones"
+    assert len(set(lines)) == len(lines) == 84
+    assert lines[3] == (
+        "backward d=64  full   16 x 1024   x 32 heads: 0.34 TFLOP, cupyflash; cupyflash, any order; torch cuDNN; "
+        "torch flash; JAX cuDNN"
+    )
+    assert lines[-1] == "forward  d=256 causal  1 x 131072 x 8 heads: 70.37 TFLOP, cupyflash"
+    assert attention_benchmark.main(["--dry-run", "--directions", "backward", "--peers", "unfused CuPy"]) == 0
+    *lines, count = capsys.readouterr().out.splitlines()
+    assert count == "36 cells and 0 long ones"
+    assert [line.endswith("unfused CuPy") for line in lines[:6]] == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "args", [["--seqlens", "3000"], ["--head-dims", "96"], ["--long", "4096"], ["--rounds", "0"], []]
+)
+def test_attention_benchmark_refuses(args: list[str], attention_benchmark: ModuleType) -> None:
+    with pytest.raises(SystemExit) as stop:
+        attention_benchmark.main([*args, *(["--dry-run"] if args else [])])
+    assert stop.value.code == 2
+
+
+def test_attention_benchmark_measures_and_writes(
+    small_attention: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results" / "attention.json"
+    assert small_attention.main([*SMALL_ATTENTION, "--out", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert (len(found["cells"]), found["failed"], found["not_run"]) == (8 + 2, False, [])
+    assert {"commit", "date", "device", "versions", "clocks", "clocks_when_warm"} <= found.keys()
+    for cell in found["cells"][:8]:
+        names = ["out"] if cell["direction"] == "forward" else ["dq", "dk", "dv"]
+        ours = ["cupyflash"] + (["cupyflash, any order"] if cell["direction"] == "backward" else [])
+        assert [c["name"] for c in cell["contenders"]] == [*ours, "unfused NumPy"]
+        assert all(len(c["samples"]) == 3 for c in cell["contenders"])
+        assert list(cell["verdicts"]) == ours
+        assert {name: list(rms) for name, rms in cell["rms"].items()} == dict.fromkeys([*ours, "unfused NumPy"], names)
+        assert all(0 < x < 0.01 for rms in cell["rms"].values() for x in rms.values())
+        assert cell["unchecked"] == {}
+    assert [c["name"] for c in found["cells"][8]["contenders"]] == ["cupyflash"]
+    assert len(found["bars"]) == 18
+    text = capsys.readouterr().out
+    for title in ("forward", "backward, any order", "backward, deterministic"):
+        assert re.search(rf"^{title}\n +S=16 +S=32\nd=8 +full +\d+ [\d.]+ +\d+ [\d.]+$", text, re.M), text
+
+
+def test_attention_benchmark_goes_on_after_a_failure(
+    small_attention: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any, **options: Any) -> Any:
+        if not options["deterministic"]:
+            raise RuntimeError("no kernel")
+        return cupyflash.attention_backward(*args, **options)
+
+    def unreadable(*args: Any) -> Any:
+        raise TypeError("no such memory")
+
+    monkeypatch.setattr(contenders, "attention_backward", broken)
+    monkeypatch.setattr(sys.modules["benchmarks.exact"], "wide", unreadable)
+    path = tmp_path / "attention.json"
+    assert small_attention.main([*SMALL_ATTENTION, "--out", str(path)]) == 1
+    found = json.loads(path.read_text())
+    assert found["failed"]
+    assert len(found["cells"]) == 10
+    assert found["cells"][0]["unchecked"]["cupyflash"] == "TypeError: no such memory"
+    skipped = {"name": "cupyflash, any order", "skipped": "RuntimeError: no kernel"}
+    assert [skipped in cell["contenders"] for cell in found["cells"]] == [False, True] * 4 + [False] * 2
+    assert all("samples" in cell["contenders"][0] for cell in found["cells"])
+    assert "FAILED: backward d=8" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_attention_benchmark_stops_at_its_budget(
+    small_attention: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "attention.json"
+    assert small_attention.main([*SMALL_ATTENTION, "--out", str(path), "--budget", "0"]) == 0
+    found = json.loads(path.read_text())
+    assert (found["cells"], len(found["not_run"])) == ([], 10)
+    assert "NOT RUN" in capsys.readouterr().out
+    assert {bar["held"] for bar in found["bars"]} == {None}
+    assert found["bars"][0]["of"] == 4
+
+
+def judged(attention_benchmark: ModuleType, gain: float, tax: float, error: float, speed: float) -> list[Any]:
+    """All cells as if measured: cuDNN takes `gain` times our time in the middle of three rounds."""
+    cells = attention_benchmark.plan((64, 128, 256), attention_benchmark.SEQLENS, DIRECTIONS, (32768,))
+    for cell in cells:
+        flops = cell.workload.flops(cell.direction) / (speed if cell.long else 1)
+        cell.samples["cupyflash"] = [flops / 1e12] * 3
+        if cell.direction == "backward":
+            cell.samples["cupyflash, any order"] = [flops / 1e12 / (1 + tax)] * 3
+        if not cell.long:
+            cell.samples["torch cuDNN"] = [flops / 1e12 * x for x in (gain - 0.2, gain, gain + 0.02)]
+            cell.rms = {name: {"a": 1e-3, "b": 1e-3 * error} for name in cell.samples if name.startswith("cupyflash")}
+            cell.rms["torch cuDNN"] = {"a": 1e-3, "b": 1e-3}
+    return cells
+
+
+def test_bars_hold_and_fail_by_the_samples(attention_benchmark: ModuleType, verdict: ModuleType) -> None:
+    good = verdict.bars(judged(attention_benchmark, 1.2, 0.02, 1.02, 0.97))
+    assert [bar.name for bar in good if not bar.held] == []
+    assert all(bar.cells == bar.of > 0 for bar in good)
+    assert good[0].found == pytest.approx(1.2)
+    assert good[1].found == pytest.approx(1.21)  # the upper quartile of 1, 1.2 and 1.22
+    bad = verdict.bars(judged(attention_benchmark, 0.95, 0.11, 1.04, 0.9))
+    assert [bar.name for bar in bad if bar.held] == [
+        "backward, any order, d=64 and 128: least",  # 0.95 x 1.11
+        "backward, any order, d=256: mean",
+        "backward, deterministic, d=256: mean",
+    ]
+    assert [bar.held for bar in verdict.bars([])] == [None] * len(bad)
+
+
+def test_one_slow_cell_is_found(attention_benchmark: ModuleType, verdict: ModuleType) -> None:
+    cells = judged(attention_benchmark, 1.2, 0.02, 1.02, 0.97)
+    (slow,) = verdict.chosen(cells, "forward", (128,), True, (8192,))
+    slow.samples["cupyflash"] = [1.3 * x for x in slow.samples["cupyflash"]]
+    missed = {bar.name: bar.found for bar in verdict.bars(cells) if not bar.held}
+    assert missed == pytest.approx(
+        {"forward: least upper quartile": 1.21 / 1.3, "forward, d=128 causal, 8k and 16k: least": 1.2 / 1.3}
+    )
+    text = attention_benchmark.summary(verdict.chosen(cells, "forward"), "forward", "cupyflash")
+    mean = (1.2**36 / 1.3) ** (1 / 36)
+    assert text.splitlines()[0].startswith(f"geometric mean: all {mean:.3f}, d=64 1.200, ")
+    assert text.splitlines()[1] == "worst: forward  d=128 causal  2 x 8192   x 16 heads, 0.923 (0.846 to 0.931)"
+
+
+def test_jax_stands_in_for_torchs_cudnn(attention_benchmark: ModuleType, verdict: ModuleType) -> None:
+    cell = judged(attention_benchmark, 1.2, 0.0, 1.0, 1.0)[0]
+    cell.samples["JAX cuDNN"] = [2 * x for x in cell.samples["cupyflash"]]
+    assert (cell.reference, cell.gain()) == ("torch cuDNN", pytest.approx(1.2))
+    del cell.samples["torch cuDNN"], cell.rms["torch cuDNN"]
+    assert (cell.reference, cell.gain(), cell.error()) == ("JAX cuDNN", 2, None)
+    del cell.samples["JAX cuDNN"]
+    assert (cell.reference, cell.gain(), cell.upper()) == (None, None, None)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_devices_float64_is_the_specification(causal: bool) -> None:
+    exact = benchmark("exact")
+    q, k, v, dout = (x[0, 0] for x in Workload(1, 1, 37, 8, "bfloat16").arrays(np))
+    found = exact.attention(q, k, v, dout, causal=causal, xp=np, numbers=5 * 37)
+    out, lse = reference.forward(q, k, v, causal=causal)
+    wanted = {"out": out, **reference.backward(dout, q, k, v, out, lse, causal=causal)._asdict()}
+    assert found.keys() == wanted.keys()
+    for name, want in wanted.items():
+        np.testing.assert_allclose(found[name], want, rtol=1e-12, atol=1e-13, err_msg=name)
+
+
+def test_the_plot_has_a_panel_for_each_problem(attention_benchmark: ModuleType, tmp_path: Path) -> None:
+    plot = benchmark("plot")
+    cells = judged(attention_benchmark, 1.2, 0.02, 1.02, 0.97)
+    result = {"device": "a GPU", "cells": [cell.as_dict() for cell in cells]}
+    panels = plot.panels(result)
+    directions = [("forward", False), ("forward", True), ("backward", False), ("backward", True)]
+    assert list(panels) == [("bfloat16", d, *kind) for d in (64, 128, 256) for kind in directions]
+    lines = panels["bfloat16", 128, "backward", True]
+    assert list(lines) == ["cupyflash", "cupyflash, any order", "torch cuDNN"]
+    assert lines["torch cuDNN"][1] == (1024, pytest.approx(1 / 1.2))
+    assert [x for x, _ in panels["bfloat16", 64, "forward", False]["cupyflash"]] == [
+        512, 1024, 2048, 4096, 8192, 16384, 32768,
+    ]  # fmt: skip
+    if importlib.util.find_spec("matplotlib") is None:
+        pytest.skip("matplotlib, which draws, is not installed")
+    plot.draw(result, tmp_path / "a.svg")
+    assert "a GPU" in (tmp_path / "a.svg").read_text() or (tmp_path / "a.svg").stat().st_size > 10_000
 
 
 # ----------------------------------------------------------------------------------------------------------- on a GPU
@@ -746,7 +1024,34 @@ def test_benchmark_on_a_gpu(
     found = json.loads(path.read_text())
     assert len(found["cells"]) == 4
     assert found["versions"]["CUDA runtime"]
-    assert len(found["host_seconds"]) >= 3
+    assert len(found["host_seconds"]) >= 6
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_bench_host_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(host.CALLS, "cupy", 5)
+    code, found = in_process(capsys, "bench", "--host", "--family", "simt", "--rounds", "2")
+    assert code == 0
+    assert found["workload"]["dtype"] == "bfloat16"
+    assert len([call for call in found["calls"] if call["name"].startswith("cupyflash")]) == 6
+
+
+@pytest.mark.gpu
+def test_attention_benchmark_on_a_gpu(
+    gpu: Any, attention_benchmark: ModuleType, verdict: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module in (attention_benchmark, verdict):
+        monkeypatch.setattr(module, "ROWS", 256)
+    for name, value in {"FAMILY": None, "COLUMNS": 256, "WARM_UP": 0.1}.items():
+        monkeypatch.setattr(attention_benchmark, name, value)
+    path = tmp_path / "attention.json"
+    args = ["--head-dims", "64", "--seqlens", "128", "--long", "512", "--rounds", "2", "--jax-seqlens"]
+    assert attention_benchmark.main([*args, "--out", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert len(found["cells"]) == 4 + 2
+    for cell in found["cells"][:4]:
+        assert all(0 < x < 0.01 for x in cell["rms"]["cupyflash"].values()), cell
 
 
 def test_directions_are_those_of_contenders() -> None:

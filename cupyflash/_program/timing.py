@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +75,7 @@ def clock_for(xp: Any) -> Clock:
 class Samples:
     """Seconds a call of contenders that took turns: the n-th samples of all belong to one round."""
 
-    direction: str  # what was called: "forward" or "backward"
+    direction: str  # what was called: "forward" or "backward"; "call" where calls of several kinds are
     samples: dict[str, list[float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)  # contender to reason
 
@@ -100,11 +100,24 @@ class Samples:
 
     def quartiles(self, name: str, base: str = OURS) -> tuple[float, float]:
         """The lower and upper quartile of the rounds' ratios."""
-        ratios = self.ratios(name, base)
-        if len(ratios) == 1:
-            return ratios[0], ratios[0]
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return low, high
+        return quartiles(self.ratios(name, base))
+
+    def spread(self, name: str = OURS) -> tuple[float, float]:
+        """The lower and upper quartile of the seconds."""
+        return quartiles(self.samples[name])
+
+    @property
+    def failed(self) -> bool:
+        """Whether cupyflash itself could not run."""
+        return any(name.startswith(OURS) for name in self.skipped)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The lower and the upper one; twice the value where there is one."""
+    if len(values) == 1:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
 
 
 @dataclass
@@ -112,11 +125,6 @@ class Cell(Samples):
     """What one direction of one workload took, by contender."""
 
     workload: Workload = field(kw_only=True)
-
-    @property
-    def failed(self) -> bool:
-        """Whether cupyflash itself could not run."""
-        return any(name.startswith(OURS) for name in self.skipped)
 
     def speed(self, name: str = OURS) -> float:
         """Floating-point operations a second."""

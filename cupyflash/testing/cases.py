@@ -49,7 +49,8 @@ def run(case: Case, xp: Any = np, **options: Any) -> bounds.Report:
     plan = explain(q, k, v, **options)
     report = bounds.check_forward(
         values.q, values.k, values.v, to_numpy(out), to_numpy(lse),
-        chain_d=plan.chain_d, chain_k=plan.chain_k, block_n=min(plan.block_n, max(case.seqlen_k, 1)), **spec,
+        chain_d=plan.chain_d, chain_k=plan.chain_k, block_n=min(plan.block_n, max(case.seqlen_k, 1)),
+        p_dtype=inputs.q.dtype if plan.rounds_p else None, **spec,
     )  # fmt: skip
 
     dlse = placed["dlse"].array if case.dlse else None
@@ -58,7 +59,8 @@ def run(case: Case, xp: Any = np, **options: Any) -> bounds.Report:
     report = report + bounds.check_backward(
         values.dout, values.q, values.k, values.v, to_numpy(out), to_numpy(lse),
         tuple(None if g is None else to_numpy(g) for g in grads[:3]), dlse=values.dlse if case.dlse else None,
-        chain_d=plan.chain_d, chain_k=plan.chain_k, chain_q=plan.chain_q, **spec,
+        chain_d=plan.chain_d, chain_k=plan.chain_k, chain_q=plan.chain_q,
+        p_dtype=inputs.q.dtype if plan.rounds_p else None, **spec,
     )  # fmt: skip
     for name, p in placed.items():
         _promise(p.unwritten(), f"{name} or the bytes around it were written")

@@ -33,6 +33,7 @@ _SHARED = (
 )  # since an architecture
 
 _loaded: dict[tuple[str, int, bool], tuple[ctypes.CDLL, tuple[str, ...]]] = {}
+_handles: weakref.WeakValueDictionary[int, Kernel] = weakref.WeakValueDictionary()
 _granules: dict[str, int] = {}  # the shadow's granule in shared memory that a kernel turned out to need
 
 
@@ -140,6 +141,8 @@ class Kernel:
         if name not in entries:
             raise ValueError(f"no entry point {name}: there are {entries}")
         self.name = name
+        self.kernel = SimpleNamespace(ptr=id(self))  # the driver's handle
+        _handles[id(self)] = self
         self.max_dynamic_shared_size_bytes = DEFAULT_SHARED
         self._device = device
         self._names = _parameters(text, name)
@@ -148,14 +151,14 @@ class Kernel:
         self._run.restype, self._run.argtypes = ctypes.c_char_p, (ctypes.c_void_p,)
         sizes = (ctypes.c_uint64 * 64)()
         count = getattr(library, f"emulator_sizes_{name}")(sizes)
-        self._sizes = list(sizes[:count])
+        self.sizes = list(sizes[:count])
 
     def __call__(self, grid: Any, block: Any, args: tuple[Any, ...], shared_mem: int = 0) -> None:
         device = self._device
         schedule = device.next_schedule()
         device.launches.append(self.name)
         self._check(_three(grid), _three(block), shared_mem, schedule)
-        packed = [_argument(value, size) for value, size in zip(args, self._sizes, strict=True)]
+        packed = [_argument(value, size) for value, size in zip(args, self.sizes, strict=True)]
         pointers = (ctypes.c_void_p * max(len(packed), 1))(*(ctypes.addressof(p) for p in packed))
         by_hand = {n: x for n, x in zip(self._names, args, strict=False) if isinstance(x, ndarray)}
         while True:
@@ -190,6 +193,17 @@ class Kernel:
             problem = f"{shared_mem} bytes of shared memory on a device with {self._device.shared}"
         if problem:
             raise EmulatorError("launch", problem, self.name, schedule)
+
+
+def _launch_kernel(handle: int, *sizes: int) -> None:
+    """As cuLaunchKernel: grid, block, bytes of shared memory, stream, and where pointers to the arguments lie."""
+    kernel, grid, block = _handles[handle], sizes[:3], sizes[3:6]
+    shared, _, pointers, _ = sizes[6:]
+    packed = []
+    for i, size in enumerate(kernel.sizes):
+        pointer = ctypes.c_void_p.from_address(pointers + 8 * i).value
+        packed.append(np.frombuffer(ctypes.string_at(pointer, size), np.uint8))
+    kernel(grid, block, tuple(packed), shared_mem=shared)
 
 
 def _parameters(text: str, entry: str) -> list[str]:
@@ -376,7 +390,8 @@ def _cupy(device: Device) -> ModuleType:
     )
     module.encode_tiled = _encode_tiled
     module.cuda = SimpleNamespace(
-        runtime=runtime, get_current_stream=lambda: SimpleNamespace(ptr=0), Device=lambda _: contextlib.nullcontext()
+        runtime=runtime, get_current_stream=lambda: SimpleNamespace(ptr=0), Device=lambda _: contextlib.nullcontext(),
+        driver=SimpleNamespace(launchKernel=_launch_kernel),
     )
     return module
 
@@ -413,44 +428,32 @@ def _module(name: str, module: ModuleType) -> Iterator[None]:
 @contextlib.contextmanager
 def _watched_launches(device: Device) -> Iterator[None]:
     """Learn from the library which arrays a launch consists of, and which of them its plan says it writes."""
-    from cupyflash import _call, _compile, _launch, _tma
+    from cupyflash import _call, _compile, _launch, _ready, _tma
 
     encoder = _tma.encoder
-    run, finish, start = _launch._run, _launch.Partial.finish, _launch.Launch.run
-
-    def writing(names: Any, body: Callable[[], None]) -> None:
-        device.writes = frozenset(names)
-        try:
-            body()
-        finally:
-            device.writes = frozenset()
-
-    def watched_run(problem: Any, step: Any, number: int, tensors: Any) -> None:
-        writing(step.writes, lambda: run(problem, step, number, tensors))
-
-    def watched_finish(self: Any, step: Any, number: int) -> None:
-        writing(("dq",), lambda: finish(self, step, number))  # in Params it stands for whichever gradient it is
+    start = _launch.Launch.run
 
     def watched_start(self: Any, tensors: Mapping[str, Any]) -> None:
-        device.arrays = {name: x for name, x in tensors.items() if x is not None}
+        device.arrays, device.writes = {name: tensors[name] for name in self.names}, self.writes
         try:
             start(self, tensors)
         finally:
-            device.arrays = None
+            device.arrays, device.writes = None, frozenset()
 
     def forget() -> None:  # kernels hold their device, and its patches
         _compile._loaded.clear()
-        _launch._prepared.cache_clear()
+        _launch._launch.cache_clear()
+        _ready.forget()
         _call._device.cache_clear()
 
     loaded = dict(_compile._loaded)
     forget()
-    _launch._run, _launch.Partial.finish, _launch.Launch.run = watched_run, watched_finish, watched_start
+    _launch.Launch.run = watched_start
     _tma.encoder = lambda: _encode_tiled
     try:
         yield
     finally:
-        _launch._run, _launch.Partial.finish, _launch.Launch.run = run, finish, start
+        _launch.Launch.run = start
         _tma.encoder = encoder
         forget()
         _compile._loaded.update(loaded)

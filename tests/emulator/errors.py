@@ -21,7 +21,7 @@ KINDS = {
     "mbarrier": "an mbarrier used against its rules: not initialised, overwritten, too many arrivals",
     "barrier": "a barrier used with a wrong number or count",
     "divergence": "lanes of a warp, or threads of a block, that do not meet where they must",
-    "unfinished": "a thread or block that ends while its asynchronous work goes on",
+    "unfinished": "a thread or block that ends while its asynchronous work goes on, or a named barrier waits for more",
     "deadlock": "no thread can run; the report says who waits for what",
     "tensor map": "a copy whose tensor map does not fit it",
     "undefined": "undefined behaviour of C++: overflow, a bad shift, a division by zero",

@@ -37,6 +37,7 @@ class MemoryPointer:
         self.allocation = allocation
         self.offset = offset
         self.ptr = allocation.ptr + offset
+        self.device_id = DEVICE_NUMBER
 
     def __add__(self, offset: int) -> MemoryPointer:
         return MemoryPointer(self.allocation, self.offset + offset)

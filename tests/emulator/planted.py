@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .removals import Problem
+from .removals import HOPPER_FORWARD, HOPPER_NARROW, Problem, hopper_backward
 from .samples import SAMPLES
 
 RAGGED = Problem("float32", 16, 70, 70)
+SEVERAL_BLOCKS = (3, 5)  # seeds of schedules with more than one resident block
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Planted:
         A pattern that the report's text must match.
     problem : Problem
         For the library's kernels: what shows the bug.
+    seeds : tuple of int
+        For the library's kernels: schedules, each of which shows it.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Planted:
     kinds: tuple[str, ...]
     says: str = ""
     problem: Problem = RAGGED
+    seeds: tuple[int, ...] = (0, 1)
 
     def applies(self, text: str) -> bool:
         return self.patch(text) != text
@@ -255,6 +259,14 @@ PLANTED = (
         "128 of 256",
     ),
     Planted(
+        "arrivals that nobody waits for",
+        "sm90",
+        "barrier_sync(1 + group, 128);  // the warpgroup's rows",
+        "barrier_sync(1 + group, 128); barrier_arrive(3, 288); //",
+        ("unfinished",),
+        "256 of 288 arrivals at barrier 3",
+    ),
+    Planted(
         "one barrier for both groups",
         "sm90",
         "barrier_sync(1 + group, 128);  // the warpgroup's rows",
@@ -376,6 +388,10 @@ _GROUPED = Problem("float32", 16, 33, 40, heads=2, heads_k=1)
 _BROADCAST = Problem("float32", 7, 33, 40, batch=(2, 1))
 _NARROW = Problem("float32", 7, 33, 40)
 _UNALIGNED = Problem("float32", 16, 33, 40, unaligned=True)
+# Query 113 = 7 * 16 + 1 is the first one that sees key 127, the last of its block.
+_DIAGONAL = hopper_backward(16, 16, ("causal", True), ("q_offset", 14), seqlens=(130, 140))
+_WITHOUT_KEYS = hopper_backward(16, 16, ("causal", True), seqlens=(40, 20))
+_ARRIVAL = hopper_backward(16, 16, ("deterministic", False))
 
 # In the library's own kernels.
 LIBRARY = (
@@ -402,7 +418,7 @@ LIBRARY = (
     ),
     Planted(
         "vectors from unaligned memory", "fwd_simt",
-        r"is_aligned\(rows\.data, 16\)", "true", ("misaligned",), "16", _UNALIGNED,
+        r"is_aligned\(\S*data, 16\)", "true", ("misaligned",), "16", _UNALIGNED,
     ),
     Planted(
         "rows too close in shared memory", "fwd_simt",
@@ -419,14 +435,14 @@ LIBRARY = (
     ),
     Planted("scores not cleared", "fwd_simt", r"clear\(acc_s\);", "", ("values",), ""),
     Planted("slots not exchanged", "fwd_simt", r"slot \^= 1;", "", ("race", "early use", "early overwrite"), "shared"),
-    Planted("every lane stores delta", "bwd_delta", r" && thread_x\(\) == 0\)", ")", ("race",), "delta"),
+    Planted("every lane stores delta", "bwd_delta", r" \|\| thread_x\(\) != 0\)", ")", ("race",), "delta"),
     Planted(
         "delta before it is there", "bwd_delta",
         r"store_number\(delta, (\w+),", r"if (\1 % 2) store_number(delta, \1,", ("uninitialised",), "delta",
     ),
     Planted(
         "shuffle inside a branch", "bwd_delta",
-        r"sum = row_sum_of\(sum\);", "if (thread_y() % 4 < 2) sum = row_sum_of(sum);",
+        r"const (Accumulator whole) = (row_sum_of\(.*?\);)", r"\1 = 0; if (thread_y() % 4 < 2) whole = \2",
         ("divergence", "deadlock"), "lane",
     ),
     Planted(
@@ -438,11 +454,102 @@ LIBRARY = (
         r"rows_of<Gradient>\(params\.dq", "rows_of<Gradient>(params.q", ("write to an input",), r"q\+",
     ),
     Planted(
-        "delta of another row",
-        "bwd_simt_dkdv",
-        r"delta\[(\w+\.col\(c\))\]",
-        r"delta[\1 ^ 1]",
-        ("values",),
-        "",
+        "delta of another row", "bwd_simt_dkdv",
+        r"delta\[(\w+\.col\(c\))\]", r"delta[\1 ^ 1]", ("values",),
+    ),
+    # ---- fwd_sm90
+    Planted(
+        "a reader of a ring not counted", "fwd_sm90",
+        r"(&empty\[i\]\), reading_warps)\)", r"\1 - 1)",
+        ("early overwrite", "mbarrier", "deadlock", "early use"), "", HOPPER_FORWARD[0],
+    ),
+    Planted(
+        "more bytes announced than come", "fwd_sm90",
+        r"ring\.refill\(turn, sizeof tiles\[0\]\)", "ring.refill(turn, sizeof tiles[0] + 16)",
+        ("deadlock",), "16 bytes are missing", HOPPER_FORWARD[0],
+    ),
+    Planted(
+        "keys released before the products have read them", "fwd_sm90",
+        r"(?s)(const auto await_scores = .*?\{)(.*?)(\n +smem\.k_ring\.release\(turn\);)", r"\1\3\2",
+        ("early overwrite",), "asynchronous write of shared", HOPPER_FORWARD[0],
+    ),
+    Planted(
+        "the sender's parity", "fwd_sm90",
+        r"(&empty\[turn\.slot\]\), turn\.parity) \^ 1", r"\1", ("deadlock",), "mbarrier", HOPPER_FORWARD[0],
+    ),
+    Planted(
+        "parities never change", "fwd_sm90",
+        r"parity \^= 1;", "", ("uninitialised", "early use", "early overwrite", "deadlock"), "shared",
+        HOPPER_FORWARD[1],
+    ),
+    Planted(
+        "a turn not passed on", "fwd_sm90",
+        r"(accumulate_pv\(v_turn\);\s*)pass_turn\(consumer\);", r"\1", ("deadlock",), "of 256", HOPPER_FORWARD[0],
+    ),
+    Planted(
+        "keys of another head by TMA", "fwd_sm90",
+        r"work\.head / group\)", "work.head)", ("values",), "", HOPPER_FORWARD[2],
+    ),
+    Planted(
+        "rows beyond the end stored from fragments", "fwd_sm90",
+        r"if \(row < row_end\) store_columns", "store_columns", ("out of bounds",), "write of", HOPPER_FORWARD[2],
+    ),
+    # ---- bwd_sm90, and what bwd_delta prepares for it
+    Planted(
+        "semaphore: one block too few", "bwd_sm90",
+        r"while \(load_acquire\(semaphore\) < (.*?)\) \{", r"while (load_acquire(semaphore) < \1 - 1) {",
+        ("race between blocks", "uninitialised"), "dq_sums", HOPPER_NARROW[0], SEVERAL_BLOCKS,
+    ),
+    Planted(
+        "semaphore told before the sums are added", "bwd_sm90",
+        r"(mbarrier_wait\(shared_address\(&smem\.order\.added.*?;)(\s*)(add_release\(.*?;)", r"\3\2\1",
+        ("race between blocks", "uninitialised"), "dq_sums", HOPPER_NARROW[0], SEVERAL_BLOCKS,
+    ),
+    Planted(
+        "a reader of jobs not counted", "bwd_sm90",
+        r"CONSUMER_WARPS \+ \(ORDERED \? 3 : 1\)", "CONSUMER_WARPS + (ORDERED ? 2 : 0)",
+        ("race", "mbarrier", "deadlock"), "", HOPPER_NARROW[1],
+    ),
+    Planted(
+        "proxy fence of one lane", "bwd_sm90",
+        r"fence_proxy_async_shared\(\);", "if (lane_index() == 0) fence_proxy_async_shared();",
+        ("missing proxy fence",), "asynchronous read of shared", HOPPER_NARROW[0],
+    ),
+    Planted(
+        "one buffer of dS for all turns", "bwd_sm90",
+        r"scores\.ds\[turn\.slot\]", "scores.ds[0]", ("race", "early overwrite"), "shared", HOPPER_NARROW[0],
+    ),
+    Planted(
+        "swizzle of dS", "bwd_sm90",
+        r"eighth \^ row % 8", "eighth ^ row % 4", ("values", "uninitialised"), "", HOPPER_NARROW[0],
+    ),
+    Planted(
+        "diagonal off by one", "bwd_sm90", r"first_query\(last\)", "first_query(last - 1)", ("values",), "", _DIAGONAL,
+    ),
+    Planted(
+        "the tile that the diagonal cuts left out", "bwd_sm90",
+        r"seen / BLOCK_M :", "ceil_div(seen, BLOCK_M) :", ("deadlock", "values"), "", _DIAGONAL,
+    ),
+    Planted(
+        "tickets never cleared", "bwd_delta",
+        r"clear_tickets\(params\);", ";", ("uninitialised",), "tickets", HOPPER_NARROW[0],
+    ),
+    Planted(
+        "dq without keys not written", "bwd_delta",
+        r"if \(blocks\.begin < blocks\.end\) return;", "return;", ("values",), "", _WITHOUT_KEYS,
+    ),
+    Planted(
+        "exponents not padded", "bwd_delta",
+        r"store_number\(exponents, m, math::infinity<Accumulator>\(\)\);", "", ("uninitialised",), "exponents",
+        HOPPER_NARROW[0],
+    ),
+    Planted(
+        "the last sums not cleared", "bwd_delta",
+        r"i < params\.dq_sums\.row_stride", "i + 4 < params.dq_sums.row_stride", ("uninitialised",), "dq_sums",
+        _ARRIVAL,
+    ),
+    Planted(
+        "parts of dq that overlap", "bwd_dq_sm90",
+        r"DQ_SECOND = (.*?);", "DQ_SECOND = 0;", ("values",), "", _ARRIVAL,
     ),
 )  # fmt: skip

@@ -6,8 +6,6 @@ namespace emulator {
 
 namespace {
 
-constexpr u32 NUM_BARRIERS = 16;
-
 void complete(Barrier &barrier) {
   // Every waiting thread has given all it knew, so the sum replaces its clock.
   for (Thread *thread : barrier.waiting) {

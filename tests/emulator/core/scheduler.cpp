@@ -157,6 +157,10 @@ void start_thread(Thread &thread) {
 }
 
 void finish_block(Block &block) {
+  for (u32 id = 0; id < NUM_BARRIERS; id++)
+    if (Barrier &barrier = block.barriers[id]; barrier.arrived)
+      fail("unfinished", "the block ends with %u of %u arrivals at barrier %u, the first one at %s", barrier.arrived,
+           barrier.expected, id, place(barrier.pc).c_str());
   finish_block_async(block);
   block.running = false;
   launch->finished++;

@@ -168,6 +168,8 @@ struct Warp {
 };
 
 // ---- barriers
+constexpr u32 NUM_BARRIERS = 16;  // of a block
+
 struct Barrier {
   u32 expected = 0, arrived = 0;
   std::vector<Thread *> waiting;
@@ -216,7 +218,7 @@ struct Block {
   std::vector<Warp> warps;
   u8 *shared = nullptr;
   std::vector<Cell> cells;
-  Barrier barriers[16];
+  Barrier barriers[NUM_BARRIERS];
   std::unordered_map<u32, Mbarrier> mbarriers;
   std::deque<Bulk> in_flight;
   u32 agent_ticks[AGENTS];
