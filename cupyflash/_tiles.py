@@ -195,26 +195,25 @@ HOPPER_TABLE: dict[str, tuple[tuple[int, int, HopperRow], ...]] = {
     "fwd_sm90": (
         (64, 64, HopperRow(192, 128, 2, 2, False, False, "0.99; (128, 256) 0.98", causal=False, longest=1024)),
         (64, 48, HopperRow(192, 160, 2, 2, False, False, "192 keys spill where v has 33 to 48 columns", causal=False)),
-        (64, 64, HopperRow(192, 192, 2, 2, False, False, "1.11; (192, 128) 1.10", causal=False, longest=2048)),
-        (64, 64, HopperRow(192, 128, 3, 2, False, False, "1.05; a third stage 0.01", longest=2048, sections=True)),
-        (64, 64, HopperRow(192, 192, 2, 2, False, False, "1.15; one Q buffer 1.14", causal=True, longest=4096)),
-        (64, 64, HopperRow(192, 192, 2, 1, False, False, "1.25, causal 1.30; two Q buffers 1.23, 1.21")),
-        (128, 128, HopperRow(128, 128, 2, 2, True, False, "1.02; in turns 1.01", causal=False, longest=512)),
+        (64, 64, HopperRow(192, 192, 2, 2, False, False, "1.08; (192, 128) 1.08", causal=False, longest=2048)),
+        (64, 64, HopperRow(192, 192, 2, 1, False, False, "1.25; two Q buffers 1.23", causal=False)),
+        (64, 64, HopperRow(192, 128, 3, 2, False, False, "0.90; two stages 0.90", longest=1024, sections=True)),
+        (64, 64, HopperRow(192, 192, 2, 1, False, False, "1.22 at 8192; all heads side by side 1.21", sections=True)),
+        (128, 128, HopperRow(128, 128, 2, 2, True, False, "0.98; in turns 0.95", causal=False, longest=512)),
         (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.12; 160 keys 1.11", causal=False, longest=4096)),
-        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.09; 160 keys 1.05", longest=2048, sections=True)),
-        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.21; 176 keys 1.18", causal=True, longest=4096)),
+        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.12; (192, 128) 1.09", longest=2048, sections=True)),
+        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.18; in sections 1.14", causal=True, longest=4096)),
         (128, 128, HopperRow(128, 160, 2, 1, True, True, "1.17, causal 1.27; 128 keys 1.15, 1.28; (192, 128) 1.16")),
-        (192, 128, HopperRow(128, 128, 2, 1, True, True, "")),
-        (192, 192, HopperRow(128, 96, 2, 1, True, True, "")),
-        (256, 256, HopperRow(128, 64, 2, 1, True, True, "1.09; 80 keys 1.08", causal=False, longest=512)),
-        (256, 256, HopperRow(128, 64, 2, 1, True, False, "0.85; 80 keys 0.82", longest=512, sections=True)),
-        (256, 256, HopperRow(128, 80, 2, 1, True, False, "0.90; 64 keys 0.89", causal=True, longest=1024, sections=True)),
-        (256, 256, HopperRow(128, 64, 2, 1, True, True, "1.08; 80 keys 1.04", causal=True, longest=2048)),
+        (192, 128, HopperRow(128, 128, 2, 1, True, True, "not compared")),
+        (192, 192, HopperRow(128, 96, 2, 1, True, True, "not compared")),
+        (256, 256, HopperRow(128, 64, 2, 1, True, True, "1.03; 80 keys 1.01", causal=False, longest=512)),
+        (256, 256, HopperRow(128, 64, 2, 1, True, False, "1.02; all heads side by side 0.96", causal=True, longest=2048,
+                             sections=True)),
         (256, 256, HopperRow(128, 80, 2, 1, True, False, "1.21, causal 1.37; in turns 1.19, 1.35")),
     ),
 }
 _R = TypeVar("_R", "HopperRow", "HopperBackwardRow")
-# Of K and V of a section. H100, causal: 1024 and 2048 keys run up to 9 % faster with 32 than with 12 MiB, 512 keys 4 to
+# Of K and V of a section. H100, causal: 1024 and 2048 keys run up to 9 % faster with 32 than with 12 MiB, 512 keys up to
 # 9 % faster with 12 than with 32, since what is read once then alternates with what is read again.
 SECTION_BYTES, SHORT_SECTION_BYTES = 2**25, 12 * 2**20
 
@@ -313,29 +312,29 @@ class HopperBackwardRow:
         return 12
 
 
-# (largest width of q and k, of v, row): the first that fits. Ratios: cuDNN's time to ours on an H100 at the row's longest
-# length, or at 16384, in a fixed order / in the order of arrival.
+# (largest width of q and k, of v, row): the first that fits. Remarks: cuDNN's time to ours on an H100 at the row's
+# longest length, or at 16384, in a fixed order / in the order of arrival, and the next best.
 HOPPER_BACKWARD_TABLE: tuple[tuple[int, int, HopperBackwardRow], ...] = (
-    (64, 64, HopperBackwardRow(128, 128, 2, 32, False, "", causal=False, longest=1024)),
-    (64, 64, HopperBackwardRow(128, 128, 2, 16, False, "", causal=False, longest=2048)),
-    (64, 64, HopperBackwardRow(128, 128, 2, 16, True, "", causal=False, longest=8192)),
-    (64, 64, HopperBackwardRow(128, 128, 2, 8, True, "", causal=False)),
-    (64, 64, HopperBackwardRow(128, 128, 2, 128, False, "", longest=512)),
-    (64, 64, HopperBackwardRow(128, 128, 2, 64, False, "", longest=2048)),
-    (64, 64, HopperBackwardRow(128, 128, 2, 32, True, "")),
-    (128, 128, HopperBackwardRow(64, 128, 2, 16, False, "", causal=False, longest=2048)),
-    (128, 128, HopperBackwardRow(64, 128, 2, 8, False, "", causal=False, longest=4096)),
-    (128, 128, HopperBackwardRow(80, 128, 2, 8, True, "", causal=False)),
-    (128, 128, HopperBackwardRow(64, 128, 2, 32, False, "", longest=512)),
-    (128, 128, HopperBackwardRow(64, 128, 2, 16, False, "", longest=4096)),
-    (128, 128, HopperBackwardRow(80, 128, 2, 16, True, "")),
-    (256, 256, HopperBackwardRow(64, 64, 2, 16, False, "", causal=False, longest=512)),
-    (256, 256, HopperBackwardRow(64, 64, 2, 8, False, "", causal=False, longest=1024)),
-    (256, 256, HopperBackwardRow(64, 64, 2, 4, True, "", causal=False)),
-    (256, 256, HopperBackwardRow(64, 64, 2, 32, False, "", longest=512)),
-    (256, 256, HopperBackwardRow(64, 64, 2, 16, False, "", longest=1024)),
-    (256, 256, HopperBackwardRow(64, 64, 2, 16, True, "", longest=2048)),
-    (256, 256, HopperBackwardRow(64, 64, 2, 8, True, "")),
+    (64, 64, HopperBackwardRow(128, 128, 2, 32, False, "1.15 / 1.05; 96 queries 1.10", causal=False, longest=1024)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 16, False, "1.12 / 1.10; 96 queries 1.05", causal=False, longest=2048)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 16, True, "1.06 / 1.17; 96 queries 1.03", causal=False, longest=8192)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 8, True, "1.08 / 1.21; 32 heads 1.03", causal=False)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 128, False, "1.27 / 0.97; 64 heads 1.23", longest=512)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 64, False, "1.15 / 1.10; 32 heads 1.14", longest=2048)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 32, True, "1.14 / 1.22; 16 heads 1.08")),
+    (128, 128, HopperBackwardRow(64, 128, 2, 16, False, "1.12 / 1.04; 80 queries 1.11", causal=False, longest=2048)),
+    (128, 128, HopperBackwardRow(64, 128, 2, 8, False, "1.16 / 1.14; 80 queries 1.16", causal=False, longest=4096)),
+    (128, 128, HopperBackwardRow(80, 128, 2, 8, True, "1.05 / 1.12; 64 queries 1.01 / 1.04", causal=False)),
+    (128, 128, HopperBackwardRow(64, 128, 2, 32, False, "1.25 / 0.92; 16 heads 1.24", longest=512)),
+    (128, 128, HopperBackwardRow(64, 128, 2, 16, False, "1.14 / 1.11; 80 queries 1.12", longest=4096)),
+    (128, 128, HopperBackwardRow(80, 128, 2, 16, True, "1.11 / 1.14; 64 queries 1.09 / 1.08")),
+    (256, 256, HopperBackwardRow(64, 64, 2, 16, False, "1.21 / 1.04; 8 heads 1.20", causal=False, longest=512)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 8, False, "1.11 / 1.05; 16 heads 1.02", causal=False, longest=1024)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 4, True, "1.03 / 1.11; 8 heads 0.65", causal=False)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 32, False, "1.05 / 0.93; 16 heads 0.96", longest=512)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 16, False, "0.95 / 0.95; 8 heads 0.82", longest=1024)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 16, True, "0.94 / 1.01; 8 heads 0.87", longest=2048)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 8, True, "0.94 / 1.04; 4 heads 0.93")),
 )
 ARRIVAL_BYTES = 2**24  # of Q, dO and dq's sums: what heads side by side may take of L2 in arrival order
 
@@ -439,7 +438,7 @@ def row_fields(row: Row) -> dict[str, int | bool]:
 
 def make_row(kernel: str, values: object) -> Row:
     """The row with these fields; ValueError unless they are all of them, each an integer or a truth value."""
-    kind = {"fwd_sm90": HopperRow, "bwd_sm90": HopperBackwardRow}.get(kernel, TileRow)
+    kind: type[Row] = {"fwd_sm90": HopperRow, "bwd_sm90": HopperBackwardRow}.get(kernel, TileRow)
     kinds = {f.name: {"int": int, "bool": bool}[str(f.type)] for f in fields(kind) if f.name not in _CHOICE}
     if not isinstance(values, dict) or values.keys() != kinds.keys():
         raise ValueError(f"a tile of {kernel} has the fields {', '.join(kinds)}, not {values!r}")

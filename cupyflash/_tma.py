@@ -44,12 +44,15 @@ class MapLayout:
         In bytes, of the same but the columns.
     box_rows : int
         Rows of one copy.
+    empty : bool
+        There is nothing to copy, wherever the tensor lies.
     """
 
     dtype: np.dtype
     lengths: tuple[int, int, int, int, int]
     strides: tuple[int, int, int, int]
     box_rows: int
+    empty: bool
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class MappedTemplate:
         template.fill(words[_PARAMS_WORD:], launch, addresses)
         moved = dict(zip((name for name, _ in template.slots), template.offsets[launch], strict=True))
         for name, place, layout in self.maps:
-            address = addresses[name] + moved[name]
+            address = 0 if layout.empty else addresses[name] + moved[name]
             made = self._made.get((place, address))
             if made is None:
                 if len(self._made) >= _KEPT:
@@ -119,7 +122,7 @@ def map_layout(
     row = ALIGNMENT if rows <= 1 or empty else strides[-2] * itemsize
     outer, inner, head = (max(n, 1) for n in lengths[::-1])
     return MapLayout(
-        dtype, (max(columns, 1), max(rows, 1), head, inner, outer), (row, bytes_[0], bytes_[1], bytes_[2]), box_rows
+        dtype, (max(columns, 1), max(rows, 1), head, inner, outer), (row, bytes_[0], bytes_[1], bytes_[2]), box_rows, empty
     )
 
 

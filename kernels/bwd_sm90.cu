@@ -123,9 +123,9 @@ struct JobRing {
 
 // What warp 1 works out, for which consumers have no registers.
 struct Leave {
-  float* sums;       // of the tile, in dq_sums
-  Gradient_q* dq;    // of the head: (seqlen_q, head_dim)
-  bool first, last;  // whether this key block is, of those that the tile meets
+  float* sums;      // of the tile, in dq_sums
+  Gradient_q* dq;   // of the head: (seqlen_q, head_dim)
+  int first, last;  // whether this key block is, of those that the tile meets
 };
 
 struct OrderRing {

@@ -220,6 +220,7 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
       smem.v_ring.await(turn);
       take_turn(consumer);
       pass_turn(consumer);
+      sync_warp();  // all lanes have seen them come: released by one, they may come and go again unseen
       smem.k_ring.release(turn);
       smem.v_ring.release(turn);
       turn.advance();

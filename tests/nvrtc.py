@@ -1,11 +1,20 @@
 """NVRTC without a GPU: compile a Spec for any architecture and read what ptxas says of it."""
 
+import contextlib
+import importlib.metadata
+import itertools
+import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 
+from cupyflash import _tiles, explain
 from cupyflash._compile import OPTIONS, Spec, source
 
 
@@ -16,6 +25,7 @@ class Compiled:
     registers: int
     spill_bytes: int
     stack_bytes: int  # arrays that registers could not hold
+    serialised: bool  # wgmma waits for itself, which ptxas says in warning C7510 or one of its neighbours
     log: str
 
 
@@ -48,4 +58,63 @@ def compile_spec(spec: Spec, smem: int, arch: str) -> Compiled:
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     assert registers, f"ptxas reports no registers:\n{log}"
     stack = [int(n) for n in re.findall(r"(\d+) bytes stack frame", log)]
-    return Compiled(max(registers), sum(spills), sum(stack), log)
+    return Compiled(max(registers), sum(spills), sum(stack), re.search(r"C75\d\d", log) is not None, log)
+
+
+def version() -> str | None:
+    """NVRTC's, as its package has it; None where it comes from elsewhere."""
+    for name in ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+# ------------------------------------------------------------------------- what ptxas says of the sm90 family
+
+TABLE = Path(__file__).with_name("registers.json")
+PAIRS = (*((width, width) for width in _tiles.WIDTHS), (192, 128), (64, 128), (128, 64), (256, 64), (64, 256), (64, 48))
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)  # every row of the tile tables is for one of them
+
+
+def hopper_specs() -> dict[str, tuple[Spec, int]]:
+    """What calls on an sm_90 device are compiled to, and shared memory, by a short text."""
+    found = {}
+    for dtype, (dim, dim_v), causal, length in itertools.product(
+        (np.float16, ml_dtypes.bfloat16), PAIRS, (False, True), LENGTHS
+    ):
+        q, v = (np.broadcast_to(np.zeros((), dtype), (1, length, width)) for width in (dim, dim_v))
+        plans = [explain(q, q, v, causal=causal, device="sm_90")]
+        for fixed_order in (True, False):
+            plans.append(explain(q, q, v, causal=causal, device="sm_90", backward=True, deterministic=fixed_order))
+        for step in (step for plan in plans for step in plan.kernels if step.name.endswith("_sm90")):
+            found[text_of(step.spec)] = step.spec, step.smem
+    return found
+
+
+def text_of(spec: Spec) -> str:
+    """What differs between two Specs of the sm90 family."""
+    words = [spec.kernel, spec.element.name, f"{spec.head_dim}/{spec.head_dim_v}", "causal" if spec.causal else "full"]
+    words += [f"{spec.block_m} x {spec.block_n}", f"{spec.num_stages} stages"]
+    if spec.kernel == "fwd_sm90":
+        words += [f"{spec.q_stages} of q", *(w for w in ("overlap", "take_turns") if getattr(spec, w))]
+    elif spec.kernel == "bwd_sm90":
+        words += ["fixed order" if spec.deterministic else "order of arrival"]
+    return ", ".join(words)
+
+
+def main() -> None:
+    """Write the table anew: ``python tests/nvrtc.py``."""
+    specs = hopper_specs()
+    with ThreadPoolExecutor() as pool:
+        made = pool.map(lambda item: compile_spec(*item, "sm_90a"), specs.values())
+        rows = {
+            text: [compiled.registers, compiled.spill_bytes, compiled.serialised]
+            for text, compiled in zip(specs, made, strict=True)
+        }
+    lines = ",\n".join(f"    {json.dumps(text)}: {json.dumps(row)}" for text, row in sorted(rows.items()))
+    kernels = f'  "registers, spilled bytes, serialised": {{\n{lines}\n  }}\n'
+    TABLE.write_text(f'{{\n  "nvrtc": {json.dumps(version())},\n{kernels}}}\n')
+
+
+if __name__ == "__main__":
+    main()

@@ -58,11 +58,12 @@ def test_batch_size_and_batch_mates(backend, dtype, small):
     case = dataclasses.replace(CASE, dtype=dtype.name, batch=((5,),) * 3)
     x = case.inputs()
     whole = both(backend, x, causal=True, **tile(backend, dtype, small))
+    options = tile(backend, dtype, small)
     for n in (0, 3):
         alone = data.Inputs(*(a[n] for a in x))
-        assert_same_bits(both(backend, alone, causal=True, **tile(backend, dtype, small)), [a[n] for a in whole])
+        assert_same_bits(both(backend, alone, causal=True, **options), [a[n] for a in whole])
         single = data.Inputs(*(a[n : n + 1] for a in x))
-        assert_same_bits(both(backend, single, causal=True, **tile(backend, dtype, small)), [a[n : n + 1] for a in whole])
+        assert_same_bits(both(backend, single, causal=True, **options), [a[n : n + 1] for a in whole])
     for a in x:
         a[1] = -3 * a[1]
         a[4] = np.nan

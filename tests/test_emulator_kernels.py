@@ -23,7 +23,7 @@ SPECS = (
     ("float32", 16, 16, 90, 64), ("bfloat16", 48, 16, 80, 64), ("float64", 32, 33, 90, 64), ("float16", 7, 64, 80, 64),
     ("bfloat16", 72, 40, 90, 300), ("float16", 24, 136, 90, 300),
 )  # fmt: skip
-SEVERAL_BLOCKS = (3, 5, 7)  # seeds of schedules with more than one resident block
+SEVERAL_BLOCKS = (5, 7, 10)  # seeds of schedules with more than one resident block
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -143,7 +143,7 @@ def test_forms_of_the_hopper_forward(head_dim, head_dim_v, causal, row):
             problem.forward((), Schedule.draw(seed))
 
 
-@pytest.mark.share(6)
+@pytest.mark.share(4)
 @pytest.mark.parametrize(("head_dim", "head_dim_v", "causal", "row", "deterministic"), BACKWARD_FORMS, ids=_name)
 def test_forms_of_the_hopper_backward(head_dim, head_dim_v, causal, row, deterministic):
     for problem in _form("bwd_sm90", row, head_dim, head_dim_v, causal, ("deterministic", deterministic)):
@@ -157,7 +157,7 @@ def test_same_bits_of_the_hopper_backward_under_every_schedule(causal):
     q, k, v, dout = (r.standard_normal((2, 300, 16)).astype(ml_dtypes.bfloat16) for _ in range(4))
     out, lse = attention(q, k, v, causal=causal, return_lse=True)
     first = None
-    for seed in range(8):
+    for seed in (0, *SEVERAL_BLOCKS, 9):
         with Device(Schedule.draw(seed), undefined=PROFILE != "ci") as xp:
             arrays = [xp.asarray(x) for x in (dout, q, k, v, out, lse)]
             bits = [x.get().view(np.uint16) for x in attention_backward(*arrays, causal=causal)[:3]]

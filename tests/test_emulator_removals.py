@@ -11,7 +11,7 @@ def emulator():
     why_not()
 
 
-@pytest.mark.share(40)
+@pytest.mark.share(30)
 @pytest.mark.parametrize("removal", SITES, ids=lambda removal: removal.id)
 def test_removal_is_found(removal):
     key = removals.key_of(removal)

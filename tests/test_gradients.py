@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupyflash import AttentionGradients, Tile, attention, attention_backward, attention_vjp
+from cupyflash import AttentionGradients, attention, attention_backward, attention_vjp
 from cupyflash.testing import bounds, cases, data, reference
 from cupyflash.testing.data import Case
 

@@ -5,13 +5,14 @@ Each architecture gets each kernel, for each row of the tile table that it takes
 """
 
 import itertools
+import json
 import random
 
 import ml_dtypes
 import numpy as np
 import pytest
 from conftest import PROFILE, SEED
-from nvrtc import compile_spec
+from nvrtc import TABLE, compile_spec, hopper_specs, version
 
 from cupyflash import _tiles, explain
 from cupyflash._compile import Spec, kernels_dir, source
@@ -34,8 +35,8 @@ def specs(device: str) -> dict[str, list[tuple[Spec, int]]]:
     for dtype, dim, causal, shared in itertools.product(DTYPES, _tiles.WIDTHS, (False, True), (False, True)):
         q = np.zeros((2, 1, 4, dim), dtype)
         k = q[0] if shared else q
-        for backward in (False, True):
-            made = explain(q, k, k, causal=causal, backward=backward, device=device)
+        for options in ({}, {"backward": True}, {"backward": True, "deterministic": False}):
+            made = explain(q, k, k, causal=causal, device=device, **options)
             found.update(dict.fromkeys((step.spec, step.smem) for step in made.kernels))
     by_kernel: dict[str, list[tuple[Spec, int]]] = {}
     for spec, smem in found:
@@ -56,9 +57,30 @@ def test_kernel_compiles_into_registers(device, kernel):
             assert compiled.stack_bytes == 0, f"{spec}\n{compiled.log}"
 
 
+HOPPER = hopper_specs()
+
+
+@pytest.mark.parametrize("text", HOPPER)
+@pytest.mark.share(24)
+def test_hopper_kernels_keep_what_they_had(text):
+    """Registers, spills and serialised products of all that the sm90 family ships, as the table has them."""
+    table = json.loads(TABLE.read_text())
+    spec, smem = HOPPER[text]
+    compiled = compile_spec(spec, smem, "sm_90a")
+    assert compiled.spill_bytes == 0, compiled.log
+    assert not compiled.serialised, compiled.log
+    if version() == table["nvrtc"]:
+        now = [compiled.registers, compiled.spill_bytes, compiled.serialised]
+        assert now == table["registers, spilled bytes, serialised"][text], f"python {TABLE.parent.name}/nvrtc.py"
+
+
+def test_the_table_has_what_is_shipped():
+    assert set(json.loads(TABLE.read_text())["registers, spilled bytes, serialised"]) == set(HOPPER)
+
+
 def test_every_kernel_file_is_compiled_here():
     kernels = {path.stem for path in kernels_dir().glob("*.cu")}
-    assert kernels == set(specs("sm_90"))
+    assert kernels == set(specs("sm_90")) | {spec.kernel for spec, _ in HOPPER.values()}
 
 
 def test_messages_point_at_the_real_file():

@@ -25,8 +25,8 @@ TORCH_BACKENDS = {
 }
 
 
-class Contender(Protocol):
-    """Something that computes attention."""
+class Timed(Protocol):
+    """Something that can be timed."""
 
     def around(self) -> AbstractContextManager[Any]:
         """What must be in force while it runs, entered outside the clock."""
@@ -36,6 +36,10 @@ class Contender(Protocol):
 
     def backward(self) -> Any:
         """The backward once, from a forward that has run before."""
+
+
+class Contender(Timed, Protocol):
+    """Something that computes attention."""
 
     def results(self, direction: str) -> dict[str, Any]:
         """What a direction computes, by name, in axes (batch, heads, seqlen, columns); as arrays of its own kind."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .contenders import Contender
+from .contenders import Timed
 from .machine import first_line
 from .workload import Workload
 
@@ -145,14 +145,14 @@ class Cell(Samples):
 
 def measure(
     found: Samples,
-    contenders: Mapping[str, Callable[[], Contender]],
+    contenders: Mapping[str, Callable[[], Timed]],
     clock: Clock,
     *,
     rounds: int,
     limit: float = math.inf,
     least: float = LEAST,
     tick: Callable[[str], None] = lambda note: None,
-    ready: Callable[[str, Contender], None] = lambda name, contender: None,
+    ready: Callable[[str, Timed], None] = lambda name, contender: None,
     before: Callable[[], None] = lambda: None,
 ) -> None:
     """Build and warm up each contender, then let them take turns, another one first in each round.
@@ -179,7 +179,7 @@ def measure(
         Is called once, when all are warm and the first round follows at once.
     """
     began = time.monotonic()
-    warm: dict[str, tuple[Contender, Callable[[], object], int]] = {}
+    warm: dict[str, tuple[Timed, Callable[[], object], int]] = {}
     for name, make in contenders.items():
         tick(name)
         try:

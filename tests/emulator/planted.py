@@ -478,9 +478,9 @@ LIBRARY = (
         r"(&empty\[turn\.slot\]\), turn\.parity) \^ 1", r"\1", ("deadlock",), "mbarrier", HOPPER_FORWARD[0],
     ),
     Planted(
-        "parities never change", "fwd_sm90",
-        r"parity \^= 1;", "", ("uninitialised", "early use", "early overwrite", "deadlock"), "shared",
-        HOPPER_FORWARD[1],
+        "parities of keys never change", "fwd_sm90",
+        r"parity \^= 1;", "if (SLOTS != NUM_STAGES) parity ^= 1;",
+        ("early use", "early overwrite", "uninitialised", "mbarrier", "deadlock"), "shared", HOPPER_FORWARD[1],
     ),
     Planted(
         "a turn not passed on", "fwd_sm90",
