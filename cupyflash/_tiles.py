@@ -213,8 +213,8 @@ HOPPER_TABLE: dict[str, tuple[tuple[int, int, HopperRow], ...]] = {
     ),
 }
 _R = TypeVar("_R", "HopperRow", "HopperBackwardRow")
-# Of K and V of a section. H100, causal: 1024 and 2048 keys run up to 9 % faster with 32 than with 12 MiB, 512 keys up to
-# 9 % faster with 12 than with 32, since what is read once then alternates with what is read again.
+# Of K and V of a section. H100, causal: 1024 and 2048 keys run up to 9 % faster with 32 than with 12 MiB, 512 keys up
+# to 9 % faster with 12 than with 32, since what is read once then alternates with what is read again.
 SECTION_BYTES, SHORT_SECTION_BYTES = 2**25, 12 * 2**20
 
 
@@ -317,17 +317,17 @@ class HopperBackwardRow:
 HOPPER_BACKWARD_TABLE: tuple[tuple[int, int, HopperBackwardRow], ...] = (
     (64, 64, HopperBackwardRow(128, 128, 2, 32, False, "1.15 / 1.05; 96 queries 1.10", causal=False, longest=1024)),
     (64, 64, HopperBackwardRow(128, 128, 2, 16, False, "1.12 / 1.10; 96 queries 1.05", causal=False, longest=2048)),
-    (64, 64, HopperBackwardRow(128, 128, 2, 16, True, "1.06 / 1.17; 96 queries 1.03", causal=False, longest=8192)),
-    (64, 64, HopperBackwardRow(128, 128, 2, 8, True, "1.08 / 1.21; 32 heads 1.03", causal=False)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 16, False, "1.06 / 1.17; 96 queries 1.03", causal=False, longest=8192)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 8, False, "1.08 / 1.21; 32 heads 1.03", causal=False)),
     (64, 64, HopperBackwardRow(128, 128, 2, 128, False, "1.27 / 0.97; 64 heads 1.23", longest=512)),
     (64, 64, HopperBackwardRow(128, 128, 2, 64, False, "1.15 / 1.10; 32 heads 1.14", longest=2048)),
-    (64, 64, HopperBackwardRow(128, 128, 2, 32, True, "1.14 / 1.22; 16 heads 1.08")),
+    (64, 64, HopperBackwardRow(128, 128, 2, 32, False, "1.14 / 1.22; 16 heads 1.08")),
     (128, 128, HopperBackwardRow(64, 128, 2, 16, False, "1.12 / 1.04; 80 queries 1.11", causal=False, longest=2048)),
     (128, 128, HopperBackwardRow(64, 128, 2, 8, False, "1.16 / 1.14; 80 queries 1.16", causal=False, longest=4096)),
-    (128, 128, HopperBackwardRow(80, 128, 2, 8, True, "1.05 / 1.12; 64 queries 1.01 / 1.04", causal=False)),
+    (128, 128, HopperBackwardRow(80, 128, 2, 8, False, "1.05 / 1.12; 64 queries 1.01 / 1.04", causal=False)),
     (128, 128, HopperBackwardRow(64, 128, 2, 32, False, "1.25 / 0.92; 16 heads 1.24", longest=512)),
     (128, 128, HopperBackwardRow(64, 128, 2, 16, False, "1.14 / 1.11; 80 queries 1.12", longest=4096)),
-    (128, 128, HopperBackwardRow(80, 128, 2, 16, True, "1.11 / 1.14; 64 queries 1.09 / 1.08")),
+    (128, 128, HopperBackwardRow(80, 128, 2, 16, False, "1.11 / 1.14; 64 queries 1.09 / 1.08")),
     (256, 256, HopperBackwardRow(64, 64, 2, 16, False, "1.21 / 1.04; 8 heads 1.20", causal=False, longest=512)),
     (256, 256, HopperBackwardRow(64, 64, 2, 8, False, "1.11 / 1.05; 16 heads 1.02", causal=False, longest=1024)),
     (256, 256, HopperBackwardRow(64, 64, 2, 4, True, "1.03 / 1.11; 8 heads 0.65", causal=False)),

@@ -115,15 +115,14 @@ def map_layout(
     axes = (num_heads, *batch_shape[::-1], 1, 1)[: 1 + MAP_AXES]
     steps = (strides[-3], *strides[-4::-1], 0, 0)[: 1 + MAP_AXES]
     itemsize = dtype.itemsize
-    lengths = [n if step else 1 for n, step in zip(axes, steps, strict=True)]
+    counts = [n if step else 1 for n, step in zip(axes, steps, strict=True)]
     # An axis of length 1 is never stepped along, an empty tensor never read: any stride that a map may have will do.
     empty = 0 in (rows, columns, *axes)
-    bytes_ = [ALIGNMENT if n <= 1 or empty else step * itemsize for n, step in zip(lengths, steps, strict=True)]
+    bytes_ = [ALIGNMENT if n <= 1 or empty else step * itemsize for n, step in zip(counts, steps, strict=True)]
     row = ALIGNMENT if rows <= 1 or empty else strides[-2] * itemsize
-    outer, inner, head = (max(n, 1) for n in lengths[::-1])
-    return MapLayout(
-        dtype, (max(columns, 1), max(rows, 1), head, inner, outer), (row, bytes_[0], bytes_[1], bytes_[2]), box_rows, empty
-    )
+    outer, inner, head = (max(n, 1) for n in counts[::-1])
+    lengths = (max(columns, 1), max(rows, 1), head, inner, outer)
+    return MapLayout(dtype, lengths, (row, bytes_[0], bytes_[1], bytes_[2]), box_rows, empty)
 
 
 def unreadable(shape: tuple[int, ...], strides: tuple[int, ...], address: int, itemsize: int) -> str | None:

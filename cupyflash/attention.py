@@ -174,8 +174,8 @@ def attention_backward(
     family, tile : optional
         As for ``attention``, for this call's kernels.
     deterministic : bool
-        True: the same bits on every run. False permits dq to differ from run to run where that is faster: in the
-        "sm90" family, which then adds its parts in the order in which they arrive.
+        True: the same bits on every run. False permits dq to differ from run to run where that is faster: for heads
+        wider than 128 in the "sm90" family, which then adds its parts in the order in which they arrive.
 
     Returns
     -------
