@@ -100,16 +100,15 @@ class Call:
         with on_device(self.place):
             return import_cupy().empty(shape, dtype)
 
-    def forward(self, plan: Plan, out: Array, lse: Array | None) -> Ready | None:
-        """Compute out, and lse where there is one; on a GPU return what calls like this one can run again."""
+    def forward(self, plan: Plan, out: Array, lse: Array | None) -> Ready | _cpu.Small | None:
+        """Compute out, and lse where there is one; return what calls like this one can run again, if anything."""
         problem, inputs = self.problem, self.inputs
         q, k, v, offsets = inputs["q"], inputs["k"], inputs["v"], inputs.get("q_offset")
         if not problem.comes_canonical:
             q, k, v, out = map(problem.canonical, (q, k, v, out))
             lse = None if lse is None else problem.canonical_lse(lse)
         if self.place is None:
-            _cpu.forward(problem, q, k, v, offsets, out, lse, plan.block_m, plan.block_n)
-            return None
+            return _cpu.forward(problem, q, k, v, offsets, out, lse, plan.block_m, plan.block_n)
         from . import _launch
 
         read: dict[str, Array | None] = {"q": q, "k": k, "v": v, "q_offsets": offsets}

@@ -31,6 +31,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 from functools import lru_cache
 from itertools import product
@@ -60,15 +61,16 @@ class Exponential(NamedTuple):
     exp: Any
     log: Any
     per_nat: float  # log(e) in this base
-    floor: float  # exp(floor) is just a normal number; below, NumPy is 10 to 300 times slower (subnormals)
+    # exp(floor) is just a normal number; below, NumPy is 10 to 300 times slower (subnormals). Of no axes, in the dtype.
+    floor: Array
 
 
 def _exponential(dtype: type) -> Exponential:
     """Base 2, unless NumPy has vector code on this machine for exp and none for exp2 (x86 without AVX-512)."""
     octaves = float(np.finfo(dtype).minexp)
     if _vectorised("exp", dtype) and not _vectorised("exp2", dtype):
-        return Exponential(np.exp, np.log, 1.0, math.ceil(octaves * math.log(2)))
-    return Exponential(np.exp2, np.log2, math.log2(math.e), octaves)
+        return Exponential(np.exp, np.log, 1.0, np.asarray(math.ceil(octaves * math.log(2)), dtype))
+    return Exponential(np.exp2, np.log2, math.log2(math.e), np.asarray(octaves, dtype))
 
 
 def _vectorised(name: str, dtype: type) -> bool:
@@ -126,35 +128,42 @@ def forward(
     lse: Array | None,
     block_m: int,
     block_n: int,
-) -> None:
-    """Write out, and lse unless it is None; all arrays canonical, (*leading, heads, rows, columns)."""
+) -> Small | None:
+    """Write out, and lse unless it is None; all arrays canonical, (*leading, heads, rows, columns).
+
+    Returns what calls with arrays of the same layout can run again, where that is worth it.
+    """
     check_variable()
     cells, size = _prepared(problem, block_m, block_n)
     if size is _Size.EMPTY:
         out[...] = 0
         if lse is not None:
             lse[...] = -np.inf
-        return
+        return None
     if q_offset is not None:
         cells = _Cells(problem, q_offset)
     if cells.group > 1:
         q, k, v, out = cells.rows(q), cells.keys(k), cells.keys(v), cells.rows(out)
         lse = None if lse is None else cells.row_values(lse)
     if size is _Size.ONE_CHUNK:
+        packed = all(_is_packed(x, problem.accumulator) for x in (q, k, v, out))
+        compute = _OneBlockForward(problem, keeps=False, packed=packed)
         with np.errstate(all="ignore"):
-            _OneBlockForward(problem)(q, k, v, cells.q_offset, out, lse)
-        return
+            compute(q, k, v, cells.q_offset, out, lse)
+        if cells.group > 1 or not problem.comes_canonical or problem.q_offset is None:
+            return None
+        return Small(compute, problem.q_offset)
     call = _ForwardCall(cells, q, k, v, out, lse, block_m, block_n)
     if size is _Size.BLOCKED:
         run(lambda: _ForwardWorker(call), call.tasks())
-        return
-    if size is _Size.FEW_CHUNKS:
+    elif size is _Size.FEW_CHUNKS:
         worker = call.chunk_worker()
         with np.errstate(all="ignore"):
             for chunk in _chunks(cells.shape, _weight(problem), CHUNK):
                 worker(chunk)
     else:
         run(call.chunk_worker, list(_chunks(cells.shape, _weight(problem), FEW)))
+    return None
 
 
 def backward(
@@ -315,55 +324,109 @@ def _is_single_threaded(problem: Problem) -> bool:
 
 
 class _OneBlockForward:
-    """All keys of any number of cells at once, without packing what is packed already; keeps its memory."""
+    """All keys of any number of cells at once, without packing what is packed already.
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    It keeps its memory from call to call, unless several threads may call it; ``packed`` says that q, k, v and out are
+    known to need no packing.
+    """
+
+    def __init__(self, problem: Problem, keeps: bool = True, packed: bool = False) -> None:
+        self.problem, self.keeps, self.packed = problem, keeps, packed
+        self.accumulator, self.base = problem.accumulator, EXPONENTIALS[problem.accumulator]
+        with np.errstate(all="ignore"):  # it may overflow, as products with it may
+            self.factor = np.asarray(problem.scale * self.base.per_nat).astype(self.accumulator)
+        self.ones = _ones(problem.seqlen_k, self.accumulator)
+        self.raises = problem.seqlen_q * problem.seqlen_k > 64  # fewer subnormals cost less than to raise them
+        self.fewer_weights = problem.seqlen_k <= problem.head_dim_v  # than values: divide what there is less of
         self.shapes: Any = None
         self.q: Array = None
         self.p_t: Array = None
 
     def __call__(self, q: Array, k: Array, v: Array, offset: Any, out: Array, lse: Array | None) -> None:
         """Cells side by side, which may be broadcast along leading axes."""
-        problem = self.problem
-        accumulator, base = problem.accumulator, EXPONENTIALS[problem.accumulator]
-        if self.shapes != (q.shape, k.shape):  # chunks of one shape share their memory
-            self.shapes, self.q, self.p_t = (q.shape, k.shape), None, None
-        self.q = np.multiply(q, problem.scale * base.per_nat, out=self.q, dtype=accumulator, order="C")
-        k, v = _packed(k, accumulator), _packed(v, accumulator)
-        p_t = self.p_t = np.matmul(k, self.q.swapaxes(-1, -2), out=self.p_t)  # (cells, keys, rows): logits
+        problem, accumulator, base = self.problem, self.accumulator, self.base
+        if self.keeps:
+            if self.shapes != (q.shape, k.shape):  # chunks of one shape share their memory
+                self.shapes, self.q, self.p_t = (q.shape, k.shape), None, None
+            q = self.q = np.multiply(q, self.factor, out=self.q, dtype=accumulator, order="C")
+        elif self.packed:
+            q = np.multiply(q, self.factor)
+        else:
+            q = np.multiply(q, self.factor, dtype=accumulator, order="C")
+        if not self.packed:
+            k, v = _packed(k, accumulator), _packed(v, accumulator)
+        p_t = np.matmul(k, q.swapaxes(-1, -2), out=self.p_t)  # (cells, keys, rows): logits
+        if self.keeps:
+            self.p_t = p_t
         hidden = _hidden(problem, offset) if problem.causal else None
+        if problem.seqlen_k == 1 and hidden is None:
+            self._one_key(p_t, v, out, lse)
+            return
         if hidden is not None:  # with offsets of its own, every cell, even where q and k are broadcast
             p_t = np.where(hidden, accumulator.type(-np.inf), p_t)
         row_max = np.maximum.reduce(p_t, -2, keepdims=True)
-        p_t = np.subtract(p_t, row_max, out=p_t)
-        _exponentiate(base, p_t)
+        np.subtract(p_t, row_max, p_t)
+        if self.raises:
+            _exponentiate(base, p_t)
+        else:
+            base.exp(p_t, p_t)
         if hidden is not None:
             np.copyto(p_t, 0, where=hidden)
         some_empty = not row_max.item(row_max.argmin()) > -np.inf  # NaN, which comes first, may hide a row without keys
         if some_empty:
             np.copyto(p_t, 0, where=row_max == -np.inf)
-        row_sum = np.matmul(_ones(problem.seqlen_k, accumulator), p_t)
+        row_sum = np.matmul(self.ones, p_t)
         if lse is not None:
             log_sum = base.log(row_sum)
             log_sum += row_max  # -inf + -inf in empty rows
             np.divide(log_sum[..., 0, :], base.per_nat, out=lse)
         if some_empty:
             row_sum[row_sum == 0] = 1
-        fewer_weights = problem.seqlen_k <= problem.head_dim_v  # than values: divide what there is less of
-        if fewer_weights:
-            np.divide(p_t, row_sum, out=p_t)
-        acc_o = np.matmul(p_t.swapaxes(-1, -2), v, out=out if _is_packed(out, accumulator) else None)
-        if not fewer_weights:
+        if self.fewer_weights:
+            np.divide(p_t, row_sum, p_t)
+        acc_o = np.matmul(p_t.swapaxes(-1, -2), v, out=out if self.packed or _is_packed(out, accumulator) else None)
+        if not self.fewer_weights:
             acc_o /= row_sum.swapaxes(-1, -2)
         if acc_o is not out:
             out[...] = acc_o
+
+    def _one_key(self, logits: Array, v: Array, out: Array, lse: Array | None) -> None:
+        """A single visible key has weight 1, unless its logit is -inf, which counts as masked, or NaN or +inf."""
+        no_key = logits == -np.inf if not logits.item(logits.argmin()) > -np.inf else None
+        nothing = np.subtract(logits, logits)  # 0, or NaN
+        np.add(v, nothing.swapaxes(-1, -2), out=out)
+        if lse is not None:
+            logits += nothing
+            np.divide(logits[..., 0, :], self.base.per_nat, out=lse)
+        if no_key is not None:
+            np.copyto(out, 0, where=no_key.swapaxes(-1, -2))
+            if lse is not None:
+                np.copyto(lse, -np.inf, where=no_key[..., 0, :])
+
+
+@dataclass(frozen=True)
+class Small:
+    """A forward of one chunk, ready for calls of one signature, from any thread."""
+
+    compute: _OneBlockForward
+    offset: int
+    results: tuple[tuple[str, tuple[int, ...], np.dtype], ...] = ()  # to allocate beside the tensors given
+
+    def run(self, tensors: dict[str, Array]) -> dict[str, Array]:
+        """All tensors of the call, out and lse among them."""
+        for name, shape, dtype in self.results:
+            tensors[name] = np.empty(shape, dtype)
+        with np.errstate(all="ignore"):
+            self.compute(
+                tensors["q"], tensors["k"], tensors["v"], self.offset, tensors["out"], tensors.get("lse")
+            )
+        return tensors
 
 
 def _exponentiate(base: Exponential, x: Array) -> None:
     """exp in place; what underflows becomes the smallest normal number, which no sum of a softmax can feel."""
     np.maximum(x, base.floor, out=x)
-    base.exp(x, out=x)
+    base.exp(x, x)
 
 
 def _ones(count: int, dtype: np.dtype) -> Array:

@@ -1,7 +1,8 @@
-"""Calls on CuPy arrays like one before: checked and planned once, then found again by their signature.
+"""Calls like one before: checked and planned once, then found again by their signature.
 
 A signature is all that a call depends on but the numbers in its arrays and where they lie: shapes, strides, dtypes,
-alignment, device, options. What is found runs with new addresses, for a few microseconds of host time.
+alignment, device, options. What is found runs with new addresses, for a few microseconds of host time: on CuPy arrays
+always, on NumPy arrays where the problem is so small that they count.
 """
 
 from __future__ import annotations
@@ -9,47 +10,53 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from ._arrays import Array, extent
+from ._cpu import Small
 from ._launch import ArraySpec, Ready
 from ._tma import ALIGNMENT
 
-_KEPT = 4096
-_calls: dict[Any, tuple[Ready, tuple[tuple[int, int], ...]]] = {}
+_KEPT, _NDARRAY = 4096, np.ndarray
+_calls: dict[Any, tuple[Ready | Small, tuple[tuple[int, int], ...]]] = {}
 
 
 def signature(direction: str, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
-    """The signature of a call, or None: where an array is not CuPy's, or an option is of an unusual kind.
+    """The signature of a call, or None: where an array is not NumPy's or CuPy's own, or an option of an unusual kind.
 
     ``options`` begins with scale, causal and q_offset, of which 1 and True, or 1 and 1.0, are equal and not the same.
     """
-    scale, causal, q_offset = options[:3]
+    scale, causal, q_offset = options[0], options[1], options[2]
     if not (
         (scale is None or type(scale) is float)
-        and (causal is True or causal is False or type(causal) is str)
+        and (causal is False or causal is True or type(causal) is str)
         and (q_offset is None or type(q_offset) is int)
     ):
         return None
     parts: list[Any] = [direction, options]
     for x in arrays:
-        if type(x).__module__ != "cupy":
+        if type(x) is _NDARRAY:
+            parts += (x.shape, x.strides, x.dtype, x.flags.aligned)
+        elif type(x).__module__ == "cupy":
+            memory = x.data
+            parts += (x.shape, x.strides, x.dtype, memory.ptr % ALIGNMENT, memory.device_id)
+        else:
             return None
-        memory = x.data
-        parts += (x.shape, x.strides, x.dtype, memory.ptr % ALIGNMENT, memory.device_id)
     return tuple(parts)
 
 
-def run(key: Any, names: tuple[str, ...], arrays: tuple[Array, ...], outputs: int) -> dict[str, Array] | None:
+def run(key: Any, tensors: dict[str, Array], outputs: int) -> dict[str, Array] | None:
     """Run a call that is known, and return all its tensors by name; None where it must be looked at.
 
-    ``names`` and ``arrays`` are the call's, in the signature's order; the last ``outputs`` of them are written.
+    ``tensors`` are the arrays of the call, in the signature's order; the last ``outputs`` of them are written.
     """
     try:
         kept = _calls.get(key)
     except TypeError:  # an option without a hash
         return None
-    if kept is None or (outputs and _touch(arrays, kept[1], outputs)):
+    if kept is None or (outputs and _touch(tuple(tensors.values()), kept[1], outputs)):
         return None
-    return kept[0].run(dict(zip(names, arrays, strict=True)))
+    return kept[0].run(tensors)
 
 
 def _touch(arrays: tuple[Array, ...], extents: tuple[tuple[int, int], ...], outputs: int) -> bool:
@@ -62,14 +69,17 @@ def _touch(arrays: tuple[Array, ...], extents: tuple[tuple[int, int], ...], outp
     )
 
 
-def keep(key: Any, arrays: tuple[Array, ...], ready: Ready | None, results: tuple[ArraySpec, ...]) -> None:
+def keep(key: Any, arrays: tuple[Array, ...], ready: Ready | Small | None, results: tuple[ArraySpec, ...]) -> None:
     """Keep what a call has made, for calls like it; ``results`` are those that it had to allocate."""
     if key is None or ready is None:
         return
     if len(_calls) >= _KEPT:
         _calls.clear()
-    extents = tuple((low - x.data.ptr, high - x.data.ptr) for x in arrays for low, high in (extent(x),))
-    _calls[key] = replace(ready, results=results), extents
+    if isinstance(ready, Ready):
+        extents = tuple((low - x.data.ptr, high - x.data.ptr) for x in arrays for low, high in (extent(x),))
+        _calls[key] = replace(ready, results=results), extents
+    elif results and results[0][0] == "out":  # NumPy: outputs of the caller's are looked at each time
+        _calls[key] = replace(ready, results=results), ()
 
 
 def forget() -> None:

@@ -31,7 +31,10 @@ def worker_count() -> int:
 
 
 def check_variable() -> int | None:
-    """``CUPYFLASH_NUM_THREADS`` as a number; ValueError where it is none, also for calls that need no workers."""
+    """``CUPYFLASH_NUM_THREADS`` as a number; ValueError where it is none, also for calls that need no workers.
+
+    A small call like one before does not look.
+    """
     text = os.environ.get(VARIABLE)
     if text is None:
         return None

@@ -114,7 +114,10 @@ def attention(
     outputs = () if out is None else out if isinstance(out, tuple) else (out,)
     arrays, options = (q, k, v, *outputs), (scale, causal, q_offset, layout, precision, family, tile, bool(return_lse))
     key = _ready.signature("forward", arrays, options)
-    if key is not None and (done := _ready.run(key, _FORWARD[: len(arrays)], arrays, len(outputs))) is not None:
+    tensors = {"q": q, "k": k, "v": v}
+    if outputs:
+        tensors.update(zip(("out", "lse"), outputs))  # noqa: B905  # a third one is an error, which is said below
+    if key is not None and (done := _ready.run(key, tensors, len(outputs))) is not None:
         out, lse = done["out"], done.get("lse")
     else:
         out, lse = _split_out(out)
@@ -200,7 +203,8 @@ def attention_backward(
     arrays = (*read, *given.values())
     options = (scale, causal, q_offset, layout, precision, family, tile, bool(deterministic), names, tuple(given))
     key = _ready.signature("backward", arrays, options)
-    known = None if key is None else _ready.run(key, (*_BACKWARD[: len(read)], *given), arrays, len(given))
+    tensors = dict(zip((*_BACKWARD[: len(read)], *given), arrays, strict=True))
+    known = None if key is None else _ready.run(key, tensors, len(given))
     if known is not None:
         return AttentionGradients(**{f"d{name}": known[f"d{name}"] for name in names})
     beside = {"dout": take("dout", dout), "out": take("out", out), "lse": take("lse", lse)}
@@ -396,7 +400,6 @@ def _check_out(call: Call, out: Array, lse: Array | None) -> None:
     check_out(call.problem, out, lse, call.inputs)
 
 
-_FORWARD = ("q", "k", "v", "out", "lse")
 _BACKWARD = ("dout", "q", "k", "v", "out", "lse", "dlse")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -222,3 +223,51 @@ def test_number_of_workers(monkeypatch):
         for n in ("1", "2", "5")
     }
     assert len(hashes) == 1
+
+
+# ------------------------------------------------------------------------------------------------ many times, at once
+
+
+@pytest.fixture(scope="module")
+def busy_gpu():
+    """Another program on the GPU, multiplying matrices."""
+    import subprocess
+    import sys
+
+    program = "import cupy\na = cupy.ones((4096, 4096), cupy.float32)\nwhile True: (a @ a)[0, 0].get()"
+    process = subprocess.Popen([sys.executable, "-c", program])
+    yield
+    assert process.poll() is None, "the other program has stopped"
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("batch", "heads", "heads_k", "seqlen", "dim", "causal"),
+    [
+        (1, 1, 1, 2048, 128, True),
+        (1, 1, 1, 2048, 64, False),
+        (1, 1, 1, 1000, 256, True),
+        (2, 8, 2, 777, 128, True),
+        (1, 8, 8, 4096, 128, False),
+        (4, 16, 16, 1024, 64, True),
+    ],
+)
+def test_a_thousand_backwards(gpu, busy_gpu, batch, heads, heads_k, seqlen, dim, causal):
+    """On four streams at once, beside another program: key blocks that wait for one another always end, and alike."""
+    xp, rng = gpu.xp, np.random.default_rng(1)
+    shapes = [(batch, h, seqlen, dim) for h in (heads, heads_k, heads_k, heads)]
+    q, k, v, dout = (xp.asarray(rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)) for shape in shapes)
+    out, lse = attention(q, k, v, causal=causal, return_lse=True)
+    want = [x.view(np.int16).copy() for x in attention_backward(dout, q, k, v, out, lse, causal=causal)]
+    streams = [xp.cuda.Stream(non_blocking=True) for _ in range(4)]
+    xp.cuda.Device().synchronize()
+    for _ in range(10):
+        differ = []
+        for turn in range(100):
+            with streams[turn % 4]:
+                grads = attention_backward(dout, q, k, v, out, lse, causal=causal)
+                differ += [(x.view(np.int16) != y).any() for x, y in zip(grads, want, strict=True)]
+        xp.cuda.Device().synchronize()
+        assert not any(map(bool, differ))

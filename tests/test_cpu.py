@@ -10,12 +10,13 @@ import threading
 import time
 import tracemalloc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import threadpoolctl
 
-from cupyflash import AttentionGradients, Tile, _cpu, _workers, attention, attention_backward, explain
+from cupyflash import AttentionGradients, Tile, _cpu, _ready, _workers, attention, attention_backward, explain
 from cupyflash.testing import bounds, data, reference
 from cupyflash.testing.data import Case
 
@@ -604,3 +605,45 @@ def test_logits_far_apart_are_not_slow():
             attention(x, k, v)
             times[name].append(time.perf_counter() - began)
     assert min(times["far"]) < 4 * min(times["near"])
+
+
+# ------------------------------------------------------------------------------------------- calls like one before
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 9), (9, 1), (8, 8), (16, 30), (64, 64)], ids=str)
+@pytest.mark.parametrize("dtype", data.DTYPES, ids=str)
+def test_a_call_like_one_before_gives_the_same_bits(dtype, sizes, causal):
+    """The first call checks and plans, the second one is found by its signature, with other numbers in between."""
+    rng = np.random.default_rng(5)
+    x, y = rng.standard_normal((2, 3, 2, 4, 64, 8)).astype(dtype)
+    seqlen_q, seqlen_k = sizes
+
+    def call(numbers):
+        q, k, v = numbers[0, ..., :seqlen_q, :], numbers[1, ..., :seqlen_k, :], numbers[2, ..., :seqlen_k, :]
+        return [a.tobytes() for a in attention(q, k, v, causal=causal, return_lse=True)]
+
+    _ready.forget()
+    first = call(x)
+    other = call(y)
+    assert call(x) == first != other == call(y)
+
+
+@pytest.mark.parametrize(("logit", "weight", "lse"), [(-np.inf, 0, -np.inf), (np.inf, np.nan, np.nan), (np.nan,) * 3])
+def test_a_single_key_that_is_not_finite(logit, weight, lse):
+    q, k, v = np.ones((3, 2, 4, 1, 8), np.float32)
+    q[1, 2], k[1, 2, 0, 3] = 1, logit
+    for _ in range(2):
+        result = attention(q, k, v, return_lse=True)
+        np.testing.assert_array_equal(result.out[1, 2], np.full((1, 8), weight, np.float32))
+        np.testing.assert_array_equal(result.lse[1, 2], [lse])
+        assert (np.delete(result.out.reshape(8, 8), 6, axis=0) == 1).all()
+
+
+def test_small_calls_from_many_threads():
+    rng = np.random.default_rng(6)
+    numbers = rng.standard_normal((8, 3, 4, 20, 16), np.float32)
+    want = [attention(*x).tobytes() for x in numbers]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            assert list(pool.map(lambda x: attention(*x).tobytes(), numbers)) == want
