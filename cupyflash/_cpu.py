@@ -342,8 +342,8 @@ class _OneBlockForward:
         self.q: Array = None
         self.p_t: Array = None
 
-    def __call__(self, q: Array, k: Array, v: Array, offset: Any, out: Array, lse: Array | None) -> None:
-        """Cells side by side, which may be broadcast along leading axes."""
+    def __call__(self, q: Array, k: Array, v: Array, offset: Any, out: Array | None, lse: Array | None) -> Array:
+        """Out of cells side by side, which may be broadcast along leading axes; None asks for a new array."""
         problem, accumulator, base = self.problem, self.accumulator, self.base
         if self.keeps:
             if self.shapes != (q.shape, k.shape):  # chunks of one shape share their memory
@@ -360,8 +360,7 @@ class _OneBlockForward:
             self.p_t = p_t
         hidden = _hidden(problem, offset) if problem.causal else None
         if problem.seqlen_k == 1 and hidden is None:
-            self._one_key(p_t, v, out, lse)
-            return
+            return self._one_key(p_t, v, out, lse)
         if hidden is not None:  # with offsets of its own, every cell, even where q and k are broadcast
             p_t = np.where(hidden, accumulator.type(-np.inf), p_t)
         row_max = np.maximum.reduce(p_t, -2, keepdims=True)
@@ -387,14 +386,16 @@ class _OneBlockForward:
         acc_o = np.matmul(p_t.swapaxes(-1, -2), v, out=out if self.packed or _is_packed(out, accumulator) else None)
         if not self.fewer_weights:
             acc_o /= row_sum.swapaxes(-1, -2)
-        if acc_o is not out:
-            out[...] = acc_o
+        if out is None or acc_o is out:
+            return acc_o
+        out[...] = acc_o
+        return out
 
-    def _one_key(self, logits: Array, v: Array, out: Array, lse: Array | None) -> None:
+    def _one_key(self, logits: Array, v: Array, out: Array | None, lse: Array | None) -> Array:
         """A single visible key has weight 1, unless its logit is -inf, which counts as masked, or NaN or +inf."""
         no_key = logits == -np.inf if not logits.item(logits.argmin()) > -np.inf else None
         nothing = np.subtract(logits, logits)  # 0, or NaN
-        np.add(v, nothing.swapaxes(-1, -2), out=out)
+        out = np.add(v, nothing.swapaxes(-1, -2), out=out)
         if lse is not None:
             logits += nothing
             np.divide(logits[..., 0, :], self.base.per_nat, out=lse)
@@ -402,6 +403,7 @@ class _OneBlockForward:
             np.copyto(out, 0, where=no_key.swapaxes(-1, -2))
             if lse is not None:
                 np.copyto(lse, -np.inf, where=no_key[..., 0, :])
+        return out
 
 
 @dataclass(frozen=True)
@@ -410,16 +412,18 @@ class Small:
 
     compute: _OneBlockForward
     offset: int
-    results: tuple[tuple[str, tuple[int, ...], np.dtype], ...] = ()  # to allocate beside the tensors given
+    results: tuple[tuple[str, tuple[int, ...], np.dtype], ...] = ()  # out, and lse where it is wanted
 
     def run(self, tensors: dict[str, Array]) -> dict[str, Array]:
         """All tensors of the call, out and lse among them."""
-        for name, shape, dtype in self.results:
-            tensors[name] = np.empty(shape, dtype)
+        out = lse = None
+        if len(self.results) > 1 or not self.compute.packed:  # else the last product makes out
+            out, lse = (*(np.empty(shape, dtype) for _, shape, dtype in self.results), None)[:2]
         with np.errstate(all="ignore"):
-            self.compute(
-                tensors["q"], tensors["k"], tensors["v"], self.offset, tensors["out"], tensors.get("lse")
-            )
+            out = self.compute(tensors["q"], tensors["k"], tensors["v"], self.offset, out, lse)
+        tensors["out"] = out
+        if lse is not None:
+            tensors["lse"] = lse
         return tensors
 
 

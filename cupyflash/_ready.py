@@ -17,7 +17,7 @@ from ._cpu import Small
 from ._launch import ArraySpec, Ready
 from ._tma import ALIGNMENT
 
-_KEPT, _NDARRAY = 4096, np.ndarray
+_KEPT = 4096
 _calls: dict[Any, tuple[Ready | Small, tuple[tuple[int, int], ...]]] = {}
 
 
@@ -35,11 +35,12 @@ def signature(direction: str, arrays: tuple[Any, ...], options: tuple[Any, ...])
         return None
     parts: list[Any] = [direction, options]
     for x in arrays:
-        if type(x) is _NDARRAY:
-            parts += (x.shape, x.strides, x.dtype, x.flags.aligned)
-        elif type(x).__module__ == "cupy":
+        kind = type(x)
+        if kind is np.ndarray:
+            parts += x.shape, x.strides, x.dtype, x.flags.aligned
+        elif kind.__module__ == "cupy":
             memory = x.data
-            parts += (x.shape, x.strides, x.dtype, memory.ptr % ALIGNMENT, memory.device_id)
+            parts += x.shape, x.strides, x.dtype, memory.ptr % ALIGNMENT, memory.device_id
         else:
             return None
     return tuple(parts)
