@@ -306,7 +306,7 @@ def _why_not_sm90(problem: Problem, device: Device) -> str | None:
 
 def _plan_sm90(problem: Problem, device: Device, tile: Tile, copies: tuple[str, ...]) -> Plan:
     row = _tiles.choose_hopper("fwd_sm90", problem, tile, device.smem)
-    widths = [next(w for w in _tiles.WIDTHS if w >= d) for d in (problem.head_dim, problem.head_dim_v)]
+    widths = _padded_widths(problem)
     all_heads = problem.num_heads * problem.batch
     tiles = _grid(problem.seqlen_q, row.block_m, all_heads)
     if tiles > MAX_GRID - 2 * device.sms:  # a block's next index stays within 32 bits

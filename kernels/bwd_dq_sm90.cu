@@ -1,5 +1,5 @@
-// After bwd_sm90 in arrival order: dq from its float32 sums, scaled and rounded. (In a fixed order the last key block of
-// a tile does this.)
+// After bwd_sm90 in arrival order: dq from its float32 sums, scaled and rounded. (In a fixed order the last key block
+// of a tile does this.)
 //
 // A thread block owns the BLOCK_M queries of one tile; its two warpgroups hold what the two consumers of bwd_sm90 held.
 // No shared memory.

@@ -1,8 +1,8 @@
 // Backward on Hopper: dq, dk and dv in one pass over the scores; tiles come by TMA, products by wgmma.
 //
 // Thread blocks are persistent; a job is one block of BLOCK_N keys of one kv head. It walks the query heads that read
-// this kv head, in order, and of each the query tiles that see its keys, from the last to the first; dk and dv add up in
-// registers. Scores are transposed: a row belongs to a key. Warpgroup 0 sends, warpgroups 1 and 2 are the consumers.
+// this kv head, in order, and of each the query tiles that see its keys, from the last to the first; dk and dv add up
+// in registers. Scores are transposed: a row belongs to a key. Warpgroup 0 sends, warpgroups 1 and 2 are the consumers.
 //
 //     one turn, query tile m:   S^T  = K Q(m)^T           dP^T = V dO(m)^T
 //                               P^T  = exp2(S^T - lse)
@@ -35,7 +35,7 @@
 //     senders:         warp 0  takes tickets; K, Q, lse        warp 3  V, dO, delta
 //                      warp 1  waits for the key blocks below  warp 2  tells those above     (in a fixed order)
 //     who arrives:     full   the sender's announcement, and the bytes; for a job, its sender; for the order, warp 1
-//                      empty  the 8 consumer warps; for a job, also each sender but the one of jobs; for the order, warp 2
+//                      empty  the 8 consumer warps; for a job, also each sender but its own; for the order, warp 2
 //                      added  the 8 consumer warps, behind their part of dQ
 #include "basics.cuh"
 #include "params.cuh"
@@ -326,9 +326,11 @@ __device__ __forceinline__ Operand<ROWS, MAJOR> from_chunk(const Operand<ROWS, M
   return {operand.low + chunk * ROWS * 128 / 16};
 }
 
-// Where 16 bytes of a row lie behind the row's chunk: columns 8 * eighth to 8 * eighth + 7. Unsigned, here and where the
-// addresses of a thread are made: they differ by constants then, and hold one register.
-__device__ __forceinline__ unsigned swizzled(unsigned row, unsigned eighth) { return row * 128 + (eighth ^ row % 8) * 16; }
+// Where 16 bytes of a row lie behind the row's chunk: columns 8 * eighth to 8 * eighth + 7. Unsigned, here and where
+// the addresses of a thread are made: they differ by constants then, and hold one register.
+__device__ __forceinline__ unsigned swizzled(unsigned row, unsigned eighth) {
+  return row * 128 + (eighth ^ row % 8) * 16;
+}
 
 // (64 keys, N queries) of this warpgroup, rounded, to (queries, keys): columns 64 * chunk on.
 template <int STEPS, int ROWS, int COLS>

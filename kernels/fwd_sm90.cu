@@ -2,8 +2,8 @@
 //
 // Thread blocks are persistent: each works on one tile after another, BLOCK_M queries of one head. In warpgroup 0, warp
 // 3 walks the list of tiles and tells the others, warp 0 sends for K, warp 1 for V, warp 2 for Q, all of them ahead of
-// the work. Each of the other warpgroups, the consumers, owns 64 of the queries; S and P never leave its registers. Key blocks are taken from the last to the first: those that the diagonal cuts come first, what
-// follows is a straight loop.
+// the work. Each of the other warpgroups, the consumers, owns 64 of the queries; S and P never leave its registers. Key
+// blocks are taken from the last to the first: those that the diagonal cuts come first, what follows is a straight loop.
 //
 //     OVERLAP: the products of one block run under the softmax of the one before     two consumers, 240 registers
 //
@@ -49,8 +49,8 @@ static_assert(CONSUMERS * CONSUMER_REGISTERS + SENDER_REGISTERS <= (1 + CONSUMER
 // Q of both is there.
 constexpr bool EARLY = OVERLAP && Q_STAGES > 1;
 
-// So far the walk may be ahead of the slowest reader. Tiles that are taken early are not there for whoever is free: with
-// 4 slots, calls of a few tiles for each block take up to 15 % longer.
+// So far the walk may be ahead of the slowest reader. Tiles that are taken early are not there for whoever is free:
+// with 4 slots, calls of a few tiles for each block take up to 15 % longer.
 constexpr int WORK_SLOTS = 1;
 
 struct Smem {

@@ -16,7 +16,9 @@
 constexpr bool WIDE = HEAD_DIM > 128 || HEAD_DIM_V > 128;
 
 // Wide: columns of a tile are shared out in whole chunks of 64, the larger share to consumer 0.
-constexpr __device__ __forceinline__ int first_share(int cols) { return smaller(cols, ceil_div(ceil_div(cols, 64), 2) * 64); }
+constexpr __device__ __forceinline__ int first_share(int cols) {
+  return smaller(cols, ceil_div(ceil_div(cols, 64), 2) * 64);
+}
 constexpr __device__ __forceinline__ int second_share(int cols) { return cols - first_share(cols); }
 
 constexpr int DQ_CHUNKS = ceil_div(HEAD_DIM, 64);  // narrow
@@ -25,8 +27,8 @@ constexpr int DQ_NUMBERS = WIDE ? BLOCK_M * HEAD_DIM : 128 * DQ_COLS;  // of a t
 constexpr int DQ_SECOND = WIDE ? 64 * first_share(HEAD_DIM) : 64 * DQ_COLS;  // where consumer 1's begin
 static_assert(WIDE ? BLOCK_M == 64 : BLOCK_M % 16 == 0, "a tile is dealt out to two warpgroups");
 
-// A tile in dq_sums; and there this thread's first four numbers: a warpgroup's part lies as its threads hold it, four by
-// four, so that a warp moves 512 bytes at a time.
+// A tile in dq_sums; and there this thread's first four numbers: a warpgroup's part lies as its threads hold it, four
+// by four, so that a warp moves 512 bytes at a time.
 __device__ __forceinline__ float* tile_sums(const Params& params, const int (&batch_index)[4], int head, int m_block) {
   return rows_of<float>(params.dq_sums, batch_index, head).at(m_block);  // (m_block, DQ_NUMBERS)
 }
@@ -61,14 +63,15 @@ __device__ __forceinline__ void add_part(Fragment<N>& dq, const float* part) {
 
 // ---- to a tensor
 //
-// Where a thread stands is read anew, and addresses run along: what could be computed before the main loop would be, and
-// would hold registers there.
+// Where a thread stands is read anew, and addresses run along: what could be computed before the main loop would be,
+// and would hold registers there.
 struct Place {
   int warp_row, quad, quad_col;  // of the warpgroup: first row of the warp; of the warp: quad, first column in it
 };
 __device__ __forceinline__ Place place_again() {
   const unsigned thread = thread_index_again();
-  return {static_cast<int>(thread % 128 / 32 * 16), static_cast<int>(thread % 32 / 4), static_cast<int>(thread % 4 * 2)};
+  const unsigned warp_row = thread % 128 / 32 * 16, quad = thread % 32 / 4, quad_col = thread % 4 * 2;
+  return {static_cast<int>(warp_row), static_cast<int>(quad), static_cast<int>(quad_col)};
 }
 
 // Two neighbouring columns of one row, the second one maybe beyond the end.

@@ -40,7 +40,7 @@ __device__ __forceinline__ Work scheduled_work(const Params& params, int num_blo
 //
 // The list goes through the heads in sections, small enough that what a section reads again and again stays in L2;
 // inside a section it begins with the longest tiles of all its heads. Blocks take turns from left to right, then from
-// right to left, so that a list sorted by length is shared out evenly; or, with tickets, whoever is free takes the next.
+// right to left, so that a list sorted by length is shared out evenly; or, with tickets, whoever is free takes one.
 struct TileWalk {
   int index, total;  // in the list
   bool backwards;    // the round to come

@@ -49,7 +49,8 @@ __device__ __forceinline__ Rows<T> rows_from(const Tensor& tensor, T* data) {
 
 template <typename T>
 __device__ __forceinline__ Rows<T> rows_of(const Tensor& tensor, const int (&batch_index)[4], int head) {
-  return rows_from(tensor, static_cast<T*>(tensor.data) + entry_offset(tensor, batch_index) + head * tensor.head_stride);
+  T* data = static_cast<T*>(tensor.data) + entry_offset(tensor, batch_index) + head * tensor.head_stride;
+  return rows_from(tensor, data);
 }
 
 // To where the whole block reads it. Main loops find their tensors from there each time: addresses kept in registers
