@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 Array = Any  # numpy.ndarray or cupy.ndarray; CuPy has no type stubs
+ArraySpec = tuple[str, tuple[int, ...], np.dtype]  # name, shape, dtype of a new array
 
 _DLPACK_CPU = (1, 3)  # kDLCPU, kDLCUDAHost
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged

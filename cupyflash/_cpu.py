@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._arrays import ArraySpec
 from ._problem import Problem
 from ._workers import check_variable, run, worker_count
 
@@ -412,18 +413,16 @@ class Small:
 
     compute: _OneBlockForward
     offset: int
-    results: tuple[tuple[str, tuple[int, ...], np.dtype], ...] = ()  # out, and lse where it is wanted
+    results: tuple[ArraySpec, ...] = ()  # out, and lse where it is wanted
 
     def run(self, tensors: dict[str, Array]) -> dict[str, Array]:
         """All tensors of the call, out and lse among them."""
-        out = lse = None
         if len(self.results) > 1 or not self.compute.packed:  # else the last product makes out
-            out, lse = (*(np.empty(shape, dtype) for _, shape, dtype in self.results), None)[:2]
+            for name, shape, dtype in self.results:
+                tensors[name] = np.empty(shape, dtype)
+        q, k, v, out, lse = tensors["q"], tensors["k"], tensors["v"], tensors.get("out"), tensors.get("lse")
         with np.errstate(all="ignore"):
-            out = self.compute(tensors["q"], tensors["k"], tensors["v"], self.offset, out, lse)
-        tensors["out"] = out
-        if lse is not None:
-            tensors["lse"] = lse
+            tensors["out"] = self.compute(q, k, v, self.offset, out, lse)
         return tensors
 
 

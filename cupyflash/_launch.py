@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from . import _compile
-from ._arrays import Array, address, import_cupy, misaligned, on_device
+from ._arrays import Array, ArraySpec, address, import_cupy, misaligned, on_device
 from ._params import TAIL_AXES, Template, element_strides, make_template, scalars
 from ._plan import KernelPlan, Plan
 from ._problem import Problem
@@ -23,7 +23,6 @@ from ._tma import ALIGNMENT, MAP_AXES, MappedTemplate, map_template, unreadable
 
 Tensors = dict[str, Array | None]
 Layout = tuple[str, tuple[int, ...], tuple[int, ...], int]  # name, shape, strides in bytes, itemsize
-ArraySpec = tuple[str, tuple[int, ...], np.dtype]  # name, shape, dtype of a new array
 
 
 class Launch:
@@ -102,8 +101,8 @@ def forward(problem: Problem, plan: Plan, device: int, inputs: Tensors, results:
     with on_device(device):
         tensors = {name: x for name, x in (_readable(plan, inputs) | results).items() if x is not None}
         (step,) = plan.kernels
-        zeroed = (("tickets", (), np.dtype(np.int32)),) if step.tickets else ()
-        ready = _ready(problem, plan.kernels, device, tensors, (), zeroed)
+        zeroed = (("tickets", (), np.dtype(np.int32)),) if "tickets" in step.writes else ()
+        ready = _make_ready(problem, plan.kernels, device, tensors, (), zeroed)
         ready.run(tensors)
     return None if plan.copies else ready
 
@@ -123,7 +122,7 @@ def backward(
         tensors |= {name: partials[name].by_entry if name in partials else x for name, x in gradients.items()}
         temporaries = tuple((name, (*problem.batch_shape, *tail), dtype) for name, tail, dtype in plan.temporaries)
         steps = tuple(step for step in plan.kernels if step.name != "bwd_finish")
-        ready = _ready(problem, steps, device, tensors, temporaries, ())
+        ready = _make_ready(problem, steps, device, tensors, temporaries, ())
         ready.run(tensors)
         for step in plan.kernels[len(steps) :]:
             partials[step.writes[0]].finish(step, device)
@@ -137,7 +136,7 @@ def compile_plan(plan: Plan, device: int) -> None:
             _compile.load(step.spec, step.smem, device)
 
 
-def _ready(
+def _make_ready(
     problem: Problem,
     steps: tuple[KernelPlan, ...],
     device: int,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import _cpu, _tiles
+from ._arrays import ArraySpec
 from ._compile import Spec
 from ._problem import Problem
 
@@ -106,7 +107,6 @@ class KernelPlan:
     writes: tuple[str, ...]
     boxes: tuple[tuple[str, int], ...] = ()  # tensors that come by TMA, and the rows of one copy
     section: int = 1  # persistent kernels: how many heads run side by side
-    tickets: bool = False  # persistent kernels: tiles go to whoever is free, not in a fixed order
 
     @property
     def name(self) -> str:
@@ -154,7 +154,7 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     rounds_p: bool = False
     # Temporary arrays of the backward: name, axes behind the leading ones, dtype. Partial sums come beside them.
-    temporaries: tuple[tuple[str, tuple[int, ...], np.dtype], ...] = ()
+    temporaries: tuple[ArraySpec, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -330,7 +330,7 @@ def _plan_sm90(problem: Problem, device: Device, tile: Tile, copies: tuple[str, 
         overlap=row.overlap,
         take_turns=row.take_turns,
     )
-    tickets = row.sections and tiles > device.sms
+    tickets = row.sections and tiles > device.sms  # tiles go to whoever is free, not in a fixed order
     kernel = KernelPlan(
         spec=spec,
         grid=min(tiles, device.sms),
@@ -339,7 +339,6 @@ def _plan_sm90(problem: Problem, device: Device, tile: Tile, copies: tuple[str, 
         writes=("out", "lse", "tickets") if tickets else ("out", "lse"),
         boxes=(("q", 64), ("k", row.block_n), ("v", row.block_n)),
         section=_tiles.section(row, problem, all_heads),
-        tickets=tickets,
     )
     chain_d, chain_k, chain_q = _chains(problem, False)
     return Plan(
@@ -475,7 +474,7 @@ def _sm90_rounding(problem: Problem, row: _tiles.HopperBackwardRow, wrt: frozens
 
 def _sm90_temporaries(
     problem: Problem, row: _tiles.HopperBackwardRow, wrt: frozenset[str]
-) -> tuple[tuple[str, tuple[int, ...], np.dtype], ...]:
+) -> tuple[ArraySpec, ...]:
     heads, tiles = problem.num_heads, -(-problem.seqlen_q // row.block_m)
     numbers, integers = problem.accumulator, np.dtype(np.int32)
     rows = [(name, (heads, tiles * row.block_m), numbers) for name in ("delta", "exponents")]
@@ -486,9 +485,7 @@ def _sm90_temporaries(
     return (*always, ("semaphores", (heads, tiles), integers), ("dq_sums", (heads, tiles, of_tile), numbers))
 
 
-def _workspace(
-    problem: Problem, temporaries: tuple[tuple[str, tuple[int, ...], np.dtype], ...], partial: list[str]
-) -> int:
+def _workspace(problem: Problem, temporaries: tuple[ArraySpec, ...], partial: list[str]) -> int:
     """Bytes of the temporaries, and of gradients that are written for each batch entry."""
     numbers = sum(math.prod(problem.tail(name)) for name in partial) * problem.accumulator.itemsize
     return problem.batch * (numbers + sum(math.prod(tail) * dtype.itemsize for _, tail, dtype in temporaries))
@@ -501,7 +498,7 @@ def _sign(scale: float) -> int:
 def _plan_simt(
     problem: Problem, device: Device, tile: Tile, wrt: frozenset[str] | None, copies: tuple[str, ...]
 ) -> Plan:
-    temporaries: tuple[tuple[str, tuple[int, ...], np.dtype], ...] = ()
+    temporaries: tuple[ArraySpec, ...] = ()
     if wrt is None:
         kernels = [_main_kernel("fwd_simt", problem, device, tile, ("out", "lse"))]
         workspace = 0

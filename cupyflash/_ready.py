@@ -12,19 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import Array, extent
+from ._arrays import Array, ArraySpec, extent
 from ._cpu import Small
-from ._launch import ArraySpec, Ready
+from ._launch import Ready
 from ._tma import ALIGNMENT
 
 _KEPT = 4096
 _calls: dict[Any, tuple[Ready | Small, tuple[tuple[int, int], ...]]] = {}
 
 
-def signature(direction: str, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+def signature(direction: str, tensors: dict[str, Any], options: tuple[Any, ...]) -> Any:
     """The signature of a call, or None: where an array is not NumPy's or CuPy's own, or an option of an unusual kind.
 
-    ``options`` begins with scale, causal and q_offset, of which 1 and True, or 1 and 1.0, are equal and not the same.
+    ``options`` begin with scale, causal and q_offset, of which 1 and True, or 1 and 1.0, are equal and not the same.
     """
     scale, causal, q_offset = options[0], options[1], options[2]
     if not (
@@ -34,7 +34,7 @@ def signature(direction: str, arrays: tuple[Any, ...], options: tuple[Any, ...])
     ):
         return None
     parts: list[Any] = [direction, options]
-    for x in arrays:
+    for x in tensors.values():
         kind = type(x)
         if kind is np.ndarray:
             parts += x.shape, x.strides, x.dtype, x.flags.aligned
@@ -49,7 +49,7 @@ def signature(direction: str, arrays: tuple[Any, ...], options: tuple[Any, ...])
 def run(key: Any, tensors: dict[str, Array], outputs: int) -> dict[str, Array] | None:
     """Run a call that is known, and return all its tensors by name; None where it must be looked at.
 
-    ``tensors`` are the arrays of the call, in the signature's order; the last ``outputs`` of them are written.
+    ``tensors`` are those of the signature; the last ``outputs`` of them are written.
     """
     try:
         kept = _calls.get(key)
@@ -70,14 +70,14 @@ def _touch(arrays: tuple[Array, ...], extents: tuple[tuple[int, int], ...], outp
     )
 
 
-def keep(key: Any, arrays: tuple[Array, ...], ready: Ready | Small | None, results: tuple[ArraySpec, ...]) -> None:
+def keep(key: Any, tensors: dict[str, Array], ready: Ready | Small | None, results: tuple[ArraySpec, ...]) -> None:
     """Keep what a call has made, for calls like it; ``results`` are those that it had to allocate."""
     if key is None or ready is None:
         return
     if len(_calls) >= _KEPT:
         _calls.clear()
     if isinstance(ready, Ready):
-        extents = tuple((low - x.data.ptr, high - x.data.ptr) for x in arrays for low, high in (extent(x),))
+        extents = tuple((low - x.data.ptr, high - x.data.ptr) for x in tensors.values() for low, high in (extent(x),))
         _calls[key] = replace(ready, results=results), extents
     elif results and results[0][0] == "out":  # NumPy: outputs of the caller's are looked at each time
         _calls[key] = replace(ready, results=results), ()

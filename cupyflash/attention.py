@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _ready
-from ._arrays import Array, same_place, take
+from ._arrays import Array, ArraySpec, same_place, take
 from ._call import Call
 from ._plan import Plan, Tile
 from ._problem import GRADIENTS, check_gradient_out, check_out, check_results, read_wrt
@@ -111,13 +111,15 @@ def attention(
     """
     _check_flag("return_lse", return_lse)
     given = out
-    outputs = () if out is None else out if isinstance(out, tuple) else (out,)
-    arrays, options = (q, k, v, *outputs), (scale, causal, q_offset, layout, precision, family, tile, bool(return_lse))
-    key = _ready.signature("forward", arrays, options)
     tensors = {"q": q, "k": k, "v": v}
-    if outputs:
-        tensors.update(zip(("out", "lse"), outputs))  # noqa: B905  # a third one is an error, which is said below
-    if key is not None and (done := _ready.run(key, tensors, len(outputs))) is not None:
+    if isinstance(out, tuple) and len(out) == 2:
+        tensors["out"], tensors["lse"] = out
+    elif out is not None:
+        tensors["out"] = out
+    outputs = len(tensors) - 3
+    options = (scale, causal, q_offset, layout, precision, family, tile, bool(return_lse))
+    key = _ready.signature("forward", tensors, options)
+    if (done := _ready.run(key, tensors, outputs)) is not None:
         out, lse = done["out"], done.get("lse")
     else:
         out, lse = _split_out(out)
@@ -128,8 +130,8 @@ def attention(
             _check_out(call, out, lse)
         plan = call.plan(family, tile)
         out, lse = call.allocate(out, lse, bool(return_lse))
-        made = (("out", out), ("lse", lse))[len(outputs) :]
-        _ready.keep(key, arrays, call.forward(plan, out, lse), _specs(made))
+        made = (("out", out), ("lse", lse))[outputs:]
+        _ready.keep(key, tensors, call.forward(plan, out, lse), _specs(made))
     if isinstance(given, tuple):
         return AttentionResult(*given)
     out = out if given is None else given  # the user's own object, of which ours may be a view
@@ -199,13 +201,13 @@ def attention_backward(
     _check_flag("deterministic", deterministic)
     names = read_wrt(wrt)
     given = {} if grads_out is None else _given_gradients(grads_out)
-    read = (dout, q, k, v, out, lse) if dlse is None else (dout, q, k, v, out, lse, dlse)
-    arrays = (*read, *given.values())
+    tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse}
+    if dlse is not None:
+        tensors["dlse"] = dlse
+    tensors |= given
     options = (scale, causal, q_offset, layout, precision, family, tile, bool(deterministic), names, tuple(given))
-    key = _ready.signature("backward", arrays, options)
-    tensors = dict(zip((*_BACKWARD[: len(read)], *given), arrays, strict=True))
-    known = None if key is None else _ready.run(key, tensors, len(given))
-    if known is not None:
+    key = _ready.signature("backward", tensors, options)
+    if (known := _ready.run(key, tensors, len(given))) is not None:
         return AttentionGradients(**{f"d{name}": known[f"d{name}"] for name in names})
     beside = {"dout": take("dout", dout), "out": take("out", out), "lse": take("lse", lse)}
     if dlse is not None:
@@ -219,7 +221,7 @@ def attention_backward(
     plan = call.plan(family, tile, names, deterministic)
     gradients = {f"d{name}": _gradient(call, name, taken) for name in GRADIENTS if name in names}
     made = tuple((name, x) for name, x in gradients.items() if name not in given)
-    _ready.keep(key, arrays, call.backward(plan, gradients), _specs(made))
+    _ready.keep(key, tensors, call.backward(plan, gradients), _specs(made))
     return AttentionGradients(**(gradients | given))
 
 
@@ -400,10 +402,7 @@ def _check_out(call: Call, out: Array, lse: Array | None) -> None:
     check_out(call.problem, out, lse, call.inputs)
 
 
-_BACKWARD = ("dout", "q", "k", "v", "out", "lse", "dlse")
-
-
-def _specs(arrays: tuple[tuple[str, Array | None], ...]) -> tuple[tuple[str, tuple[int, ...], np.dtype], ...]:
+def _specs(arrays: tuple[tuple[str, Array | None], ...]) -> tuple[ArraySpec, ...]:
     """What makes arrays like these again."""
     return tuple((name, x.shape, x.dtype) for name, x in arrays if x is not None)
 

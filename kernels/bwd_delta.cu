@@ -2,9 +2,9 @@
 // bwd_sm90, all that it finds prepared.
 //
 // A thread block owns BLOCK_M rows of one head, the rows of one tile of bwd_sm90; eight lanes share a row
-// (mma_simt.cuh) and walk its columns in runs of 16 bytes of dout: lane x takes runs x, x + 8, ... A thread's rows go side by side, so
-// that their loads are under way together. The order of a sum depends on dout's type alone, not on strides. No shared
-// memory. Where lse is -inf the row has no visible key: delta is 0 and dlse is not read.
+// (mma_simt.cuh) and walk its columns in runs of 16 bytes of dout: lane x takes runs x, x + 8, ... A thread's rows go
+// side by side, so that their loads are under way together. The order of a sum depends on dout's type alone, not on
+// strides. No shared memory. Where lse is -inf the row has no visible key: delta is 0 and dlse is not read.
 //
 // For bwd_sm90, where its tensors are given: lse in exponents of 2, +inf in rows beyond the end; the semaphore of the
 // tile and the tickets are set to 0; so are, in arrival order, the sums of dq, and, in a fixed order, dq of a tile that

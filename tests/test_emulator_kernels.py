@@ -12,7 +12,7 @@ from conftest import PROFILE
 from emulator import Device, EmulatorError, Schedule, emulate, why_not
 from emulator.removals import Problem
 
-from cupyflash import Tile, _launch, _tiles, attention, attention_backward
+from cupyflash import AttentionGradients, Tile, _launch, _tiles, attention, attention_backward
 from cupyflash._plan import Rows
 from cupyflash.testing import cases, data
 
@@ -167,6 +167,39 @@ def test_same_bits_of_the_hopper_backward_under_every_schedule(causal):
 
 
 # ------------------------------------------------------------------------------------- the Python side is under test
+
+
+def test_a_call_like_one_before_is_checked_as_the_first_one_was():
+    """Found again by its signature: the same bits for other numbers, and every error that the first call would give."""
+    q, k, v, dout = (x.astype(np.float16) for x in (*_arrays(70, 70, 64), _arrays(70, 70, 64)[0]))
+    with Device(undefined=False) as xp:
+        q, k, v, dout = map(xp.asarray, (q, k, v, dout))
+        first = attention(q, k, v, causal=True, return_lse=True)
+        again = attention(q, k, v, causal=True, return_lse=True)
+        other = attention(k, q, v, causal=True, return_lse=True)
+        out, lse = xp.empty(first.out.shape, np.float16), xp.empty(first.lse.shape)
+        for _ in range(2):
+            assert attention(q, k, v, causal=True, out=out) is out
+            assert attention(q, k, v, causal=True, out=(out, lse)).lse is lse
+        for x, y in zip((*first, *first), (*again, out, lse), strict=True):
+            np.testing.assert_array_equal(x.get(), y.get())
+        assert (first.out.get() != other.out.get()).any()
+        for wrong, text in (
+            ({"causal": 1}, "causal=1"), ({"scale": True}, "scale=True"), ({"q_offset": True}, "q_offset=True"),
+            ({"out": q}, "shares memory"), ({"out": (out,)}, "tuple of 1"),
+        ):  # fmt: skip
+            with pytest.raises((TypeError, ValueError), match=text):
+                attention(q, k, v, **{"causal": True, **wrong})
+
+        grads = [attention_backward(dout, q, k, v, *first, causal=True) for _ in range(2)]
+        given = AttentionGradients(dq=xp.empty(q.shape, np.float16))
+        grads += [attention_backward(dout, q, k, v, *first, causal=True, grads_out=given) for _ in range(2)]
+        assert grads[3].dq is given.dq
+        for found in grads[1:]:
+            for x, y in zip(grads[0], found, strict=True):
+                np.testing.assert_array_equal(x.get(), y.get())
+        with pytest.raises(ValueError, match="shares memory"):
+            attention_backward(dout, q, k, v, *first, causal=True, grads_out=AttentionGradients(dq=dout))
 
 
 def test_a_wrong_stride_is_found(monkeypatch):
