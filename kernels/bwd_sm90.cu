@@ -301,31 +301,6 @@ __device__ __forceinline__ void tell_block_above(const Params& params, Smem& sme
 
 // ---- warpgroups 1 and 2
 
-// acc = a b, and acc += a b, over 16 * STEPS. Issued, not waited for.
-template <int STEPS, int N, int ROWS_A, Major MAJOR_A, int ROWS_B, Major MAJOR_B>
-__device__ __forceinline__ void product(
-    Fragment<N>& acc, const Operand<ROWS_A, MAJOR_A>& a, const Operand<ROWS_B, MAJOR_B>& b) {
-  wgmma_first_ss<Element, MAJOR_A, MAJOR_B>(acc.at, a.at(0), b.at(0));
-#pragma unroll
-  for (int step = 1; step < STEPS; ++step) wgmma_ss<Element, MAJOR_A, MAJOR_B>(acc.at, a.at(step), b.at(step));
-}
-template <int STEPS, int N, int ROWS_A, Major MAJOR_A, int ROWS_B, Major MAJOR_B>
-__device__ __forceinline__ void add_product(
-    Fragment<N>& acc, const Operand<ROWS_A, MAJOR_A>& a, const Operand<ROWS_B, MAJOR_B>& b) {
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) wgmma_ss<Element, MAJOR_A, MAJOR_B>(acc.at, a.at(step), b.at(step));
-}
-
-// The operand from a row on, a multiple of 8; from a chunk of 64 columns on.
-template <int ROWS, Major MAJOR>
-__device__ __forceinline__ Operand<ROWS, MAJOR> from_row(const Operand<ROWS, MAJOR>& operand, int row) {
-  return {operand.low + row * 128 / 16};
-}
-template <int ROWS, Major MAJOR>
-__device__ __forceinline__ Operand<ROWS, MAJOR> from_chunk(const Operand<ROWS, MAJOR>& operand, int chunk) {
-  return {operand.low + chunk * ROWS * 128 / 16};
-}
-
 // Where 16 bytes of a row lie behind the row's chunk: columns 8 * eighth to 8 * eighth + 7. Unsigned, here and where
 // the addresses of a thread are made: they differ by constants then, and hold one register.
 __device__ __forceinline__ unsigned swizzled(unsigned row, unsigned eighth) {

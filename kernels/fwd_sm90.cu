@@ -179,8 +179,8 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
   // Issued: acc_s = Q K^T, acc_o += P V.
   const auto score_tile = [&]() ALWAYS_INLINE {
     wgmma_fence();
-    multiply_nt<HEAD_DIM>(
-        acc_s, operand<Major::K>(smem.q[q_turn.slot][consumer]), operand<Major::K>(smem.k[turn.slot]));
+    const auto q = operand<Major::K>(smem.q[q_turn.slot][consumer]);
+    product<HEAD_DIM / 16>(acc_s, q, operand<Major::K>(smem.k[turn.slot]));
     wgmma_commit();
   };
   const auto accumulate_pv = [&](const Turn<NUM_STAGES>& v_turn) ALWAYS_INLINE {
