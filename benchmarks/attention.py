@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import facts
-from benchmarks.cells import memory_of, result_line, too_large, warm_up
+from benchmarks.cells import arguments, check, memory_of, result_line, too_large, warm_up
 from benchmarks.exact import Exact
 from benchmarks.verdict import ANY_ORDER, REFERENCES, ROWS, SERIES, Bar, Judged, bars, chosen, means, share
 from cupyflash import _compile, explain
@@ -102,30 +102,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.attention",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser = arguments("python -m benchmarks.attention", __doc__, ROUNDS, BUDGET)
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS))
     parser.add_argument("--seqlens", nargs="+", type=int, default=list(SEQLENS), help=f"divisors of {ROWS}")
     parser.add_argument("--long", nargs="*", type=int, default=list(LONG), help="lengths of ours alone, batch 1")
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--peers", nargs="*", choices=(*PEERS, *MORE_PEERS), default=list(PEERS))
     parser.add_argument("--jax-seqlens", nargs="*", type=int, default=list(JAX_SEQLENS), help="where JAX takes part")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"samples of each contender, {ROUNDS} if not given")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds after which no new cell begins")
-    parser.add_argument("--dry-run", action="store_true", help="list the cells and stop")
     args = parser.parse_args(argv)
-    if any(s < 1 or ROWS % s for s in args.seqlens) or any(d < 1 or COLUMNS % d for d in args.head_dims):
-        parser.error(f"sequence lengths divide {ROWS}, head dims divide {COLUMNS}")
+    check(parser, args, ROWS, COLUMNS)
     if any(s <= ROWS for s in args.long):
         parser.error(f"--long takes lengths above {ROWS}")
-    if args.rounds < 1:
-        parser.error("--rounds is at least 1")
-    if args.out is None and not args.dry_run:
-        parser.error("--out says where the JSON goes")
     return args
 
 

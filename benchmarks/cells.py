@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from cupyflash._program.backend import Backend
@@ -17,6 +19,28 @@ from cupyflash._program.workload import DIRECTIONS, Workload
 #: How many matrices of weights a peer holds at its peak, forward and backward.
 MATRICES = {"unfused CuPy": (1, 2), "torch math": (4, 5)}
 SHARE = 0.8  # of the device's memory that such peers may fill together, so that cupyflash never waits for memory
+
+
+def arguments(program: str, about: str | None, rounds: int, budget: float) -> argparse.ArgumentParser:
+    """The options that both programs have."""
+    parser = argparse.ArgumentParser(
+        prog=program, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"samples of each contender, {rounds} if not given")
+    parser.add_argument("--budget", type=float, default=budget, help="seconds after which no new cell begins")
+    parser.add_argument("--dry-run", action="store_true", help="list the cells and stop")
+    return parser
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rows: int, columns: int) -> None:
+    """Say what is wrong with --seqlens, --head-dims, --rounds and --out, and stop."""
+    if any(s < 1 or rows % s for s in args.seqlens) or any(d < 1 or columns % d for d in args.head_dims):
+        parser.error(f"sequence lengths divide {rows}, head dims divide {columns}")
+    if args.rounds < 1:
+        parser.error("--rounds is at least 1")
+    if args.out is None and not args.dry_run:
+        parser.error("--out says where the JSON goes")
 
 
 def warm_up(workload: Workload, arrays: Any, clock: Clock, family: str | None, least: float) -> None:

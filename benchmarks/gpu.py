@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import facts
-from benchmarks.cells import memory_of, result_line, too_large, warm_up
+from benchmarks.cells import arguments, check, memory_of, result_line, too_large, warm_up
 from cupyflash._program import backend as backends
 from cupyflash._program import host
 from cupyflash._program.backend import Backend
@@ -87,23 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser = arguments("python -m benchmarks.gpu", __doc__, ROUNDS, BUDGET)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPE_NAMES, default=list(PEERS))
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS))
     parser.add_argument("--seqlens", nargs="+", type=int, default=list(SEQLENS), help=f"divisors of {ROWS}")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds after which no new cell begins")
-    parser.add_argument("--dry-run", action="store_true", help="list the cells and stop")
     args = parser.parse_args(argv)
-    if any(s < 1 or ROWS % s for s in args.seqlens) or any(d < 1 or COLUMNS % d for d in args.head_dims):
-        parser.error(f"sequence lengths divide {ROWS}, head dims divide {COLUMNS}")
-    if args.out is None and not args.dry_run:
-        parser.error("--out says where the JSON goes")
+    check(parser, args, ROWS, COLUMNS)
     return args
 
 

@@ -21,7 +21,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-from cupyflash import Tile
+from cupyflash import Tile, explain
 from cupyflash.testing import data
 
 os.environ["CUPYFLASH_TUNING"] = "0"  # tiles that this machine's user has tuned are not what is tested
@@ -68,8 +68,8 @@ class Backend:
 
     def p_dtype(self, dtype: Any) -> Any:
         """What P and dS are rounded to in the family that the planner chooses; None: they are not."""
-        hopper = self.name == "cupy" and self.xp.cuda.Device().compute_capability == "90"
-        return np.dtype(dtype) if hopper and np.dtype(dtype).itemsize == 2 else None
+        x = self.xp.zeros((1, 1, 1), dtype)
+        return np.dtype(dtype) if explain(x, x, x).rounds_p else None
 
     def array(self, values: Any, dtype: Any = None, style: str = "plain") -> Any:
         """`values` inside poison, in memory as `style` says."""

@@ -14,7 +14,7 @@ from typing import Any
 from .. import AttentionGradients, attention, attention_backward
 from .backend import Backend
 from .contenders import Torch, as_torch
-from .timing import OURS, Samples
+from .timing import OURS, Samples, in_turn
 from .workload import Workload
 
 Call = Callable[[], object]
@@ -81,8 +81,7 @@ def measure(makers: Mapping[str, Callable[[], Call]], backend: Backend, batches:
             warm[name] = call
     names = list(warm)
     for turn in range(batches):
-        first = turn % max(1, len(names))
-        for name in names[first:] + names[:first]:
+        for name in in_turn(names, turn):
             seconds = sample(warm[name], CALLS[backend.name], backend.synchronize)
             found.samples.setdefault(name, []).append(seconds)
     found.samples = {name: found.samples[name] for name in names}

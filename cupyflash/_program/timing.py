@@ -143,6 +143,12 @@ class Cell(Samples):
         return {"workload": self.workload.as_dict(), "direction": self.direction, "contenders": contenders}
 
 
+def in_turn(names: list[str], turn: int) -> list[str]:
+    """The names, another one first in each turn, so that none has the better place."""
+    first = turn % max(1, len(names))
+    return names[first:] + names[:first]
+
+
 def measure(
     found: Samples,
     contenders: Mapping[str, Callable[[], Timed]],
@@ -199,9 +205,7 @@ def measure(
         if turn and time.monotonic() - began > limit:
             break
         tick(f"round {turn + 1}")
-        names = list(warm)
-        first = turn % max(1, len(names))
-        for name in names[first:] + names[:first]:
+        for name in in_turn(list(warm), turn):
             contender, call, repeats = warm[name]
             try:
                 with contender.around():
