@@ -13,7 +13,8 @@ import numpy as np
 
 from . import _cpu, _tuned
 from ._arrays import Array, address, import_cupy, is_cupy, misaligned, on_device, place, same_place, take
-from ._plan import DEVICES, Device, Plan, plan_cpu, plan_gpu
+from ._plan import DEVICES, Device, Plan
+from ._planner import plan_cpu, plan_gpu
 from ._problem import Problem, read_problem
 from ._tma import MAP_TYPES, MAPPED, unreadable
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from . import _tiles
+from . import _rows, _tiles
 from ._plan import Rows
 from ._version import __version__
 
@@ -101,7 +101,7 @@ def _tile(problem: Problem, device: Device) -> Rows | None:
     kept = _read(device).get(class_of(problem), {})
     rows = []
     for kernel, row in kept.items():
-        if row in _tiles.candidates(kernel, problem, device.smem):
+        if row in _rows.candidates(kernel, problem, device.smem):
             rows.append((kernel, row))
         else:
             _warn(folder(device), ValueError(f"{row} is no tile of {kernel} for {class_of(problem)}"))
@@ -115,9 +115,9 @@ def forget() -> None:
 
 
 @lru_cache(maxsize=64)
-def _read(device: Device) -> Mapping[ProblemClass, dict[str, _tiles.Row]]:
+def _read(device: Device) -> Mapping[ProblemClass, dict[str, _rows.Row]]:
     """All kept tiles of a card, once in a process."""
-    found: dict[ProblemClass, dict[str, _tiles.Row]] = {}
+    found: dict[ProblemClass, dict[str, _rows.Row]] = {}
     if not enabled():
         return MappingProxyType(found)
     try:
@@ -135,7 +135,7 @@ def _read(device: Device) -> Mapping[ProblemClass, dict[str, _tiles.Row]]:
     return MappingProxyType(found)
 
 
-def _parse(content: Any, device: Device) -> tuple[str, ProblemClass, _tiles.Row]:
+def _parse(content: Any, device: Device) -> tuple[str, ProblemClass, _rows.Row]:
     """What a file holds; ValueError where it is not one that `keep` writes for this card and version."""
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
@@ -143,12 +143,12 @@ def _parse(content: Any, device: Device) -> tuple[str, ProblemClass, _tiles.Row]
         if content.get(name) != wanted:
             raise ValueError(f"{name} is {content.get(name)!r}, not {wanted!r}")
     kernel, problems = content.get("kernel"), content.get("problems")
-    if not isinstance(kernel, str) or kernel not in _tiles.tiled_kernels():
+    if not isinstance(kernel, str) or kernel not in _rows.tiled_kernels():
         raise ValueError(f"kernel {kernel!r} has no tile to choose")
     kinds = {"dtype": str, "causal": bool} | dict.fromkeys(("head_dim", "head_dim_v", "seqlen_q", "seqlen_k"), int)
     if not isinstance(problems, dict) or {name: type(x) for name, x in problems.items()} != kinds:
         raise ValueError(f"problems are described by {', '.join(kinds)}, not {problems!r}")
-    return kernel, ProblemClass(**problems), _tiles.make_row(kernel, content.get("tile"))
+    return kernel, ProblemClass(**problems), _rows.make_row(kernel, content.get("tile"))
 
 
 def _warn(path: Path, error: Exception) -> None:
@@ -162,7 +162,7 @@ def _warn(path: Path, error: Exception) -> None:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def keep(kernel: str, problem: Problem, device: Device, row: _tiles.Row, facts: dict[str, Any]) -> Path:
+def keep(kernel: str, problem: Problem, device: Device, row: _rows.Row, facts: dict[str, Any]) -> Path:
     """Keep a row for the class of a problem, with facts about how it was found; the file's path."""
     problems = class_of(problem)
     content = {
@@ -171,7 +171,7 @@ def keep(kernel: str, problem: Problem, device: Device, row: _tiles.Row, facts: 
         "card": card(device),
         "kernel": kernel,
         "problems": asdict(problems),
-        "tile": _tiles.row_fields(row),
+        "tile": _rows.row_fields(row),
         "facts": facts,
     }
     path = folder(device) / f"{_file_name(f'{kernel}-{problems}')}.json"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import _ready, _tiles, _tuned
+from . import _ready, _rows, _tuned
 from ._call import Call
 from ._plan import Device, Plan, Rows
 from ._problem import GRADIENTS
@@ -158,8 +158,8 @@ class Trial:
     kernel: str
     direction: str
     call: Call
-    candidates: tuple[_tiles.Row, ...]
-    planned: _tiles.Row
+    candidates: tuple[_rows.Row, ...]
+    planned: _rows.Row
     run: Callable[[Rows], None]
 
 
@@ -196,7 +196,7 @@ def _backward_trials(call: Call, family: object) -> list[Trial]:
 def _trial(kernel: str, plan: Plan, call: Call, family: object, run: Callable[[Rows], None]) -> Trial | None:
     """The trial of one kernel of a plan, if there is anything to choose."""
     assert call.device is not None
-    rows = _tiles.candidates(kernel, call.problem, call.device.smem)
+    rows = _rows.candidates(kernel, call.problem, call.device.smem)
     if not rows:
         return None
     wrt = None if plan.direction == "forward" else frozenset(GRADIENTS)
@@ -207,7 +207,7 @@ def _trial(kernel: str, plan: Plan, call: Call, family: object, run: Callable[[R
 class Contender:
     """A kernel with one of its rows, as `measure` times it."""
 
-    def __init__(self, trial: Trial, row: _tiles.Row) -> None:
+    def __init__(self, trial: Trial, row: _rows.Row) -> None:
         self._run, self._rows = trial.run, Rows(rows=((trial.kernel, row),))
 
     def around(self) -> AbstractContextManager[Any]:
@@ -227,10 +227,10 @@ def _tune_kernel(trial: Trial, device: Device, tick: Callable[[float, str], None
     from ._program.timing import Samples, graph_clock, measure
 
     makers = {
-        text_of(_tiles.row_fields(row)): (lambda row=row: Contender(trial, row)) for row in trial.candidates
+        text_of(_rows.row_fields(row)): (lambda row=row: Contender(trial, row)) for row in trial.candidates
     }
     rows = dict(zip(makers, trial.candidates, strict=True))
-    planned = text_of(_tiles.row_fields(trial.planned))
+    planned = text_of(_rows.row_fields(trial.planned))
     first = Samples(trial.direction)
     count = iter(range(len(makers) + 1))
 
@@ -250,8 +250,8 @@ def _tune_kernel(trial: Trial, device: Device, tick: Callable[[float, str], None
     found = TunedKernel(
         kernel=trial.kernel,
         problems=str(_tuned.class_of(trial.call.problem)),
-        tile=_tiles.row_fields(rows[best]),
-        planned=_tiles.row_fields(trial.planned),
+        tile=_rows.row_fields(rows[best]),
+        planned=_rows.row_fields(trial.planned),
         seconds=final.seconds(best),
         planned_seconds=final.seconds(planned),
         tried=tried,
@@ -272,7 +272,7 @@ def winner(final: Any, planned: str) -> str:
     return str(best) if final.ratio(best, planned) <= GAIN else planned
 
 
-def _keep(found: TunedKernel, trial: Trial, row: _tiles.Row, device: Device) -> TunedKernel:
+def _keep(found: TunedKernel, trial: Trial, row: _rows.Row, device: Device) -> TunedKernel:
     """Write the winner down, unless that is turned off; a folder that can't be written costs a warning."""
     if not _tuned.enabled():
         return found

@@ -12,7 +12,7 @@ from conftest import PROFILE
 from emulator import Device, EmulatorError, Schedule, emulate, why_not
 from emulator.removals import Problem
 
-from cupyflash import AttentionGradients, Tile, _launch, _tiles, attention, attention_backward
+from cupyflash import AttentionGradients, Tile, _launch, _tiles_sm90, attention, attention_backward
 from cupyflash._plan import Rows
 from cupyflash.testing import cases, data
 
@@ -109,16 +109,16 @@ def _forms(table):
     return list(forms)
 
 
-FORWARD_FORMS = _forms(_tiles.HOPPER_TABLE["fwd_sm90"])
+FORWARD_FORMS = _forms(_tiles_sm90.HOPPER_TABLE["fwd_sm90"])
 # Heads side by side are a matter of order, which schedules change anyway. A wide head beside a narrow one leaves one of
 # the consumers without columns.
 BACKWARD_FORMS = [
     (head_dim, head_dim_v, causal, row, deterministic)
     for *largest, causal, row in dict.fromkeys(
         (*widths, causal, dataclasses.replace(row, heads=1, arrival=True))
-        for *widths, causal, row in _forms(_tiles.HOPPER_BACKWARD_TABLE)
+        for *widths, causal, row in _forms(_tiles_sm90.HOPPER_BACKWARD_TABLE)
     )
-    for head_dim, head_dim_v in ([largest, (160, 16), (16, 160)] if _tiles.is_wide(*largest) else [largest])
+    for head_dim, head_dim_v in ([largest, (160, 16), (16, 160)] if _tiles_sm90.is_wide(*largest) else [largest])
     for deterministic in (True, False)
 ]
 

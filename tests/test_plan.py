@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cupyflash
-from cupyflash import Tile, _tiles, explain
+from cupyflash import Tile, _tiles, _tiles_simt, explain
 from cupyflash._plan import DEVICES
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
@@ -41,18 +41,18 @@ def test_every_width_fits_every_card(device, dtype, backward):
                     assert width <= spec.dim_chunk or width % spec.dim_chunk == 0
 
 
-@pytest.mark.parametrize("key", _tiles.TABLE)
+@pytest.mark.parametrize("key", _tiles_simt.TABLE)
 def test_each_row_of_the_table_is_reached_and_runs(key):
     kernel, accumulator = key
     reached = set()
     for device in DEVICES.values():
         for width in _tiles.WIDTHS:
-            for largest, row in _tiles.TABLE[key]:
-                dim = _tiles.padded_width(width, row.dim_chunk)
-                if width <= largest and not _tiles.check_row(kernel, row, dim, dim, accumulator, device.smem):
+            for largest, row in _tiles_simt.TABLE[key]:
+                dim = _tiles_simt.padded_width(width, row.dim_chunk)
+                if width <= largest and not _tiles_simt.check_row(kernel, row, dim, dim, accumulator, device.smem):
                     reached.add(row)
                     break
-    assert reached == {row for _, row in _tiles.TABLE[key]}
+    assert reached == {row for _, row in _tiles_simt.TABLE[key]}
 
 
 def test_plans_are_values():

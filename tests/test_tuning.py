@@ -19,11 +19,12 @@ import pytest
 from emulator import Device, why_not
 
 import cupyflash
-from cupyflash import Tile, TuningCacheWarning, _plan, _ready, _tiles, _tuned, _tuning, attention, explain, tune
-from cupyflash._plan import DEVICES
+from cupyflash import Tile, TuningCacheWarning, _planner, _ready, _rows, _tuned, _tuning, attention, explain, tune
+from cupyflash._plan import DEVICES, Rows
 from cupyflash._problem import Problem, read_problem
 from cupyflash._program import main, timing
-from cupyflash._tiles import TileRow
+from cupyflash._tiles_simt import TABLE, TileRow
+from cupyflash._tiles_sm90 import HOPPER_FORMS
 
 H = DEVICES["sm_90"]
 
@@ -54,7 +55,7 @@ def problem_of(*qkv: Any, causal: bool = False) -> Problem:
 # Two tiles of width 128, neither of which is the planner's own.
 OWN = block_n_of(explain(*arrays(), device="sm_90"))
 ROW, OTHER = (
-    next(row for row in _tiles.candidates("fwd_sm90", problem_of(*arrays()), H.smem) if row.block_n == n and n != OWN)
+    next(row for row in _rows.candidates("fwd_sm90", problem_of(*arrays()), H.smem) if row.block_n == n and n != OWN)
     for n in (96, 80)
 )
 
@@ -81,11 +82,11 @@ def test_every_candidate_plans_and_the_planners_own_is_among_them(device: str, d
         for causal in (False, True):
             problem = problem_of(q, q, v, causal=causal)
             for wrt in (None, frozenset("qkv")):
-                plan = _plan.plan_gpu(problem, DEVICES[device], None, None, wrt)
+                plan = _planner.plan_gpu(problem, DEVICES[device], None, None, wrt)
                 for step in plan.kernels:
-                    rows = _tiles.candidates(step.name, problem, DEVICES[device].smem)
+                    rows = _rows.candidates(step.name, problem, DEVICES[device].smem)
                     assert len(set(rows)) == len(rows)
-                    assert bool(rows) == (step.name in _tiles.tiled_kernels())
+                    assert bool(rows) == (step.name in _rows.tiled_kernels())
                     plans = [with_row(problem, DEVICES[device], step.name, row, wrt) for row in rows]
                     if rows:
                         assert plan.kernels in [made.kernels for made in plans]
@@ -93,7 +94,7 @@ def test_every_candidate_plans_and_the_planners_own_is_among_them(device: str, d
 
 def with_row(problem: Problem, device: Any, kernel: str, row: Any, wrt: Any) -> Any:
     """The plan with a row, which must be the one that is used, and fit."""
-    made = _plan.plan_gpu(problem, device, None, _plan.Rows(rows=((kernel, row),)), wrt)
+    made = _planner.plan_gpu(problem, device, None, Rows(rows=((kernel, row),)), wrt)
     (step,) = (step for step in made.kernels if step.name == kernel)
     assert step.smem <= device.smem
     assert (step.spec.block_m, step.spec.block_n, step.threads) == (row.block_m, row.block_n, 32 * row.warps)
@@ -102,15 +103,15 @@ def with_row(problem: Problem, device: Any, kernel: str, row: Any, wrt: Any) -> 
 
 
 def test_hopper_candidates_cover_the_forms() -> None:
-    rows = _tiles.candidates("fwd_sm90", problem_of(*arrays(dim=64)), H.smem)
-    assert {(row.block_m, row.overlap, row.take_turns) for row in rows} == set(_tiles.HOPPER_FORMS)
+    rows = _rows.candidates("fwd_sm90", problem_of(*arrays(dim=64)), H.smem)
+    assert {(row.block_m, row.overlap, row.take_turns) for row in rows} == set(HOPPER_FORMS)
     assert {row.stages for row in rows} == {2, 3}
     assert 20 < len(rows) < 60  # each one is compiled
 
 
 def test_rows_survive_json() -> None:
     for kernel, row in (("fwd_sm90", ROW), ("bwd_simt_dq", TileRow(64, 32, 4, 64, ""))):
-        assert _tiles.make_row(kernel, json.loads(json.dumps(_tiles.row_fields(row)))) == row
+        assert _rows.make_row(kernel, json.loads(json.dumps(_rows.row_fields(row)))) == row
 
 
 # ----------------------------------------------------------------------------------------------------- what plans use
@@ -160,7 +161,7 @@ def test_kernels_of_one_backward_are_tuned_alone() -> None:
     made = {step.name: step.spec for step in explain(*qkv, device="sm_90", backward=True).kernels}
     keep(row, "bwd_simt_dkdv", problem_of(*arrays(np.float32, dim=64, seqlen=5000)))
     assert (made["bwd_simt_dq"].block_m, made["bwd_simt_dq"].block_n) == (64, 32)
-    table = _tiles.TABLE["bwd_simt_dkdv", 4]
+    table = TABLE["bwd_simt_dkdv", 4]
     assert made["bwd_simt_dkdv"].block_n == next(r for largest, r in table if largest >= 64).block_n
 
 
@@ -200,7 +201,7 @@ def change(**fields: Any) -> Callable[[Path], None]:
     return body
 
 
-TILE = _tiles.row_fields(ROW)
+TILE = _rows.row_fields(ROW)
 PROBLEMS = vars(_tuned.class_of(problem_of(*arrays())))
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (lambda path: path.write_text(path.read_text()[:50]), ""),
@@ -433,7 +434,7 @@ def test_tuned_tiles_compute_the_same(clock: Any) -> None:
     want = attention(q, k, v)
     own = explain(q, k, v, device="sm_60").kernels[0].spec.block_m
     row = next(
-        row for row in _tiles.candidates("fwd_simt", problem_of(q, k, v), H.smem) if row.block_m != own
+        row for row in _rows.candidates("fwd_simt", problem_of(q, k, v), H.smem) if row.block_m != own
     )
     with Device(arch=60, shared=H.smem, undefined=False) as xp:
         on_gpu = [xp.asarray(x) for x in (q, k, v)]

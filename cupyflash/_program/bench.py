@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from .. import explain
-from .._plan import CPU_FAMILY, GPU_FAMILIES
+from .._planner import CPU_FAMILY, GPU_FAMILIES
 from . import backend as backends
 from . import host
 from .backend import Backend

@@ -15,8 +15,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .. import __version__, _plan
-from .._plan import CPU_FAMILY, GPU_FAMILIES, Device
+from .. import __version__, _planner
+from .._plan import Device
+from .._planner import CPU_FAMILY, GPU_FAMILIES
 from .._problem import DTYPES, read_problem
 from .._workers import worker_count
 
@@ -246,7 +247,7 @@ def _gpu_family(family: str, gpu: Gpu) -> Family:
         q = np.empty((1, 64, 64), dtype)
         problem = read_problem(q, q, q, scale=None, causal=False, q_offset=None, layout="hsd", precision=None)
         try:
-            _plan.plan_gpu(problem, device, family, None, None, ())
+            _planner.plan_gpu(problem, device, family, None, None, ())
         except ValueError as error:
             reasons.append(first_line(error))
         else:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .. import _tuned
-from .._plan import GPU_FAMILIES
+from .._planner import GPU_FAMILIES
 from .._tuning import Tuning, tune
 from . import backend as backends
 from .bench import positive

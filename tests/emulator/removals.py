@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cupyflash._plan import Rows
-from cupyflash._tiles import HopperBackwardRow, HopperRow
+from cupyflash._tiles_sm90 import HopperBackwardRow, HopperRow
 
 from .build import WORDS
 from .device import Device, Patch

@@ -1,0 +1,124 @@
+"""Plans of the simt family: every GPU, every dtype."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from . import _tiles_simt as _tiles
+from ._arrays import ArraySpec
+from ._compile import Spec
+from ._plan import Device, KernelPlan, Plan, Tile, by_entry, chains, grid, row_kernel, sign, workspace
+from ._problem import Problem
+
+
+def plan_simt(
+    problem: Problem, device: Device, tile: Tile, wrt: frozenset[str] | None, copies: tuple[str, ...]
+) -> Plan:
+    temporaries: tuple[ArraySpec, ...] = ()
+    if wrt is None:
+        kernels = [_main_kernel("fwd_simt", problem, device, tile, ("out", "lse"))]
+        bytes_ = 0
+    else:
+        kernels = [row_kernel("bwd_delta", problem, ("delta",))]
+        keyed = tuple(f"d{name}" for name in ("k", "v") if name in wrt)
+        if keyed:
+            kernels.append(_main_kernel("bwd_simt_dkdv", problem, device, tile, keyed))
+        if "q" in wrt:
+            kernels.append(_main_kernel("bwd_simt_dq", problem, device, tile, ("dq",)))
+        partial = [name for name in sorted(wrt) if by_entry(problem, wrt, name)]
+        kernels += [row_kernel("bwd_finish", problem, (f"d{name}",)) for name in partial]
+        temporaries = (("delta", (problem.num_heads, problem.seqlen_q), problem.accumulator),)
+        bytes_ = workspace(problem, temporaries, partial)
+    main = kernels[0] if wrt is None else kernels[1]
+    chain_d, chain_k, chain_q = chains(problem, wrt is not None)
+    return Plan(
+        family="simt",
+        device=device.name,
+        direction="forward" if wrt is None else "backward",
+        block_m=main.spec.block_m,
+        block_n=main.spec.block_n,
+        kernels=tuple(kernels),
+        workspace=bytes_,
+        copies=copies,
+        chain_d=chain_d,
+        chain_k=chain_k,
+        chain_q=chain_q,
+        temporaries=temporaries,
+    )
+
+
+def _main_kernel(kernel: str, problem: Problem, device: Device, tile: Tile, writes: tuple[str, ...]) -> KernelPlan:
+    """A kernel with a row of the tile table, or with the tile that the caller wants."""
+    accumulator = problem.accumulator.itemsize
+    row, head_dim, head_dim_v = _choose_row(kernel, problem, device, tile)
+    keyed = kernel in _tiles.KEYED
+    rows, block = (problem.seqlen_k, row.block_n) if keyed else (problem.seqlen_q, row.block_m)
+    heads = problem.num_heads_k if keyed else problem.num_heads
+    shared = by_entry(problem, frozenset(name[1:] for name in writes), writes[0][1:])
+    return KernelPlan(
+        spec=_spec(
+            kernel, problem, head_dim, head_dim_v, row,
+            gradient=problem.accumulator if shared else problem.dtype, causal=problem.causal,
+            scale_sign=sign(problem.scale),
+        ),
+        grid=grid(rows, block, heads * problem.batch),
+        threads=32 * row.warps,
+        smem=_tiles.smem_bytes(kernel, row, head_dim, head_dim_v, accumulator),
+        writes=writes,
+    )  # fmt: skip
+
+
+def _choose_row(
+    kernel: str, problem: Problem, device: Device, tile: Tile
+) -> tuple[_tiles.TileRow, int, int]:
+    """The first row of the table that fits, with the caller's tile in its place; and the padded widths."""
+    accumulator = problem.accumulator.itemsize
+    width = max(problem.head_dim, problem.head_dim_v)
+    wanted = {name: n for name in ("block_m", "block_n", "stages", "warps") if (n := getattr(tile, name)) is not None}
+    refused = ""
+    if (own := tile.row(kernel)) is not None:
+        return own, *(_tiles.padded_width(d, own.dim_chunk) for d in (problem.head_dim, problem.head_dim_v))
+    for largest, table_row in _tiles.TABLE[kernel, accumulator]:
+        if width > largest:
+            continue
+        row = replace(table_row, **wanted)
+        head_dim, head_dim_v = (_tiles.padded_width(d, row.dim_chunk) for d in (problem.head_dim, problem.head_dim_v))
+        why = _tiles.check_row(kernel, row, head_dim, head_dim_v, accumulator, device.smem)
+        if why is None:
+            return row, head_dim, head_dim_v
+        refused = why
+    raise ValueError(
+        f"{tile} does not fit {kernel} on {device.name} (head widths {problem.head_dim}, {problem.head_dim_v}, "
+        f"{problem.dtype}): {refused}"
+    )
+
+
+def _spec(
+    kernel: str,
+    problem: Problem,
+    head_dim: int,
+    head_dim_v: int,
+    row: _tiles.TileRow,
+    *,
+    gradient: np.dtype,
+    causal: bool,
+    scale_sign: int = 1,
+) -> Spec:
+    return Spec(
+        kernel=kernel,
+        element=problem.dtype,
+        output=problem.out_dtype,
+        accumulator=problem.accumulator,
+        gradient=gradient,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dim_chunk=row.dim_chunk,
+        block_m=row.block_m,
+        block_n=row.block_n,
+        num_stages=row.stages,
+        num_warps=row.warps,
+        causal=causal,
+        scale_sign=scale_sign,
+    )

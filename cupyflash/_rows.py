@@ -1,0 +1,69 @@
+"""The rows of all families' tile tables as one: what may be timed, kept and read again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
+
+from ._tiles_simt import TABLE, TileRow, check_row, padded_width, simt_candidates
+from ._tiles_sm90 import (
+    HOPPER_TABLE,
+    HopperBackwardRow,
+    HopperRow,
+    check_hopper,
+    check_hopper_backward,
+    hopper_backward_candidates,
+    hopper_candidates,
+)
+
+if TYPE_CHECKING:
+    from ._problem import Problem
+
+Row = TileRow | HopperRow | HopperBackwardRow
+_CHOICE = frozenset({"remark", "card", "causal", "longest"})  # fields that say when a row is chosen, not what it does
+
+
+def tiled_kernels() -> frozenset[str]:
+    """The kernels that have tiles to choose from."""
+    return frozenset({*HOPPER_TABLE, "bwd_sm90"}) | {kernel for kernel, _ in TABLE}
+
+
+def row_fields(row: Row) -> dict[str, int | bool]:
+    """What a row does to its kernel, by name: what the tuner keeps."""
+    return {f.name: getattr(row, f.name) for f in fields(row) if f.name not in _CHOICE}
+
+
+def make_row(kernel: str, values: object) -> Row:
+    """The row with these fields; ValueError unless they are all of them, each an integer or a truth value."""
+    kind: type[Row] = {"fwd_sm90": HopperRow, "bwd_sm90": HopperBackwardRow}.get(kernel, TileRow)
+    kinds = {f.name: {"int": int, "bool": bool}[str(f.type)] for f in fields(kind) if f.name not in _CHOICE}
+    if not isinstance(values, dict) or values.keys() != kinds.keys():
+        raise ValueError(f"a tile of {kernel} has the fields {', '.join(kinds)}, not {values!r}")
+    for name, wanted in kinds.items():
+        if type(values[name]) is not wanted or (wanted is int and values[name] < 1):
+            raise ValueError(f"{name}={values[name]!r}: it is {'true or false' if wanted is bool else 'at least 1'}")
+    return kind(**values, remark="")
+
+
+def why_not(kernel: str, row: Row, problem: Problem, smem: int) -> str | None:
+    """Why a row can't run a problem where a thread block may have ``smem`` bytes, or None. The card may be any."""
+    head_dim, head_dim_v, accumulator = problem.head_dim, problem.head_dim_v, problem.accumulator.itemsize
+    if isinstance(row, HopperRow):
+        return check_hopper(kernel, row, head_dim, head_dim_v, smem)
+    if isinstance(row, HopperBackwardRow):
+        return check_hopper_backward(row, head_dim, head_dim_v, smem)
+    padded, padded_v = (padded_width(d, row.dim_chunk) for d in (head_dim, head_dim_v))
+    return check_row(kernel, replace(row, card=0), padded, padded_v, accumulator, smem)
+
+
+def candidates(kernel: str, problem: Problem, smem: int) -> tuple[Row, ...]:
+    """The rows that are worth timing for a problem; none for a kernel that has nothing to choose."""
+    rows: Iterable[Row]
+    if kernel in HOPPER_TABLE:
+        rows = hopper_candidates(kernel, problem, smem)
+    elif kernel == "bwd_sm90":
+        rows = hopper_backward_candidates(problem)
+    else:
+        rows = simt_candidates(kernel, problem)
+    return tuple(dict.fromkeys(row for row in rows if why_not(kernel, row, problem, smem) is None))

@@ -1,0 +1,285 @@
+"""The tile tables of the sm90 family: block sizes and the form of the main loop. Pure data and arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ._tiles import WIDTHS, first_row
+
+if TYPE_CHECKING:
+    from ._plan import Tile
+    from ._problem import Problem
+
+
+@dataclass(frozen=True)
+class HopperRow:
+    """One tile of the sm90 forward: block sizes, buffers, and which form of the main loop."""
+
+    block_m: int
+    block_n: int
+    stages: int
+    q_stages: int
+    overlap: bool  # of products and softmax inside a warpgroup; else between warpgroups only
+    take_turns: bool
+    remark: str
+    causal: bool | None = None  # which problems the row is for; None: both
+    longest: int | None = None  # keys
+    sections: bool = False  # causal: heads in sections whose K and V fit L2, not all side by side
+
+    @property
+    def warps(self) -> int:
+        """Of a thread block: a warpgroup for every 64 queries, and the one that sends for tiles."""
+        return 4 * (1 + self.block_m // 64)
+
+
+# kernel -> (largest width of q and k, of v, row): the first that fits. Remarks: cuDNN's time to ours on an H100, at the
+# row's longest length or at 16384, and the next best. bfloat16, 16384 rows and 2048 columns over all heads.
+HOPPER_TABLE: dict[str, tuple[tuple[int, int, HopperRow], ...]] = {
+    "fwd_sm90": (
+        (64, 64, HopperRow(192, 128, 2, 2, False, False, "0.99; (128, 256) 0.98", causal=False, longest=1024)),
+        (64, 48, HopperRow(192, 160, 2, 2, False, False, "192 keys spill where v has 33 to 48 columns", causal=False)),
+        (64, 64, HopperRow(192, 192, 2, 2, False, False, "1.08; (192, 128) 1.08", causal=False, longest=2048)),
+        (64, 64, HopperRow(192, 192, 2, 1, False, False, "1.25; two Q buffers 1.23", causal=False)),
+        (64, 64, HopperRow(192, 128, 3, 2, False, False, "0.90; two stages 0.90", longest=1024, sections=True)),
+        (64, 64, HopperRow(192, 192, 2, 1, False, False, "1.22 at 8192; all heads side by side 1.21", sections=True)),
+        (128, 128, HopperRow(128, 128, 2, 2, True, False, "0.98; in turns 0.95", causal=False, longest=512)),
+        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.12; 160 keys 1.11", causal=False, longest=4096)),
+        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.12; (192, 128) 1.09", longest=2048, sections=True)),
+        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.18; in sections 1.14", causal=True, longest=4096)),
+        (128, 128, HopperRow(128, 160, 2, 1, True, True, "1.17, causal 1.27; 128 keys 1.15, 1.28; (192, 128) 1.16")),
+        (192, 128, HopperRow(128, 128, 2, 1, True, True, "not compared")),
+        (192, 192, HopperRow(128, 96, 2, 1, True, True, "not compared")),
+        (256, 256, HopperRow(128, 64, 2, 1, True, True, "1.03; 80 keys 1.01", causal=False, longest=512)),
+        (256, 256, HopperRow(128, 64, 2, 1, True, False, "1.02; all heads side by side 0.96", causal=True, longest=2048,
+                             sections=True)),
+        (256, 256, HopperRow(128, 80, 2, 1, True, False, "1.21, causal 1.37; in turns 1.19, 1.35")),
+    ),
+}
+# Of K and V of a section. H100, causal: 1024 and 2048 keys run up to 9 % faster with 32 than with 12 MiB, 512 keys up
+# to 9 % faster with 12 than with 32, since what is read once then alternates with what is read again.
+SECTION_BYTES, SHORT_SECTION_BYTES = 2**25, 12 * 2**20
+
+
+def choose_hopper(kernel: str, problem: Problem, tile: Tile, smem: int) -> HopperRow:
+    """The first row that is for a problem, with the caller's tile in its place; ValueError where that can't run."""
+    head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
+    if (own := tile.row(kernel)) is not None:
+        return own  # type: ignore[no-any-return]
+    row = first_row(HOPPER_TABLE[kernel], problem, problem.seqlen_k)
+    wanted = {name: n for name in ("block_m", "block_n", "stages") if (n := getattr(tile, name)) is not None}
+    if wanted:
+        row = replace(row, **wanted)
+        row = replace(row, overlap=row.block_m < 192, take_turns=row.take_turns and row.block_m == 128)
+    why = check_hopper(kernel, row, head_dim, head_dim_v, smem)
+    if why is None and tile.warps not in (None, row.warps):
+        why = f"warps={tile.warps}: block_m={row.block_m} has {row.warps}, 4 for every 64 rows and 4 that load"
+    if why is not None:
+        raise ValueError(f"{tile} does not fit {kernel} (head widths {head_dim}, {head_dim_v}): {why}")
+    return row
+
+
+def check_hopper(kernel: str, row: HopperRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:
+    """Why a tile can't run, or None."""
+    if row.block_m not in (64, 128, 192):
+        return f"block_m={row.block_m}: it is 64, 128 or 192, a warpgroup for every 64 rows"
+    if row.block_n % 16 or not 16 <= row.block_n <= 256:
+        return f"block_n={row.block_n}: it is a multiple of 16 up to 256"
+    if row.stages < 2:
+        return f"stages={row.stages}: one block of keys is worked on while the next arrives, so at least 2"
+    widths = [next(w for w in WIDTHS if w >= d) for d in (head_dim, head_dim_v)]
+    needed = hopper_smem_bytes(kernel, row, *widths)
+    if needed > smem:
+        return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
+    # acc_o and acc_s; P beside them where the next scores are computed while it is an operand.
+    words = widths[1] // 2 + row.block_n // 2 + (row.block_n // 4 if row.overlap else 0)
+    room = (160 if row.block_m == 192 else 240) - 24
+    if words > room:
+        return f"its accumulators need {words} registers a thread: there is room for {room}"
+    return None
+
+
+def hopper_smem_bytes(kernel: str, row: HopperRow, head_dim: int, head_dim_v: int) -> int:
+    """Shared memory of a thread block: sizeof(Smem) in the kernel. Rows of tiles are whole chunks of 64 columns."""
+    d, dv = (-(-width // 64) * 128 for width in (head_dim, head_dim_v))  # bytes of a row
+    tiles = row.q_stages * row.block_m * d + row.stages * row.block_n * (d + dv)
+    rings = 16 * (row.block_m // 64 * row.q_stages + 2 * row.stages) + 32
+    return tiles + -(-rings // 1024) * 1024
+
+
+def section(row: HopperRow, problem: Problem, all_heads: int) -> int:
+    """How many heads a section of the tile list has (TileWalk). It changes the order of tiles, never their bits."""
+    if not problem.causal:
+        return 1
+    if not row.sections:
+        return max(1, all_heads)
+    group = problem.num_heads // problem.num_heads_k if problem.num_heads_k else 1
+    head = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
+    fit = max(1, (SHORT_SECTION_BYTES if problem.seqlen_k <= 512 else SECTION_BYTES) * group // max(1, head))
+    count = -(-all_heads // fit)
+    return max(1, -(-all_heads // max(1, count)))  # sections of equal size
+
+
+@dataclass(frozen=True)
+class HopperBackwardRow:
+    """One tile of the sm90 backward, whose warps and form of the main loop follow from the head widths.
+
+    ``heads`` are the kv heads that run side by side in a fixed order: too few, and the key blocks of one head queue up;
+    too many, and their Q, dO and dq leave L2.
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+    heads: int
+    arrival: bool  # dq is added up in the order of arrival where the call permits it; else in the fixed order still
+    remark: str
+    causal: bool | None = None  # which problems the row is for; None: both
+    longest: int | None = None  # queries
+
+    @property
+    def warps(self) -> int:
+        """Of a thread block: two warpgroups that compute and one that sends for tiles."""
+        return 12
+
+
+# (largest width of q and k, of v, row): the first that fits. Remarks: cuDNN's time to ours on an H100 at the row's
+# longest length, or at 16384, in a fixed order / in the order of arrival, and the next best.
+HOPPER_BACKWARD_TABLE: tuple[tuple[int, int, HopperBackwardRow], ...] = (
+    (64, 64, HopperBackwardRow(128, 128, 2, 32, False, "1.15 / 1.05; 96 queries 1.10", causal=False, longest=1024)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 16, False, "1.12 / 1.10; 96 queries 1.05", causal=False, longest=2048)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 16, False, "1.06 / 1.17; 96 queries 1.03", causal=False, longest=8192)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 8, False, "1.08 / 1.21; 32 heads 1.03", causal=False)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 128, False, "1.27 / 0.97; 64 heads 1.23", longest=512)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 64, False, "1.15 / 1.10; 32 heads 1.14", longest=2048)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 32, False, "1.14 / 1.22; 16 heads 1.08")),
+    (128, 128, HopperBackwardRow(64, 128, 2, 16, False, "1.12 / 1.04; 80 queries 1.11", causal=False, longest=2048)),
+    (128, 128, HopperBackwardRow(64, 128, 2, 8, False, "1.16 / 1.14; 80 queries 1.16", causal=False, longest=4096)),
+    (128, 128, HopperBackwardRow(80, 128, 2, 8, False, "1.05 / 1.12; 64 queries 1.01 / 1.04", causal=False)),
+    (128, 128, HopperBackwardRow(64, 128, 2, 32, False, "1.25 / 0.92; 16 heads 1.24", longest=512)),
+    (128, 128, HopperBackwardRow(64, 128, 2, 16, False, "1.14 / 1.11; 80 queries 1.12", longest=4096)),
+    (128, 128, HopperBackwardRow(80, 128, 2, 16, False, "1.11 / 1.14; 64 queries 1.09 / 1.08")),
+    (256, 256, HopperBackwardRow(64, 64, 2, 16, False, "1.21 / 1.04; 8 heads 1.20", causal=False, longest=512)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 8, False, "1.11 / 1.05; 16 heads 1.02", causal=False, longest=1024)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 4, True, "1.03 / 1.11; 8 heads 0.65", causal=False)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 32, False, "1.05 / 0.93; 16 heads 0.96", longest=512)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 16, False, "0.95 / 0.95; 8 heads 0.82", longest=1024)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 16, True, "0.94 / 1.01; 8 heads 0.87", longest=2048)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 8, True, "0.94 / 1.04; 4 heads 0.93")),
+)
+ARRIVAL_BYTES = 2**24  # of Q, dO and dq's sums: what heads side by side may take of L2 in arrival order
+
+
+def is_wide(head_dim: int, head_dim_v: int) -> bool:
+    """Whether a block of keys has 64 of them, and warpgroups share out columns (WIDE in kernels/gradients_sm90.cuh)."""
+    return max(head_dim, head_dim_v) > 128
+
+
+def choose_hopper_backward(problem: Problem, tile: Tile, smem: int) -> HopperBackwardRow:
+    """The first row that is for a problem, with the caller's tile in its place; ValueError where that can't run."""
+    head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
+    if (own := tile.row("bwd_sm90")) is not None:
+        return own  # type: ignore[no-any-return]
+    wanted = {name: n for name in ("block_m", "block_n", "stages") if (n := getattr(tile, name)) is not None}
+    row = replace(first_row(HOPPER_BACKWARD_TABLE, problem, problem.seqlen_q), **wanted)
+    why = check_hopper_backward(row, head_dim, head_dim_v, smem)
+    if why is None and tile.warps not in (None, row.warps):
+        why = f"warps={tile.warps}: it has {row.warps}, 8 that compute and 4 that load"
+    if why is not None:
+        raise ValueError(f"{tile} does not fit bwd_sm90 (head widths {head_dim}, {head_dim_v}): {why}")
+    return row
+
+
+def check_hopper_backward(row: HopperBackwardRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:
+    """Why a tile can't run, or None."""
+    wide = is_wide(head_dim, head_dim_v)
+    if row.block_n != (64 if wide else 128):
+        return f"block_n={row.block_n}: it is 128, 64 for each warpgroup; 64 where a head is wider than 128"
+    if wide and row.block_m != 64:
+        return f"block_m={row.block_m}: it is 64 where a head is wider than 128"
+    if row.block_m % 16 or not 16 <= row.block_m <= 256:
+        return f"block_m={row.block_m}: it is a multiple of 16 up to 256"
+    if row.stages < 2:
+        return f"stages={row.stages}: one block of queries is worked on while the next arrives, so at least 2"
+    d, dv = (next(w for w in WIDTHS if w >= width) for width in (head_dim, head_dim_v))
+    needed = hopper_backward_smem_bytes(row, d, dv)
+    if needed > smem:
+        return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
+    # dk and dv beside S and dP, or beside dq and the rounded dS.
+    m = row.block_m
+    if wide:
+        words = (_share(d) + _share(dv)) // 2 + max(m // 2, _share(d) // 2 + m // 8)
+    else:
+        words = (d + dv) // 2 + max(m, (m if d > 64 else m // 2) // 2 + m // 2)
+    if words > 240 - 32:
+        return f"its accumulators need {words} registers a thread: there is room for {240 - 32}"
+    return None
+
+
+def _share(columns: int) -> int:
+    """The larger share of a tile's columns, in whole chunks of 64: first_share() in kernels/gradients_sm90.cuh."""
+    return min(columns, -(-columns // 128) * 64)
+
+
+def dq_numbers(row: HopperBackwardRow, head_dim: int, head_dim_v: int) -> int:
+    """Float32 numbers of a tile of dq while it is added up: DQ_NUMBERS in kernels/gradients_sm90.cuh."""
+    if is_wide(head_dim, head_dim_v):
+        return row.block_m * head_dim
+    return 128 * (row.block_m if head_dim > 64 else row.block_m // 2)
+
+
+def hopper_backward_smem_bytes(row: HopperBackwardRow, head_dim: int, head_dim_v: int) -> int:
+    """Shared memory of a thread block: sizeof(Smem) in the kernel. Rows of tiles are whole chunks of 64 columns."""
+    d, dv = (-(-width // 64) * 128 for width in (head_dim, head_dim_v))  # bytes of a row
+    m, n, stages = row.block_m, row.block_n, row.stages
+    scores = (2 if is_wide(head_dim, head_dim_v) else 1) * 2 * m * n
+    tiles = n * (d + dv) + stages * (m * (d + dv) + scores)
+    job, leave, barriers = 60, 24, 2 * (1 + 1) + (2 + 2 + 3) * stages + 2 * 2
+    rest = 2 * stages * m * 4 + 8 * barriers + 2 * job + stages * leave
+    return tiles + -(-rest // 1024) * 1024
+
+
+def backward_section(row: HopperBackwardRow, problem: Problem, ordered: bool, heads_k: int) -> int:
+    """How many kv heads run side by side. It changes the order of jobs, never the bits of a fixed order."""
+    if ordered:
+        heads = row.heads
+    else:
+        group = problem.num_heads // problem.num_heads_k if problem.num_heads_k else 1
+        head = group * problem.seqlen_q * (4 * problem.head_dim + 2 * (problem.head_dim + problem.head_dim_v))
+        heads = max(1, ARRIVAL_BYTES // max(1, head))
+    count = -(-heads_k // heads)
+    return max(1, -(-heads_k // max(1, count)))  # sections of equal size
+
+
+def hopper_candidates(kernel: str, problem: Problem, smem: int) -> Iterator[HopperRow]:
+    """The rows of the table that hold the heads; then each form of the main loop with the three longest blocks of keys.
+
+    Long blocks ask for fewer turns and barriers, up to the registers that the softmax has; a third stage pays only
+    where it costs no keys. Sections are the table's: they are a matter of length alone.
+    """
+    sections = first_row(HOPPER_TABLE[kernel], problem, problem.seqlen_k).sections
+    widths = problem.head_dim, problem.head_dim_v
+    for largest, largest_v, row in HOPPER_TABLE[kernel]:
+        if problem.head_dim <= largest and problem.head_dim_v <= largest_v:
+            yield replace(row, remark="", causal=None, longest=None, sections=sections)
+    for block_m, overlap, take_turns in HOPPER_FORMS:
+        for q_stages in (2, 1):
+            form = HopperRow(block_m, 16, 2, q_stages, overlap, take_turns, "", sections=sections)
+            blocks = (replace(form, block_n=n) for n in range(256, 48, -16))
+            fits = [row for row in blocks if check_hopper(kernel, row, *widths, smem) is None][:3]
+            yield from fits
+            yield from (replace(row, stages=3) for row in fits[:1])
+
+
+def hopper_backward_candidates(problem: Problem) -> Iterator[HopperBackwardRow]:
+    """Every block of queries, with every number of heads side by side that has paid on some problem."""
+    own = first_row(HOPPER_BACKWARD_TABLE, problem, problem.seqlen_q)
+    yield replace(own, remark="", causal=None, longest=None)
+    for block_m in (64, 80, 96, 128):
+        for heads in (4, 8, 16, 32, 64, 128):
+            yield HopperBackwardRow(block_m, own.block_n, 2, heads, own.arrival, "")
+
+
+# Rows of queries, overlap, take_turns: what fwd_sm90 has been run with. Three warpgroups have no registers to overlap.
+HOPPER_FORMS = ((64, True, False), (128, True, True), (128, True, False), (128, False, False), (192, False, False))
