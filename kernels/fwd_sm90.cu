@@ -63,7 +63,14 @@ struct Smem {
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
 
-__device__ __forceinline__ int row0_of(const Work& work) { return work.block * BLOCK_M; }
+// The first query of a tile. Where a tile has warpgroups without rows it is the last one; or, in a causal head, where the
+// last one is the longest, the first one, whose row0 is then below 0 by whole warpgroups. (Where BLOCK_M is no more than
+// BLOCK_N, every tile that begins at a multiple of it has one block on the diagonal, which is worth more.)
+__device__ __forceinline__ int row0_of(const Sequence& seq, const Work& work) {
+  constexpr bool FIRST_IS_CUT = CAUSAL && BLOCK_N < BLOCK_M;
+  const int missing = FIRST_IS_CUT ? (ceil_div(seq.seqlen_q, BLOCK_M) * BLOCK_M - seq.seqlen_q) / 64 * 64 : 0;
+  return work.block * BLOCK_M - missing;
+}
 
 // ---- the senders, one thread each
 
@@ -84,7 +91,7 @@ __device__ __forceinline__ void send_keys(
   Turn<NUM_STAGES> turn;
   for (Work work = work_ring.take(work_turn); work.block >= 0; work = work_ring.take(work_turn)) {
     const Sequence seq = sequence_of(params, work.batch);
-    const BlockRange blocks = mask_of(seq).key_blocks(row0_of(work), BLOCK_M);
+    const BlockRange blocks = mask_of(seq).key_blocks(row0_of(seq, work), BLOCK_M);
     const MapPlace place = map_place(tensor, seq.batch_index, work.head / group);
 #pragma unroll 1
     for (int n_block = blocks.end - 1; n_block >= blocks.begin; --n_block) {
@@ -101,13 +108,14 @@ __device__ __forceinline__ void send_queries(const Params& params, const TensorM
   Turn<Q_STAGES> turn;
   for (Work work = smem.work_ring.take(work_turn); work.block >= 0; work = smem.work_ring.take(work_turn)) {
     const Sequence seq = sequence_of(params, work.batch);
-    const BlockRange blocks = mask_of(seq).key_blocks(row0_of(work), BLOCK_M);
+    const int row0 = row0_of(seq, work);
+    const BlockRange blocks = mask_of(seq).key_blocks(row0, BLOCK_M);
     if (blocks.begin == blocks.end) continue;  // rows that see nothing need no Q
     const MapPlace place = map_place(params.q, seq.batch_index, work.head);
 #pragma unroll 1
     for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
       const unsigned full = smem.q_ring[consumer].refill(turn, sizeof smem.q[0][0]);
-      load_tile(smem.q[turn.slot][consumer], map, full, row0_of(work) + 64 * consumer, place);
+      load_tile(smem.q[turn.slot][consumer], map, full, row0 + 64 * consumer, place);
     }
     turn.advance();
   }
@@ -132,20 +140,24 @@ struct QueryTile {
   BlockRange own;  // of this one
 
   __device__ __forceinline__ QueryTile(const Params& params, const Work& taken, int consumer)
-      : work(taken), row0(row0_of(taken) + 64 * consumer) {
-    mask = mask_of(sequence_of(params, work.batch));
+      : work(taken) {
+    const Sequence seq = sequence_of(params, work.batch);
+    const int tile_row0 = row0_of(seq, work);
+    row0 = tile_row0 + 64 * consumer;
+    mask = mask_of(seq);
     // Read from memory, maybe: without this no loop's length would be known to be the same in all lanes.
     if (CAUSAL) mask.q_offset = warp_uniform(mask.q_offset);
-    const BlockRange blocks = mask.key_blocks(row0_of(work), BLOCK_M);
+    const BlockRange blocks = mask.key_blocks(tile_row0, BLOCK_M);
     begin = blocks.begin;
     end = blocks.end;
     own = mask.key_blocks(row0, 64);
-    // It takes one block in any case, of rows that see nothing, and of rows that there are none of: up to two of three
-    // warpgroups in the last tile, which is a causal head's longest.
-    const bool takes_one = own.end <= begin || row0 >= mask.seqlen_q;
+    // It takes one block in any case, of rows that see nothing, and of rows that there are none of.
+    const bool takes_one = own.end <= begin || row_end() <= row0;
     own.end = takes_one ? begin + 1 : own.end;
   }
   __device__ __forceinline__ bool exists() const { return work.block >= 0; }
+  // Where its rows end; it has none where that is not behind row0.
+  __device__ __forceinline__ int row_end() const { return row0 < 0 ? row0 : mask.seqlen_q; }
   __device__ __forceinline__ bool sees_keys() const { return begin < end; }
 };
 
@@ -154,7 +166,7 @@ __device__ __forceinline__ void store_nothing(const Params& params, const QueryT
   const Sequence seq = sequence_of(params, tile.work.batch);
   const auto out = rows_of<Output>(params.out, seq.batch_index, tile.work.head);       // (seqlen_q, head_dim_v)
   const auto lse = rows_of<Accumulator>(params.lse, seq.batch_index, tile.work.head);  // (seqlen_q)
-  const int rows = smaller(seq.seqlen_q - tile.row0, 64);
+  const int rows = smaller(tile.row_end() - tile.row0, 64);
 #pragma unroll 1
   for (int row = thread_index() % 128 / 32; row < rows; row += 4) {
 #pragma unroll 1
@@ -237,10 +249,9 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
       hide(acc_s, [&](int r, int c) { return row[r].visible(acc_s.ahead(c)); });
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      softmax.raise(acc_s, r, score);
-      softmax.weigh(acc_s, r, score);
-    }
+    for (int r = 0; r < 2; ++r) softmax.raise(acc_s, r, score);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) softmax.weigh(acc_s, r, score);
   };
   const auto shrink_outputs = [&]() ALWAYS_INLINE {
     if (!warp_any(softmax.rose())) return;  // mostly none did
@@ -329,11 +340,11 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
     const Sequence seq = sequence_of(params, tile.work.batch);
     const auto out = rows_of<Output>(params.out, seq.batch_index, tile.work.head);       // (seqlen_q, head_dim_v)
     const auto lse = rows_of<Accumulator>(params.lse, seq.batch_index, tile.work.head);  // (seqlen_q)
-    store_fragment(out, tile.row0, seq.seqlen_q, params.head_dim_v, acc_o[0]);
+    store_fragment(out, tile.row0, tile.row_end(), params.head_dim_v, acc_o[0]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = tile.row0 + acc_s.row(r);
-      if (lane_index() % 4 == 0 && row < seq.seqlen_q) store_number(lse, row, softmax.lse(r, score));
+      if (lane_index() % 4 == 0 && row < tile.row_end()) store_number(lse, row, softmax.lse(r, score));
     }
     tile = EARLY ? next : next_tile();
   }

@@ -494,6 +494,11 @@ LIBRARY = (
         "rows beyond the end stored from fragments", "fwd_sm90",
         r"if \(row < row_end\) store_columns", "store_columns", ("out of bounds",), "write of", HOPPER_FORWARD[2],
     ),
+    Planted(
+        "rows before the first one stored", "fwd_sm90",
+        r"return row0 < 0 \? row0 : mask\.seqlen_q;", "return mask.seqlen_q;", ("out of bounds",), "write of",
+        HOPPER_FORWARD[1],
+    ),
     # ---- bwd_sm90, and what bwd_delta prepares for it
     Planted(
         "semaphore: one block too few", "bwd_sm90",
