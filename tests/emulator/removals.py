@@ -152,7 +152,7 @@ class Problem:
 
     def _meaning(self) -> dict[str, Any]:
         """The options that change what is right, not how it is computed."""
-        return {name: x for name, x in self.options if name not in ("tile", "wrt", "deterministic")}
+        return {name: x for name, x in self.options if name not in ("tile", "wrt", "deterministic", "family")}
 
     def _on(self, xp: Any, x: np.ndarray) -> Any:
         if not self.unaligned:
