@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ._tiles import MAX_THREADS, WIDTHS
+from ._tiles import MAX_THREADS, WIDTHS, padded_widths
 
 if TYPE_CHECKING:
     from ._plan import Tile
@@ -39,13 +39,18 @@ class AmpereRow:
 # kernel -> (largest width of q and k, of v, row): the first that fits.
 AMPERE_TABLE: dict[str, tuple[tuple[int, int, AmpereRow], ...]] = {
     "fwd_sm80": (
-        (64, 64, AmpereRow(128, 64, 4, 4, 2, 4, False, "", card=99)),
-        (128, 128, AmpereRow(128, 64, 4, 4, 2, 0, False, "", card=227)),
-        (128, 128, AmpereRow(128, 64, 4, 3, 2, 0, False, "", card=163)),
-        (128, 128, AmpereRow(64, 64, 4, 2, 2, 0, False, "")),
-        (256, 256, AmpereRow(64, 64, 4, 2, 2, 0, False, "")),
+        (64, 64, AmpereRow(128, 64, 4, 4, 2, 4, False, "not measured")),
+        (96, 96, AmpereRow(128, 64, 4, 4, 2, 2, False, "not measured", card=163)),
+        (128, 128, AmpereRow(128, 64, 4, 4, 2, 3, False, "not measured", card=227)),
+        (128, 128, AmpereRow(128, 64, 4, 3, 2, 3, False, "not measured", card=163)),
+        (128, 128, AmpereRow(64, 64, 4, 2, 2, 8, False, "not measured; two blocks just fit")),
+        (192, 128, AmpereRow(128, 64, 4, 2, 2, 1, False, "not measured", card=227)),
+        (192, 192, AmpereRow(64, 64, 4, 2, 2, 4, False, "not measured")),
+        (256, 256, AmpereRow(64, 64, 4, 2, 2, 0, False, "not measured")),
     ),
 }
+# Queries, warps, overlap: what fwd_sm80 is tried with.
+AMPERE_FORMS = ((128, 4, False), (128, 4, True), (64, 4, False), (64, 4, True), (256, 8, False), (128, 8, True))
 
 
 def choose_ampere(kernel: str, problem: Problem, tile: Tile, smem: int) -> AmpereRow:
@@ -62,6 +67,7 @@ def choose_ampere(kernel: str, problem: Problem, tile: Tile, smem: int) -> Amper
         and row.causal in (None, problem.causal)
         and (row.longest is None or problem.seqlen_k <= row.longest)
     )
+    row = _fitted(row, head_dim)
     names = ("block_m", "block_n", "stages", "warps")
     wanted = {name: n for name in names if (n := getattr(tile, name)) is not None}
     if wanted:  # what is left of the row must not stand in the way: the plain form, one block
@@ -114,7 +120,28 @@ def packs_heads(row: AmpereRow, problem: Problem) -> bool:
 
 
 def ampere_candidates(kernel: str, problem: Problem, smem: int) -> Iterator[AmpereRow]:
-    """The rows of the table that hold the heads, then the forms with other block sizes and buffers."""
+    """The rows of the table that hold the heads; then each form with the three longest blocks of keys.
+
+    Each with as much of Q in registers as they hold, and with none; as many buffers as leave room for the other blocks
+    of a multiprocessor, up to four.
+    """
+    widths = problem.head_dim, problem.head_dim_v
+    d, dv = padded_widths(problem)
     for largest, largest_v, row in AMPERE_TABLE[kernel]:
         if problem.head_dim <= largest and problem.head_dim_v <= largest_v:
-            yield replace(row, remark="", card=0, causal=None, longest=None)
+            yield _fitted(replace(row, remark="", card=0, causal=None, longest=None), problem.head_dim)
+    for block_m, warps, overlap in AMPERE_FORMS:
+        for min_blocks in (3, 2, 1):
+            form = AmpereRow(block_m, 16, warps, 2, min_blocks, 0, overlap, "")
+            blocks = (replace(form, block_n=n) for n in range(128, 16, -16))
+            room = (smem + 1024) // min_blocks - 1024
+            for row in [row for row in blocks if check_ampere(kernel, row, *widths, room) is None][:2]:
+                stages = max(n for n in (2, 3, 4) if ampere_smem_bytes(kernel, replace(row, stages=n), d, dv) <= room)
+                held = (replace(row, stages=stages, q_held=n) for n in range(d // 16, -1, -1))
+                yield next(row for row in held if check_ampere(kernel, row, *widths, room) is None)
+                yield replace(row, stages=stages)
+
+
+def _fitted(row: AmpereRow, head_dim: int) -> AmpereRow:
+    """The row for a head that may have fewer steps than it holds."""
+    return replace(row, q_held=min(row.q_held, -(-head_dim // 16)))

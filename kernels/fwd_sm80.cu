@@ -44,6 +44,7 @@ struct Smem {
   SwizzledTile<BLOCK_M, HEAD_DIM> q;
   Slot slot[NUM_STAGES];
   const Element *k, *v;  // of the head; kept in registers they would push accumulators out of them
+  int k_bytes, v_bytes;  // at a time
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
 
@@ -79,9 +80,9 @@ __device__ __forceinline__ void load_q(const Params& params, Smem& smem, const Q
   const auto rows = rows_of<const Element>(params.q, tile.seq.batch_index, tile.head);  // (seqlen_q, head_dim)
   if constexpr (PACK_HEADS) {
     const PackedRows<const Element> packed = {rows, params.q.head_stride, tile.heads};
-    load_tile(smem.q, packed, tile.row0, tile.row_end, params.head_dim);
+    load_tile(smem.q, packed, bytes_at_a_time(packed), tile.row0, tile.row_end, params.head_dim);
   } else {
-    load_tile(smem.q, rows, tile.row0, tile.row_end, params.head_dim);
+    load_tile(smem.q, rows, bytes_at_a_time(rows), tile.row0, tile.row_end, params.head_dim);
   }
 }
 
@@ -142,8 +143,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   const Score score = score_of(params);
   const BlockRange blocks = tile.key_blocks(mask);
   if (thread_index() == 0) {
-    smem.k = rows_of<const Element>(params.k, tile.seq.batch_index, tile.head_k).data;
-    smem.v = rows_of<const Element>(params.v, tile.seq.batch_index, tile.head_k).data;
+    const auto k = rows_of<const Element>(params.k, tile.seq.batch_index, tile.head_k);  // (seqlen_k, head_dim)
+    const auto v = rows_of<const Element>(params.v, tile.seq.batch_index, tile.head_k);  // (seqlen_k, head_dim_v)
+    smem.k = k.data;
+    smem.v = v.data;
+    smem.k_bytes = bytes_at_a_time(k);
+    smem.v_bytes = bytes_at_a_time(v);
   }
   sync_block();  // they are written
 
@@ -155,17 +160,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   int slot = 0;  // of the tile at hand
 
   // Sends for a tile, or for nothing: either way a group of copies, so that waits can count.
-  const auto load_k = [&](int n_block, int to) ALWAYS_INLINE {
+  const auto load_k = [&](int n_block, int to, bool whole) ALWAYS_INLINE {
     if (n_block >= blocks.begin) {
-      const auto k = rows_from(params.k, smem.k);  // (seqlen_k, head_dim)
-      load_tile(smem.slot[to].k, k, n_block * BLOCK_N, params.seqlen_k, params.head_dim);
+      const auto k = rows_from(params.k, smem.k);
+      load_tile(smem.slot[to].k, k, smem.k_bytes, n_block * BLOCK_N, params.seqlen_k, params.head_dim, whole);
     }
     cp_async_commit();
   };
-  const auto load_v = [&](int n_block, int to) ALWAYS_INLINE {
-    if (n_block >= blocks.begin && n_block < blocks.end) {
-      const auto v = rows_from(params.v, smem.v);  // (seqlen_k, head_dim_v)
-      load_tile(smem.slot[to].v, v, n_block * BLOCK_N, params.seqlen_k, params.head_dim_v);
+  const auto load_v = [&](int n_block, int to, bool whole) ALWAYS_INLINE {
+    if (n_block >= blocks.begin && (!OVERLAP || n_block < blocks.end)) {
+      const auto v = rows_from(params.v, smem.v);
+      load_tile(smem.slot[to].v, v, smem.v_bytes, n_block * BLOCK_N, params.seqlen_k, params.head_dim_v, whole);
     }
     cp_async_commit();
   };
@@ -178,20 +183,21 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   // How far on the tile is that takes the place of the one before this: one of the same kind, AHEAD / 2 blocks further on,
   // or one of the other kind. A block of K and its V are PAIR tiles apart.
   constexpr int AHEAD = NUM_STAGES - 1, PAIR = OVERLAP ? 3 : 1;
-  const auto arrive_k = [&](int n_block) ALWAYS_INLINE {
+  // `whole`: the block has no keys beyond the end, and what is sent for is no later block.
+  const auto arrive_k = [&](int n_block, bool whole) ALWAYS_INLINE {
     const int free = arrive();
     if constexpr (AHEAD % 2 == 0) {
-      load_k(n_block - AHEAD / 2, free);
+      load_k(n_block - AHEAD / 2, free, whole);
     } else {
-      load_v(n_block - (AHEAD - PAIR) / 2, free);
+      load_v(n_block - (AHEAD - PAIR) / 2, free, whole && AHEAD >= PAIR);
     }
   };
-  const auto arrive_v = [&](int n_block) ALWAYS_INLINE {
+  const auto arrive_v = [&](int n_block, bool whole) ALWAYS_INLINE {
     const int free = arrive();
     if constexpr (AHEAD % 2 == 0) {
-      load_v(n_block - AHEAD / 2, free);
+      load_v(n_block - AHEAD / 2, free, whole);
     } else {
-      load_k(n_block - (AHEAD + PAIR) / 2, free);
+      load_k(n_block - (AHEAD + PAIR) / 2, free, whole);
     }
   };
   const auto leave = [&]() ALWAYS_INLINE { slot = slot == NUM_STAGES - 1 ? 0 : slot + 1; };
@@ -228,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   const auto step = [&](int n_block, bool masked) ALWAYS_INLINE {
     if constexpr (OVERLAP) {
       Fragment<BLOCK_N> next[FRAGMENTS];
-      arrive_k(n_block);
+      arrive_k(n_block, !masked);
       constexpr int PARTS = PARTS_OF<STEPS, BLOCK_N>, SLICES = FRAGMENTS * STEPS_V;
       score_tile(next, smem, slot, q_held, [&](int part) ALWAYS_INLINE {
 #pragma unroll
@@ -241,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
         for (int f = 0; f < FRAGMENTS; ++f) to_logits(next[f], score);
         hide_invisible(next, n_block);
       }
-      arrive_v(n_block + 1);
+      arrive_v(n_block + 1, !masked);
       constexpr int PARTS_V = PARTS_OF<STEPS_V, HEAD_DIM_V>, ROWS = 2 * FRAGMENTS;
       accumulate_pv(acc_o, smem, slot, p, [&](int part) ALWAYS_INLINE {
 #pragma unroll
@@ -254,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f) acc_s[f] = next[f];
     } else {
-      arrive_k(n_block);
+      arrive_k(n_block, !masked);
       score_tile(acc_s, smem, slot, q_held, nothing);
       leave();
 #pragma unroll
@@ -268,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       shrink_outputs();
 #pragma unroll
       for (int i = 0; i < FRAGMENTS * STEPS_V; ++i) weigh(i / STEPS_V, i % STEPS_V);
-      arrive_v(n_block);
+      arrive_v(n_block, !masked);
       accumulate_pv(acc_o, smem, slot, p, nothing);
       leave();
     }
@@ -282,17 +288,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   int n_block = blocks.end - 1;
   if (blocks.begin < blocks.end) {
     load_q(params, smem, tile);
-    load_k(n_block, 0);
+    load_k(n_block, 0, false);
 #pragma unroll
     for (int i = 1; i < AHEAD; ++i) {
       // Tile i of the order above; OVERLAP leaves out tile 1.
       if constexpr (OVERLAP) {
         if (i == 1) cp_async_commit();
-        if (i > 1 && i % 2 == 0) load_k(n_block - i / 2, i);
-        if (i > 1 && i % 2 == 1) load_v(n_block - (i - 3) / 2, i);
+        if (i > 1 && i % 2 == 0) load_k(n_block - i / 2, i, false);
+        if (i > 1 && i % 2 == 1) load_v(n_block - (i - 3) / 2, i, false);
       } else {
-        if (i % 2 == 0) load_k(n_block - i / 2, i);
-        if (i % 2 == 1) load_v(n_block - i / 2, i);
+        if (i % 2 == 0) load_k(n_block - i / 2, i, false);
+        if (i % 2 == 1) load_v(n_block - i / 2, i, false);
       }
     }
     if constexpr (Q_HELD > 0) {
@@ -306,7 +312,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       }
     }
     if constexpr (OVERLAP) {
-      arrive_k(n_block);
+      arrive_k(n_block, false);
       score_tile(acc_s, smem, slot, q_held, nothing);
       leave();
 #pragma unroll
@@ -320,9 +326,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       // Tile 1 of the order, which does not exist, has its turn.
       const int free = arrive();
       if constexpr (AHEAD % 2 == 0) {
-        load_v(n_block - (AHEAD - 2) / 2, free);
+        load_v(n_block - (AHEAD - 2) / 2, free, false);
       } else {
-        load_k(n_block - (AHEAD + 1) / 2, free);
+        load_k(n_block - (AHEAD + 1) / 2, free, false);
       }
       leave();
       --n_block;
@@ -341,18 +347,16 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
 #pragma unroll
       for (int i = 0; i < FRAGMENTS * STEPS_V; ++i) weigh(i / STEPS_V, i % STEPS_V);
       shrink_outputs();
-      arrive_k(n_block);  // nor does this tile exist
+      arrive_k(n_block, false);  // nor does this tile exist
       leave();
-      arrive_v(n_block + 1);
+      arrive_v(n_block + 1, false);
       accumulate_pv(acc_o, smem, slot, p, nothing);
     }
   }
 
 #pragma unroll
   for (int f = 0; f < FRAGMENTS; ++f) {
-    Fragment<HEAD_DIM_V> outputs[1] = {acc_o[f]};
-    softmax[f].finish(outputs);
-    acc_o[f] = outputs[0];
+    softmax[f].finish(reinterpret_cast<Fragment<HEAD_DIM_V>(&)[1]>(acc_o[f]));
   }
   store_results(params, acc_o, softmax);
 }

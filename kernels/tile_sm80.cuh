@@ -98,10 +98,11 @@ __device__ __forceinline__ int bytes_inside(int col, int col_end, int size) {
   return bytes < 0 ? 0 : smaller(bytes, size);
 }
 
-// By 16 bytes. LANES lanes take a row, in STEPS steps; the block takes ROW_STEP rows at once.
+// By 16 bytes. LANES lanes take a row, in STEPS steps; the block takes ROW_STEP rows at once. `whole`: all rows are
+// inside, which saves asking each.
 template <int ROWS, int COLS, typename Source>
 __device__ __forceinline__ void load_by_chunk(
-    SwizzledTile<ROWS, COLS>& tile, const Source& source, int row0, int row_end, int col_end) {
+    SwizzledTile<ROWS, COLS>& tile, const Source& source, int row0, int row_end, int col_end, bool whole) {
   using Tile = SwizzledTile<ROWS, COLS>;
   constexpr int LANES = Tile::GROUP, STEPS = COLS / 8 / LANES, ROW_STEP = NUM_THREADS / LANES;
   static_assert(ROW_STEP % 8 == 0, "a thread's rows have one place in the swizzle's pattern");
@@ -114,7 +115,7 @@ __device__ __forceinline__ void load_by_chunk(
 #pragma unroll
   for (int ahead = 0; ahead < ROWS; ahead += ROW_STEP) {
     if (ROWS % ROW_STEP == 0 || first_row + ahead < ROWS) {
-      const bool inside = first_row + ahead < row_end - row0;
+      const bool inside = whole || first_row + ahead < row_end - row0;
 #pragma unroll
       for (int step = 0; step < STEPS; ++step) {
         const int col = 8 * (first_chunk + step * LANES);
@@ -162,13 +163,14 @@ __device__ __forceinline__ void load_by_element(
 }
 
 // Rows [row0, row_end) and columns [0, col_end) of the tensor, the rest of the tile zero; what lies outside is never read.
-// By the whole block, which then commits, waits and meets before it reads the tile.
+// By the whole block, which then commits, waits and meets before it reads the tile. `bytes`: bytes_at_a_time(source), or
+// fewer. `whole` is a constant: the caller knows that all rows of the tile are inside.
 template <int ROWS, int COLS, typename Source>
 __device__ __forceinline__ void load_tile(
-    SwizzledTile<ROWS, COLS>& tile, const Source& source, int row0, int row_end, int col_end) {
-  const int bytes = bytes_at_a_time(source);
+    SwizzledTile<ROWS, COLS>& tile, const Source& source, int bytes, int row0, int row_end, int col_end,
+    bool whole = false) {
   if (bytes == 16) {
-    load_by_chunk(tile, source, row0, row_end, col_end);
+    load_by_chunk(tile, source, row0, row_end, col_end, whole);
   } else if (bytes == 8) {
     load_by_part<8>(tile, source, row0, row_end, col_end);
   } else if (bytes == 4) {
@@ -209,7 +211,7 @@ __device__ __forceinline__ Operand<COLS, SIDE, MAJOR> operand(
     const SwizzledTile<ROWS, COLS>& tile, int row0 = 0, int col0 = 0) {
   // Lanes 8 i to 8 i + 7 give the rows of matrix i; matrix 1 lies 8 rows or 8 columns from matrix 0, as the side asks.
   constexpr bool DOWN_FIRST = (SIDE == Side::LEFT) == (MAJOR == Major::K);
-  const int lane = lane_index(), first = lane / 8 % 2, second = lane / 16;
+  const int lane = thread_index_again() % 32, first = lane / 8 % 2, second = lane / 16;
   const int row = row0 + lane % 8 + 8 * (DOWN_FIRST ? first : second);
   return {shared_address(tile.chunk(row, col0 / 8 + (DOWN_FIRST ? second : first)))};
 }
@@ -267,20 +269,23 @@ __device__ __forceinline__ void add_product(Fragment<N> (&acc)[R], const A& a, c
   for (int f = 0; f < R; ++f) a.load(a_part[0][f], f, 0);
   b.load(b_part[0], 0, 0);
 #pragma unroll
-  for (int part = 0; part < PARTS; ++part) {
-    const int step = part / ACROSS, block = part % ACROSS, next = part + 1;
-    if (next < PARTS) b.load(b_part[next % 2], next % ACROSS, next / ACROSS);
-    if (block == 0 && step + 1 < STEPS) {
+  for (int step = 0; step < STEPS; ++step) {
 #pragma unroll
-      for (int f = 0; f < R; ++f) a.load(a_part[(step + 1) % 2][f], f, step + 1);
-    }
-    const unsigned(&here)[4] = b_part[part % 2];
+    for (int block = 0; block < ACROSS; ++block) {
+      const int part = step * ACROSS + block, next = part + 1;
+      if (next < PARTS) b.load(b_part[next % 2], next % ACROSS, next / ACROSS);
+      if (block == 0 && step + 1 < STEPS) {
 #pragma unroll
-    for (int f = 0; f < R; ++f) {
-      multiply(acc[f], 2 * block, a_part[step % 2][f], here[0], here[1]);
-      multiply(acc[f], 2 * block + 1, a_part[step % 2][f], here[2], here[3]);
+        for (int f = 0; f < R; ++f) a.load(a_part[(step + 1) % 2][f], f, step + 1);
+      }
+      const unsigned(&here)[4] = b_part[part % 2];
+#pragma unroll
+      for (int f = 0; f < R; ++f) {
+        multiply(acc[f], 2 * block, a_part[step % 2][f], here[0], here[1]);
+        multiply(acc[f], 2 * block + 1, a_part[step % 2][f], here[2], here[3]);
+      }
+      between(part);
     }
-    between(part);
   }
 }
 template <int STEPS, int N, int R, typename A, typename B>
