@@ -41,6 +41,7 @@ AMPERE_TABLE: dict[str, tuple[tuple[int, int, AmpereRow], ...]] = {
     "fwd_sm80": (
         (64, 64, AmpereRow(128, 64, 4, 4, 2, 4, False, "not measured")),
         (96, 96, AmpereRow(128, 64, 4, 4, 2, 2, False, "not measured", card=163)),
+        (64, 128, AmpereRow(128, 64, 4, 3, 2, 1, False, "not measured", card=163)),
         (128, 128, AmpereRow(128, 64, 4, 4, 2, 3, False, "not measured", card=227)),
         (128, 128, AmpereRow(128, 64, 4, 3, 2, 3, False, "not measured", card=163)),
         (128, 128, AmpereRow(64, 64, 4, 2, 2, 8, False, "not measured; two blocks just fit")),
@@ -72,8 +73,10 @@ def choose_ampere(kernel: str, problem: Problem, tile: Tile, smem: int) -> Amper
     wanted = {name: n for name in names if (n := getattr(tile, name)) is not None}
     if wanted:  # what is left of the row must not stand in the way: the plain form, one block
         row = replace(row, **wanted, min_blocks=1, q_held=0, overlap=False)
-        if "warps" not in wanted and row.block_m % (16 * row.warps):
-            row = replace(row, warps=max(2, row.block_m // 32))
+        if "warps" not in wanted:  # 16 or 32 queries each, the table's number of warps if it can be
+            choices = (row.warps, row.block_m // 32, row.block_m // 16)
+            fits = (n for n in choices if n >= 2 and n % 2 == 0 and row.block_m in (16 * n, 32 * n))
+            row = replace(row, warps=next(fits, row.warps))
     why = check_ampere(kernel, row, head_dim, head_dim_v, smem)
     if why is not None:
         raise ValueError(f"{tile} does not fit {kernel} (head widths {head_dim}, {head_dim_v}): {why}")
