@@ -1,5 +1,5 @@
-// Accumulators of tensor cores, as mma.m16n8 and wgmma both lay them out, and how they leave the registers. What belongs
-// to a row stays with the 4 lanes of a quad.
+// Accumulators of tensor cores, as mma.m16n8 and wgmma both lay them out, and how they leave the registers. What
+// belongs to a row stays with the 4 lanes of a quad.
 #pragma once
 #include "types.cuh"
 #include "memory.cuh"
@@ -90,9 +90,9 @@ __device__ __forceinline__ void store_pairs(
   }
 }
 
-// Row r of a fragment to columns [0, col_end) of a tensor's row, if that is before row_end. 16-bit numbers go in 16 bytes
-// where the tensor allows it: a quad exchanges what its lanes hold of 32 columns. Reached by all 32 lanes, with rows of
-// one kind.
+// Row r of a fragment to columns [0, col_end) of a tensor's row, if that is before row_end. 16-bit numbers go in 16
+// bytes where the tensor allows it: a quad exchanges what its lanes hold of 32 columns. Reached by all 32 lanes, with
+// rows of one kind.
 template <typename T, int N>
 __device__ __forceinline__ void store_row(
     const Rows<T>& rows, int row, int row_end, int col_end, const Fragment<N>& fragment, int r) {

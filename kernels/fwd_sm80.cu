@@ -1,13 +1,13 @@
 // Forward on tensor cores since Ampere: out = softmax(scale * q k^T) v and lse; tiles come by cp.async, products by
 // mma.sync.
 //
-// A thread block owns BLOCK_M queries of one head, or, PACK_HEADS, as many (query, head) pairs of the heads that share a
-// kv head. Each warp owns FRAGMENTS times 16 of them and all that belongs to them: S, P and O never leave its registers,
-// and the warps have nothing to tell one another. Key blocks are taken from the last to the first: those that the diagonal
-// cuts come first, what follows is a straight loop.
+// A thread block owns BLOCK_M queries of one head, or, PACK_HEADS, as many (query, head) pairs of the heads that share
+// a kv head. Each warp owns FRAGMENTS times 16 of them and all that belongs to them: S, P and O never leave its
+// registers, and the warps have nothing to tell one another. Key blocks are taken from the last to the first: those
+// that the diagonal cuts come first, what follows is a straight loop.
 //
 //     one after the other         S(n) = Q K(n)^T;  softmax, P(n) rounded, O shrunk;  O += P(n) V(n)
-//                                 the warps of the NUM_BLOCKS thread blocks on a multiprocessor fill each other's gaps
+//                                 the warps of the MIN_BLOCKS thread blocks on a multiprocessor fill each other's gaps
 //     OVERLAP, one turn:          S(n) = Q K(n)^T         between its parts: P(n + 1) = exp2(S(n + 1) - max)
 //                                 O shrunk
 //                                 O += P(n + 1) V(n + 1)  between its parts: the new maxima of S(n)
@@ -15,8 +15,9 @@
 //     shared memory:   q (BLOCK_M, HEAD_DIM)  |  NUM_STAGES slots: K (BLOCK_N, HEAD_DIM) or V (BLOCK_N, HEAD_DIM_V)
 //     order of tiles:  K(0) V(0) K(1) V(1) ...,  OVERLAP: K(0) -- K(1) V(0) K(2) V(1) ..., counted from the last block
 //
-// The slots are a ring: when all warps have met over a tile, its predecessor is read, and its slot is filled with the tile
-// that is NUM_STAGES - 1 further on. One barrier a tile; what is sent for has NUM_STAGES - 2 whole tiles' time to come.
+// The slots are a ring: when all warps have met over a tile, its predecessor is read, and its slot is filled with the
+// tile that is NUM_STAGES - 1 further on. One barrier a tile; what is sent for has NUM_STAGES - 2 whole tiles' time to
+// come.
 #include "basics.cuh"
 #include "params.cuh"
 #include "types.cuh"
@@ -180,8 +181,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
     sync_block();  // the tile is written, by all threads; the one before is read: refill its slot
     return slot == 0 ? NUM_STAGES - 1 : slot - 1;
   };
-  // How far on the tile is that takes the place of the one before this: one of the same kind, AHEAD / 2 blocks further on,
-  // or one of the other kind. A block of K and its V are PAIR tiles apart.
+  // How far on the tile is that takes the place of the one before this: one of the same kind, AHEAD / 2 blocks further
+  // on, or one of the other kind. A block of K and its V are PAIR tiles apart.
   constexpr int AHEAD = NUM_STAGES - 1, PAIR = OVERLAP ? 3 : 1;
   // `whole`: the block has no keys beyond the end, and what is sent for is no later block.
   const auto arrive_k = [&](int n_block, bool whole) ALWAYS_INLINE {

@@ -1,5 +1,5 @@
-// Tiles of 16-bit elements in shared memory since sm_80: how cp.async fills them, how ldmatrix reads them as operands of
-// mma.sync, and products of a warp. By plain instructions of every thread, so any strides and any widths will do.
+// Tiles of 16-bit elements in shared memory since sm_80: how cp.async fills them, how ldmatrix reads them as operands
+// of mma.sync, and products of a warp. By plain instructions of every thread, so any strides and any widths will do.
 #pragma once
 #include "basics.cuh"
 #include "memory.cuh"
@@ -10,10 +10,10 @@
 
 constexpr int NUM_THREADS = 32 * NUM_WARPS;
 
-// Rows of COLS elements, without padding. A row is CHUNKS chunks of 16 bytes, chunk c of row r at place c ^ turn(r), which
-// stays in the chunk's group. Eight neighbouring rows at one column, what ldmatrix reads at a time, then lie in eight
-// different groups of banks whatever the width: rows that begin in the same banks, every (8 / GROUP)-th, have different
-// turns. The pattern has 8 rows.
+// Rows of COLS elements, without padding. A row is CHUNKS chunks of 16 bytes, chunk c of row r at place c ^ turn(r),
+// which stays in the chunk's group. Eight neighbouring rows at one column, what ldmatrix reads at a time, then lie in
+// eight different groups of banks whatever the width: rows that begin in the same banks, every (8 / GROUP)-th, have
+// different turns. The pattern has 8 rows.
 template <int ROWS, int COLS>
 struct alignas(128) SwizzledTile {
   static constexpr int CHUNKS = COLS / 8, GROUP = POWER_IN<CHUNKS, 8>;
@@ -66,8 +66,8 @@ __device__ __forceinline__ PackedWalk<T> walk_from(const PackedRows<const T>& ro
   return {rows, row};
 }
 
-// How many bytes of a row can be copied as one, counted from its start, in every row: 16, 8 or 4, or 2, an element, which
-// takes an ordinary load.
+// How many bytes of a row can be copied as one, counted from its start, in every row: 16, 8 or 4, or 2, an element,
+// which takes an ordinary load.
 __device__ __forceinline__ int bytes_at_a_time(unsigned long long data_and_strides, long long col_stride) {
   const int low = static_cast<int>(data_and_strides % 16);
   return col_stride != 1 ? 2 : low == 0 ? 16 : low % 8 == 0 ? 8 : low % 4 == 0 ? 4 : 2;
@@ -140,7 +140,8 @@ __device__ __forceinline__ void load_by_part(
   }
 }
 
-// One by one, any strides. Neighbouring threads take what is nearer in memory: the next chunk of a row, or the next row.
+// One by one, any strides. Neighbouring threads take what is nearer in memory: the next chunk of a row, or the next
+// row.
 template <int ROWS, int COLS, typename Source>
 __device__ __forceinline__ void load_by_element(
     SwizzledTile<ROWS, COLS>& tile, const Source& source, int row0, int row_end, int col_end) {
@@ -162,9 +163,9 @@ __device__ __forceinline__ void load_by_element(
   }
 }
 
-// Rows [row0, row_end) and columns [0, col_end) of the tensor, the rest of the tile zero; what lies outside is never read.
-// By the whole block, which then commits, waits and meets before it reads the tile. `bytes`: bytes_at_a_time(source), or
-// fewer. `whole` is a constant: the caller knows that all rows of the tile are inside.
+// Rows [row0, row_end) and columns [0, col_end) of the tensor, the rest of the tile zero; what lies outside is never
+// read. By the whole block, which then commits, waits and meets before it reads the tile. `bytes`:
+// bytes_at_a_time(source), or fewer. `whole` is a constant: the caller knows that all rows of the tile are inside.
 template <int ROWS, int COLS, typename Source>
 __device__ __forceinline__ void load_tile(
     SwizzledTile<ROWS, COLS>& tile, const Source& source, int bytes, int row0, int row_end, int col_end,
@@ -259,8 +260,9 @@ __device__ __forceinline__ void multiply(
 template <int STEPS, int N>
 constexpr int PARTS_OF = STEPS * (N / 16);
 
-// acc += a b: acc is R times (16, N), a (16 R, 16 STEPS), b (16 STEPS, N). 16 columns at a time: what the next part needs
-// is loaded before this one is multiplied, and between(part) is other work to do while the tensor cores are at it.
+// acc += a b: acc is R times (16, N), a (16 R, 16 STEPS), b (16 STEPS, N). 16 columns at a time: what the next part
+// needs is loaded before this one is multiplied, and between(part) is other work to do while the tensor cores are at
+// it.
 template <int STEPS, int N, int R, typename A, typename B, typename Between>
 __device__ __forceinline__ void add_product(Fragment<N> (&acc)[R], const A& a, const B& b, const Between& between) {
   constexpr int ACROSS = N / 16, PARTS = PARTS_OF<STEPS, N>;
@@ -295,8 +297,8 @@ __device__ __forceinline__ void add_product(Fragment<N> (&acc)[R], const A& a, c
 
 // ---- fragments to a tile
 
-// Rounded, to rows row0 to row0 + 15 and columns from col0 on, a multiple of 8: a quad writes 16 bytes of a row, a warp all
-// banks once.
+// Rounded, to rows row0 to row0 + 15 and columns from col0 on, a multiple of 8: a quad writes 16 bytes of a row, a warp
+// all banks once.
 template <int ROWS, int COLS, int N>
 __device__ __forceinline__ void store_rounded(
     SwizzledTile<ROWS, COLS>& tile, int row0, int col0, const Fragment<N>& fragment) {
