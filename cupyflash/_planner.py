@@ -11,10 +11,11 @@ from functools import lru_cache
 from . import _cpu
 from ._plan import Device, Plan, Tile, chains
 from ._plan_simt import plan_simt
+from ._plan_sm80 import plan_sm80, why_not_sm80
 from ._plan_sm90 import plan_sm90, plan_sm90_backward, why_not_sm90
 from ._problem import Problem
 
-GPU_FAMILIES = ("sm90", "simt")  # fastest first
+GPU_FAMILIES = ("sm90", "sm80", "simt")  # fastest first
 CPU_FAMILY = "cpu"
 MAX_HEAD_DIM = 256
 MAX_SEQLEN = 2**31 - 1 - 1024  # kernels count rows in 32 bits, up to a tile beyond the end
@@ -121,8 +122,17 @@ def _plan_family(
         return plan_sm90_backward(problem, device, tile, wrt, copies + unmapped, deterministic)
     if family == "sm90":
         raise ValueError(f"family='sm90': {why}")
-    plan = plan_simt(problem, device, tile, wrt, copies)
-    return plan if why is None else replace(plan, declined=(("sm90", why),))
+    declined: tuple[tuple[str, str], ...] = () if why is None else (("sm90", why),)
+    why = why_not_sm80(problem, device)
+    if why is not None and family == "sm80":
+        raise ValueError(f"family='sm80': {why}")
+    if why is None and family in (None, "sm80"):
+        if wrt is None:
+            return replace(plan_sm80(problem, device, tile, copies), declined=declined)
+        why = "it has no backward yet"
+    if why is not None:
+        declined += (("sm80", why),)
+    return replace(plan_simt(problem, device, tile, wrt, copies), declined=declined)
 
 
 def _check_gpu_limits(problem: Problem) -> None:

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from ._tiles_simt import TABLE, TileRow, check_row, padded_width, simt_candidates
+from ._tiles_sm80 import AMPERE_TABLE, AmpereRow, ampere_candidates, check_ampere
 from ._tiles_sm90 import (
     HOPPER_TABLE,
     HopperBackwardRow,
@@ -20,13 +21,14 @@ from ._tiles_sm90 import (
 if TYPE_CHECKING:
     from ._problem import Problem
 
-Row = TileRow | HopperRow | HopperBackwardRow
+Row = TileRow | AmpereRow | HopperRow | HopperBackwardRow
 _CHOICE = frozenset({"remark", "card", "causal", "longest"})  # fields that say when a row is chosen, not what it does
+_KINDS: dict[str, type[Row]] = {"fwd_sm80": AmpereRow, "fwd_sm90": HopperRow, "bwd_sm90": HopperBackwardRow}
 
 
 def tiled_kernels() -> frozenset[str]:
     """The kernels that have tiles to choose from."""
-    return frozenset({*HOPPER_TABLE, "bwd_sm90"}) | {kernel for kernel, _ in TABLE}
+    return frozenset({*AMPERE_TABLE, *HOPPER_TABLE, "bwd_sm90"}) | {kernel for kernel, _ in TABLE}
 
 
 def row_fields(row: Row) -> dict[str, int | bool]:
@@ -36,13 +38,15 @@ def row_fields(row: Row) -> dict[str, int | bool]:
 
 def make_row(kernel: str, values: object) -> Row:
     """The row with these fields; ValueError unless they are all of them, each an integer or a truth value."""
-    kind: type[Row] = {"fwd_sm90": HopperRow, "bwd_sm90": HopperBackwardRow}.get(kernel, TileRow)
+    kind: type[Row] = _KINDS.get(kernel, TileRow)
     kinds = {f.name: {"int": int, "bool": bool}[str(f.type)] for f in fields(kind) if f.name not in _CHOICE}
     if not isinstance(values, dict) or values.keys() != kinds.keys():
         raise ValueError(f"a tile of {kernel} has the fields {', '.join(kinds)}, not {values!r}")
     for name, wanted in kinds.items():
-        if type(values[name]) is not wanted or (wanted is int and values[name] < 1):
-            raise ValueError(f"{name}={values[name]!r}: it is {'true or false' if wanted is bool else 'at least 1'}")
+        least = 0 if name == "q_held" else 1
+        if type(values[name]) is not wanted or (wanted is int and values[name] < least):
+            may_be = "true or false" if wanted is bool else f"at least {least}"
+            raise ValueError(f"{name}={values[name]!r}: it is {may_be}")
     return kind(**values, remark="")
 
 
@@ -51,6 +55,8 @@ def why_not(kernel: str, row: Row, problem: Problem, smem: int) -> str | None:
     head_dim, head_dim_v, accumulator = problem.head_dim, problem.head_dim_v, problem.accumulator.itemsize
     if isinstance(row, HopperRow):
         return check_hopper(kernel, row, head_dim, head_dim_v, smem)
+    if isinstance(row, AmpereRow):
+        return check_ampere(kernel, row, head_dim, head_dim_v, smem)
     if isinstance(row, HopperBackwardRow):
         return check_hopper_backward(row, head_dim, head_dim_v, smem)
     padded, padded_v = (padded_width(d, row.dim_chunk) for d in (head_dim, head_dim_v))
@@ -62,6 +68,8 @@ def candidates(kernel: str, problem: Problem, smem: int) -> tuple[Row, ...]:
     rows: Iterable[Row]
     if kernel in HOPPER_TABLE:
         rows = hopper_candidates(kernel, problem, smem)
+    elif kernel in AMPERE_TABLE:
+        rows = ampere_candidates(kernel, problem, smem)
     elif kernel == "bwd_sm90":
         rows = hopper_backward_candidates(problem)
     else:

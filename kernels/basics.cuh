@@ -7,3 +7,9 @@
 
 constexpr __device__ __forceinline__ int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 constexpr __device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
+
+// The greatest power of two, up to MOST, that divides N.
+template <int N, int MOST>
+constexpr int POWER_IN = N % MOST == 0 ? MOST : POWER_IN<N, MOST / 2>;
+template <int N>
+constexpr int POWER_IN<N, 1> = 1;

@@ -67,10 +67,15 @@ struct Softmax {
   // Row r of the block, after raise(): logits become p = exp2(exponent * (logit - row_max)).
   template <typename Scores>
   __device__ __forceinline__ void weigh(Scores& acc_s, int r, const Score& score) {
+    weigh(acc_s, r, score, 0, Scores::COLS);
+  }
+  // The same for columns [begin, end) of the row, part by part: the first part begins at 0.
+  template <typename Scores>
+  __device__ __forceinline__ void weigh(Scores& acc_s, int r, const Score& score, int begin, int end) {
     const Accumulator less = -subtrahend(r, score);
-    Accumulator sum = row_sum[r] * shrink[r];
+    Accumulator sum = begin == 0 ? row_sum[r] * shrink[r] : row_sum[r];
 #pragma unroll
-    for (int c = 0; c < acc_s.COLS; ++c) {
+    for (int c = begin; c < end; ++c) {
       acc_s(r, c) = math::exp2(math::fma(acc_s(r, c), score.exponent, less));
       sum += acc_s(r, c);
     }

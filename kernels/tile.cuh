@@ -66,12 +66,6 @@ struct Transfer<T, N, true> {
 template <typename T, int N>
 constexpr int MOST_TRANSFERS = !(ASYNC_COPIES && SAME_TYPE<T, Accumulator>) ? 8 : N > 1 ? 4 : 1;
 
-// The greatest power of two, up to a warp, that divides N.
-template <int N, int POWER = 32>
-constexpr int LANES_OF = N % POWER == 0 ? POWER : LANES_OF<N, POWER / 2>;
-template <int N>
-constexpr int LANES_OF<N, 1> = 1;
-
 // Whether a walk in batches of steps has a row of the tile before it; a constant where they divide the tile.
 template <int ROWS, int ROW_STEP, int BATCH>
 __device__ __forceinline__ bool is_row(int row) {
@@ -83,7 +77,7 @@ __device__ __forceinline__ bool is_row(int row) {
 template <int ROWS, int COLS, typename T>
 __device__ __forceinline__ void load_by_vector(
     Tile<ROWS, COLS>& tile, const T* corner, long long row_stride, int rows_left, int cols) {
-  constexpr int RUN = 16 / sizeof(T), LANES = LANES_OF<COLS / RUN>, STEPS = COLS / RUN / LANES;
+  constexpr int RUN = 16 / sizeof(T), LANES = POWER_IN<COLS / RUN, 32>, STEPS = COLS / RUN / LANES;
   constexpr int ROW_STEP = NUM_THREADS / LANES, ROW_STEPS = ceil_div(ROWS, ROW_STEP);
   constexpr int BATCH = smaller(ceil_div(MOST_TRANSFERS<T, RUN>, STEPS), ROW_STEPS);
   const int thread = thread_index_again(), first_row = thread / LANES, first_col = thread % LANES * RUN;

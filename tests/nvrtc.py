@@ -69,7 +69,7 @@ def version() -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------- what ptxas says of the sm90 family
+# ------------------------------------------------------------------------ what ptxas says of the tensor-core families
 
 TABLE = Path(__file__).with_name("registers.json")
 PAIRS = (*((width, width) for width in _tiles.WIDTHS), (192, 128), (64, 128), (128, 64), (256, 64), (64, 256), (64, 48))
@@ -91,12 +91,33 @@ def hopper_specs() -> dict[str, tuple[Spec, int]]:
     return found
 
 
+AMPERE = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")  # with 163, 99 and 227 KB of shared memory
+
+
+def ampere_specs() -> dict[str, tuple[Spec, int, str]]:
+    """What the sm80 family compiles for a card, shared memory, and the card, by a short text that begins with it."""
+    found = {}
+    for device, (dim, dim_v), causal, length in itertools.product(AMPERE, PAIRS, (False, True), LENGTHS):
+        for dtype in (ml_dtypes.bfloat16, np.float16) if device == "sm_80" else (ml_dtypes.bfloat16,):
+            for heads, rows in ((1, length), (8, 16)):  # the latter share tiles
+                q = np.broadcast_to(np.zeros((), dtype), (heads, rows, dim))
+                k, v = (np.broadcast_to(np.zeros((), dtype), (1, length, width)) for width in (dim, dim_v))
+                if heads > 1 and dim not in (64, 128):
+                    continue
+                (step,) = explain(q, k, v, causal=causal, device=device, family="sm80").kernels
+                found[f"{device}, {text_of(step.spec)}"] = step.spec, step.smem, device
+    return found
+
+
 def text_of(spec: Spec) -> str:
-    """What differs between two Specs of the sm90 family."""
+    """What differs between two Specs of a tensor-core family."""
     words = [spec.kernel, spec.element.name, f"{spec.head_dim}/{spec.head_dim_v}", "causal" if spec.causal else "full"]
     words += [f"{spec.block_m} x {spec.block_n}", f"{spec.num_stages} stages"]
     if spec.kernel == "fwd_sm90":
         words += [f"{spec.q_stages} of q", *(w for w in ("overlap", "take_turns") if getattr(spec, w))]
+    elif spec.kernel == "fwd_sm80":
+        words += [f"{spec.num_warps} warps", f"{spec.min_blocks} blocks", f"{spec.q_held} steps of q held"]
+        words += [w for w in ("overlap", "pack_heads") if getattr(spec, w)]
     elif spec.kernel == "bwd_sm90":
         words += ["fixed order" if spec.deterministic else "order of arrival"]
     return ", ".join(words)
@@ -104,9 +125,9 @@ def text_of(spec: Spec) -> str:
 
 def main() -> None:
     """Write the table anew: ``python tests/nvrtc.py``."""
-    specs = hopper_specs()
+    specs = {text: (*spec, "sm_90a") for text, spec in hopper_specs().items()} | ampere_specs()
     with ThreadPoolExecutor() as pool:
-        made = pool.map(lambda item: compile_spec(*item, "sm_90a"), specs.values())
+        made = pool.map(lambda item: compile_spec(*item), specs.values())
         rows = {
             text: [compiled.registers, compiled.spill_bytes, compiled.serialised]
             for text, compiled in zip(specs, made, strict=True)

@@ -12,16 +12,16 @@ from conftest import PROFILE
 from emulator import Device, EmulatorError, Schedule, emulate, why_not
 from emulator.removals import Problem
 
-from cupyflash import AttentionGradients, Tile, _launch, _tiles_sm90, attention, attention_backward
+from cupyflash import AttentionGradients, Tile, _launch, _tiles_sm80, _tiles_sm90, attention, attention_backward
 from cupyflash._plan import Rows
-from cupyflash.testing import cases, data
+from cupyflash.testing import cases, data, reference
 
 WORK = 60_000  # multiplications of a forward: every load passes the checker
 # Compiled once each: dtype, widths, architecture, the longest sequences. On 9.0 16-bit types go to the sm90 family,
-# narrow and, one wider than 128, wide.
+# narrow and, one wider than 128, wide; on 8.x to the sm80 family.
 SPECS = (
     ("float32", 16, 16, 90, 64), ("bfloat16", 48, 16, 80, 64), ("float64", 32, 33, 90, 64), ("float16", 7, 64, 80, 64),
-    ("bfloat16", 72, 40, 90, 300), ("float16", 24, 136, 90, 300),
+    ("bfloat16", 72, 40, 90, 300), ("float16", 24, 136, 90, 300), ("float16", 100, 20, 86, 150),
 )  # fmt: skip
 SEVERAL_BLOCKS = (5, 7, 10)  # seeds of schedules with more than one resident block
 
@@ -164,6 +164,83 @@ def test_same_bits_of_the_hopper_backward_under_every_schedule(causal):
         first = first or bits
         for x, y in zip(first, bits, strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+# ------------------------------------------------------------------------------------------------- the sm80 family
+
+AMPERE_FORMS = _forms(_tiles_sm80.AMPERE_TABLE["fwd_sm80"])
+# Buffers, queries of a warp, Q in registers or not, overlap: of narrow heads, so that every loop takes several turns.
+AMPERE_VARIANTS = [
+    _tiles_sm80.AmpereRow(block_m, 32, 4, stages, 1, q_held, overlap, "")
+    for stages in (2, 3, 4, 5) for block_m in (64, 128) for q_held in (0, 1) for overlap in (False, True)
+]  # fmt: skip
+
+
+def _ampere(row, head_dim, head_dim_v, *seqlens, causal=False, **more):
+    options = (("family", "sm80"), ("tile", Rows(rows=(("fwd_sm80", row),))), ("causal", causal))
+    return Problem("float16", head_dim, *seqlens, options, head_dim_v=head_dim_v, **more)
+
+
+@pytest.mark.share(4)
+@pytest.mark.parametrize(("head_dim", "head_dim_v", "causal", "row"), AMPERE_FORMS, ids=_name)
+def test_forms_of_the_ampere_forward(head_dim, head_dim_v, causal, row):
+    for seqlens in ((200, 260), (260, 130)):
+        for seed in SEVERAL_BLOCKS:
+            problem = _ampere(row, head_dim, head_dim_v, *seqlens, causal=causal)
+            problem.forward((), Schedule.draw(seed))
+
+
+@pytest.mark.share(8)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("row", AMPERE_VARIANTS, ids=_name)
+def test_variants_of_the_ampere_forward(row, causal):
+    """One block of keys up to more than there are buffers; lanes that see nothing; heads that share tiles."""
+    for seqlens in ((150, 20), (150, 200), (300, 130)):
+        _ampere(row, 24, 40, *seqlens, causal=causal).forward((), Schedule.draw(seqlens[1]))
+    for seqlens in ((15, 70), (40, 25)):
+        _ampere(row, 24, 40, *seqlens, causal=causal, heads=6, heads_k=2).forward((), Schedule.draw(seqlens[1]))
+
+
+# Where a head's first element lies, and how far apart its rows are: aligned to 16 bytes, 8, 4, and 2.
+ALIGNMENTS = ((0, 64), (8, 72), (0, 68), (12, 64), (2, 64), (0, 66), (1, 64), (0, 65))
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize("heads", [1, 4], ids=["alone", "packed"])
+def test_every_alignment(heads, shift):
+    """Each tensor with another one; then rows and columns backwards, and columns that are rows in memory."""
+    r = np.random.default_rng(shift)
+    seqlens, widths = {"q": 21, "k": 50, "v": 50}, {"q": 20, "k": 20, "v": 23}
+    values = {x: r.standard_normal((heads if x == "q" else 1, seqlens[x], widths[x])).astype(np.float16) for x in "qkv"}
+    out, lse = reference.forward(*(x[None] for x in values.values()), causal=True)
+    with Device(lambda n: Schedule.draw(n + shift), arch=80, undefined=PROFILE != "ci") as xp:
+        for turn in range(len(ALIGNMENTS) + 3):
+            held = {}
+            for i, (name, x) in enumerate(values.items()):
+                first, pitch = ALIGNMENTS[(turn + shift * i) % len(ALIGNMENTS)]
+                h, rows, columns = x.shape
+                if turn < len(ALIGNMENTS):
+                    view = xp.empty((first + h * rows * pitch,), np.float16)[first:].reshape(h, rows, pitch)
+                    view = view[..., :columns]
+                elif turn == len(ALIGNMENTS):
+                    view = xp.empty((h, columns, rows + 1), np.float16).swapaxes(1, 2)[:, 1:]
+                else:
+                    view = xp.empty((h, rows, 2 * columns), np.float16)[:, ::-1, ::-2]
+                view[...] = xp.asarray(x)
+                held[name] = view
+            result = xp.empty((heads, 21, 24), np.float16)[..., : 23]
+            got = attention(*held.values(), causal=True, out=result, return_lse=True)
+            np.testing.assert_allclose(got.out.get(), out[0], rtol=1e-2, atol=1e-2)
+            np.testing.assert_allclose(got.lse.get(), lse[0], rtol=1e-3, atol=1e-3)
+
+
+def test_packed_heads_have_the_bits_that_they_have_alone():
+    r = np.random.default_rng(0)
+    q, k, v = (r.standard_normal(shape).astype(np.float16) for shape in ((4, 9, 40), (1, 100, 40), (1, 100, 40)))
+    with Device(undefined=False, arch=80) as xp:
+        together = attention(xp.asarray(q), xp.asarray(k), xp.asarray(v), causal=True).get()
+        alone = [attention(xp.asarray(q[i : i + 1]), xp.asarray(k), xp.asarray(v), causal=True).get() for i in range(4)]
+    np.testing.assert_array_equal(together, np.concatenate(alone))
 
 
 # ------------------------------------------------------------------------------------- the Python side is under test

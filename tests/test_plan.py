@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cupyflash
-from cupyflash import Tile, _tiles, _tiles_simt, explain
+from cupyflash import Tile, _tiles, _tiles_simt, _tiles_sm80, explain
 from cupyflash._plan import DEVICES
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
@@ -53,6 +53,58 @@ def test_each_row_of_the_table_is_reached_and_runs(key):
                     reached.add(row)
                     break
     assert reached == {row for _, row in _tiles_simt.TABLE[key]}
+
+
+def test_each_row_of_the_ampere_table_is_reached():
+    rows = _tiles_sm80.AMPERE_TABLE["fwd_sm80"]
+    specs = set()
+    for device in (device for device in DEVICES.values() if device.arch >= 80):
+        for dim, dim_v, _ in rows:
+            step = plan((1, 999, dim), (1, 999, dim), dim_v=dim_v, dtype=np.float16, device=device.name, family="sm80")
+            spec = step.kernels[0].spec
+            specs.add((dim, dim_v, spec.block_m, spec.block_n, spec.num_warps, spec.num_stages, spec.q_held))
+    for dim, dim_v, row in rows:
+        assert (dim, dim_v, row.block_m, row.block_n, row.warps, row.stages, row.q_held) in specs
+
+
+def test_ampere_takes_what_hopper_declines():
+    made = plan((2, 9, 8), (2, 9, 8), dtype=np.float16, device="sm_80")
+    assert (made.family, made.rounds_p) == ("sm80", True)
+    assert [name for name, _ in made.declined] == ["sm90"]
+    made = plan((2, 9, 8), (2, 9, 8), dtype=np.float32, device="sm_80")
+    assert (made.family, [name for name, _ in made.declined]) == ("simt", ["sm90", "sm80"])
+    made = plan((2, 9, 8), (2, 9, 8), dtype=np.float16, device="sm_75")
+    assert "7.5" in dict(made.declined)["sm80"]
+    with pytest.raises(ValueError, match="family='sm80': float32"):
+        plan((2, 9, 8), (2, 9, 8), device="sm_80", family="sm80")
+
+
+@pytest.mark.parametrize(
+    ("heads", "heads_k", "seqlen", "tiles", "packed"),
+    [(8, 1, 1, 1, True), (8, 2, 33, 4, True), (8, 8, 1, 8, False), (4, 1, 128, 4, False), (4, 1, 2000, 64, False)],
+)
+def test_heads_are_packed_where_that_saves_tiles(heads, heads_k, seqlen, tiles, packed):
+    made = plan((heads, seqlen, 64), (heads_k, 700, 64), dtype=np.float16, device="sm_80").kernels[0]
+    assert made.spec.block_m == 128
+    assert (made.grid, made.spec.pack_heads) == (tiles, packed)
+
+
+@pytest.mark.parametrize(
+    ("tile", "words"),
+    [
+        (Tile(block_m=100), ["block_m=100", "multiple of"]),
+        (Tile(block_n=40), ["block_n=40", "multiple of 16"]),
+        (Tile(stages=1), ["stages=1", "at least 2"]),
+        (Tile(warps=3), ["warps=3", "even"]),
+        (Tile(block_m=256, warps=4), ["registers"]),
+        (Tile(block_n=256, stages=4), ["shared memory", "101376"]),
+    ],
+)
+def test_a_tile_that_does_not_fit_ampere_says_why(tile, words):
+    with pytest.raises(ValueError, match="does not fit fwd_sm80") as caught:
+        plan((1, 64, 128), (1, 64, 128), dtype=np.float16, device="sm_86", tile=tile)
+    for word in words:
+        assert word in str(caught.value)
 
 
 def test_plans_are_values():

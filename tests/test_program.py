@@ -292,12 +292,13 @@ def test_no_advice_where_cupy_works() -> None:
 
 def test_families_are_the_planners() -> None:
     card = Gpu("NVIDIA H200", 90, 150 * 2**30, 232448, 132)
-    cpu, sm90, simt = machine.read_families(Cupy("14.2.0", "12.9", (card,)))
-    assert (cpu.name, sm90.name, simt.name, simt.device) == ("cpu", "sm90", "simt", "NVIDIA H200 (sm_90)")
-    assert sm90.dtypes == ("float16", "bfloat16")
+    cpu, sm90, sm80, simt = machine.read_families(Cupy("14.2.0", "12.9", (card,)))
+    assert (cpu.name, sm90.name, sm80.name, simt.name) == ("cpu", "sm90", "sm80", "simt")
+    assert simt.device == "NVIDIA H200 (sm_90)"
+    assert sm90.dtypes == sm80.dtypes == ("float16", "bfloat16")
     assert simt.dtypes == ("float16", "bfloat16", "float32", "float64")
     assert simt.why_not is None
-    nothing = machine.read_families(Cupy("14.2.0", "12.9", (Gpu("small", 90, 2**30, 1024, 132),)))[2]
+    nothing = machine.read_families(Cupy("14.2.0", "12.9", (Gpu("small", 90, 2**30, 1024, 132),)))[3]
     assert nothing.dtypes == ()
     assert "1024" in str(nothing.why_not)
 
@@ -418,6 +419,7 @@ def test_bench_says_once_what_the_planner_refuses(
     [
         ([], "cupy", "float32"),
         (["--family", "sm90"], "cupy", "bfloat16"),
+        (["--family", "sm80"], "cupy", "bfloat16"),
         (["--host"], "cupy", "bfloat16"),
         (["--host"], "numpy", "float32"),
     ],

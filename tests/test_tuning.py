@@ -24,6 +24,7 @@ from cupyflash._plan import DEVICES, Rows
 from cupyflash._problem import Problem, read_problem
 from cupyflash._program import main, timing
 from cupyflash._tiles_simt import TABLE, TileRow
+from cupyflash._tiles_sm80 import AmpereRow
 from cupyflash._tiles_sm90 import HOPPER_FORMS
 
 H = DEVICES["sm_90"]
@@ -110,7 +111,8 @@ def test_hopper_candidates_cover_the_forms() -> None:
 
 
 def test_rows_survive_json() -> None:
-    for kernel, row in (("fwd_sm90", ROW), ("bwd_simt_dq", TileRow(64, 32, 4, 64, ""))):
+    ampere = AmpereRow(128, 64, 4, 4, 2, 0, False, "")
+    for kernel, row in (("fwd_sm90", ROW), ("fwd_sm80", ampere), ("bwd_simt_dq", TileRow(64, 32, 4, 64, ""))):
         assert _rows.make_row(kernel, json.loads(json.dumps(_rows.row_fields(row)))) == row
 
 

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=DTYPE_NAMES,
-        help="float32 if not given, but bfloat16 with --family sm90 and for --host on a GPU",
+        help="float32 if not given, but bfloat16 with --family sm90 or sm80 and for --host on a GPU",
     )  # fmt: skip
     parser.add_argument("--seqlen", type=positive, nargs="+", metavar="S", help="one or more sequence lengths")
     parser.add_argument("--head-dim", type=positive, default=64, metavar="D")
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 def default_dtype(args: argparse.Namespace, backend: Backend) -> str:
     """What --family takes; 16 bits where only the cost of a call on a GPU counts, as most calls there have them."""
-    return "bfloat16" if args.family == "sm90" or (args.host and backend.name == "cupy") else "float32"
+    return "bfloat16" if args.family in ("sm90", "sm80") or (args.host and backend.name == "cupy") else "float32"
 
 
 def directions(args: argparse.Namespace) -> tuple[str, ...]:

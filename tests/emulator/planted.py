@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .removals import HOPPER_FORWARD, HOPPER_NARROW, Problem, hopper_backward
+from .removals import AMPERE_FORWARD, HOPPER_FORWARD, HOPPER_NARROW, Problem, hopper_backward
 from .samples import SAMPLES
 
 RAGGED = Problem("float32", 16, 70, 70)
@@ -389,6 +389,10 @@ _BROADCAST = Problem("float32", 7, 33, 40, batch=(2, 1))
 _NARROW = Problem("float32", 7, 33, 40)
 _UNALIGNED = Problem("float32", 16, 33, 40, unaligned=True)
 # Query 113 = 7 * 16 + 1 is the first one that sees key 127, the last of its block.
+_AMPERE = AMPERE_FORWARD[0]
+_AMPERE_PACKED = replace(_AMPERE, seqlen_q=20, seqlen_k=40, heads=6)
+_AMPERE_GROUPED = replace(_AMPERE, heads_k=1)
+_AMPERE_UNALIGNED = replace(_AMPERE, unaligned=True)
 _DIAGONAL = hopper_backward(16, 16, ("causal", True), ("q_offset", 14), seqlens=(130, 140))
 _WITHOUT_KEYS = hopper_backward(16, 16, ("causal", True), seqlens=(40, 20))
 _ARRIVAL = hopper_backward(16, 16, ("deterministic", False))
@@ -456,6 +460,62 @@ LIBRARY = (
     Planted(
         "delta of another row", "bwd_simt_dkdv",
         r"delta\[(\w+\.col\(c\))\]", r"delta[\1 ^ 1]", ("values",),
+    ),
+    # ---- fwd_sm80
+    Planted(
+        "wait for one group too few", "fwd_sm80",
+        r"cp_async_wait<NUM_STAGES - 2>", "cp_async_wait<NUM_STAGES - 1>", ("early use", "uninitialised"), "shared",
+        AMPERE_FORWARD[0],
+    ),
+    Planted(
+        "a slot refilled while it is read", "fwd_sm80",
+        r"slot == 0 \? NUM_STAGES - 1 : slot - 1", "slot", ("race", "early use", "early overwrite"), "shared",
+        AMPERE_FORWARD[0],
+    ),
+    Planted(
+        "values sent for where another block's are due", "fwd_sm80",
+        r"PAIR = OVERLAP \? 3 : 1", "PAIR = 1", ("uninitialised", "values", "early use"), "", AMPERE_FORWARD[1],
+    ),
+    Planted(
+        "no swizzle where tiles are written", "fwd_sm80",
+        r"first_chunk \^ Tile::turn\(first_row\)", "first_chunk", ("values",), "", AMPERE_FORWARD[0],
+    ),
+    Planted(
+        "rows beyond the end read by cp.async", "fwd_sm80",
+        r"inside \? bytes\[step\] : 0", "bytes[step]", ("out of bounds",), "read of 16", AMPERE_FORWARD[2],
+    ),
+    Planted(
+        "columns beyond the head read by cp.async", "fwd_sm80",
+        r"(bytes\[step\] = )bytes_inside\(.*?\);", r"\g<1>16;", ("out of bounds",), "read of 16", AMPERE_FORWARD[0],
+    ),
+    Planted(
+        "four bytes from where two are aligned", "fwd_sm80",
+        r"low % 4 == 0 \? 4 : 2", "4", ("misaligned",), "cp.async", _AMPERE_UNALIGNED,
+    ),
+    Planted(
+        "operand not transposed", "fwd_sm80",
+        r"ldmatrix_x4_trans\(r, address\)", "ldmatrix_x4(r, address)", ("values",), "", AMPERE_FORWARD[0],
+    ),
+    Planted(
+        "outputs not shrunk", "fwd_sm80",
+        r"if \(!warp_any\(softmax\[f\]\.rose\(\)\)\) continue;", "continue;", ("values",), "", AMPERE_FORWARD[1],
+    ),
+    Planted(
+        "packed rows taken for queries", "fwd_sm80",
+        r"mask\.row\(tile\.query\((.*?)\), origin\)", r"mask.row(\1, origin)", ("values",), "", _AMPERE_PACKED,
+    ),
+    Planted(
+        "rows of another head stored", "fwd_sm80",
+        r"head \+ row % heads", "head + row / heads % heads", ("values", "race between blocks", "race"), "",
+        _AMPERE_PACKED,
+    ),
+    Planted(
+        "keys of another head by cp.async", "fwd_sm80",
+        r"work\.head / group;", "work.head;", ("out of bounds",), "", _AMPERE_GROUPED,
+    ),
+    Planted(
+        "numbers beyond the end stored", "fwd_sm80",
+        r" && query < tile\.seq\.seqlen_q\)", ")", ("out of bounds",), "lse", AMPERE_FORWARD[2],
     ),
     # ---- fwd_sm90
     Planted(

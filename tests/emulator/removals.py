@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cupyflash._plan import Rows
+from cupyflash._tiles_sm80 import AmpereRow
 from cupyflash._tiles_sm90 import HopperBackwardRow, HopperRow
 
 from .build import WORDS
@@ -23,8 +24,8 @@ from .schedule import Schedule
 # Calls that only order things. (setmaxnreg and prefetches do not.) Those with a value, such as refill(), stay where
 # they are called: what they consist of is taken out of them.
 _CALL = re.compile(
-    r"\b(?:__sync\w+|sync_block|sync_warp|wait_copies|barrier_sync|barrier_arrive|cp_async_wait<\w+>|cp_async_commit|"
-    r"mbarrier_wait|mbarrier_arrive\w*|fence_\w+|wgmma_fence|wgmma_commit|wgmma_wait<\w+>|wgmma_hold|"
+    r"\b(?:__sync\w+|sync_block|sync_warp|wait_copies|barrier_sync|barrier_arrive|cp_async_wait<[\w -]+>|"
+    r"cp_async_commit|mbarrier_wait|mbarrier_arrive\w*|fence_\w+|wgmma_fence|wgmma_commit|wgmma_wait<\w+>|wgmma_hold|"
     r"bulk_commit|bulk_wait\w*<\w+>|store_release|add_release|__threadfence\w*|"
     r"(?<!void )(?:take_turn|pass_turn|meet)|(?<!= )smem\.[\w.\[\]]+\.(?:await|release|send))\s*\("
 )
@@ -152,7 +153,7 @@ class Problem:
 
     def _meaning(self) -> dict[str, Any]:
         """The options that change what is right, not how it is computed."""
-        return {name: x for name, x in self.options if name not in ("tile", "wrt", "deterministic")}
+        return {name: x for name, x in self.options if name not in ("tile", "wrt", "deterministic", "family")}
 
     def _on(self, xp: Any, x: np.ndarray) -> Any:
         if not self.unaligned:
@@ -170,6 +171,19 @@ def _compare(got: np.ndarray, right: np.ndarray) -> None:
 
 # One chunk and several, so that every branch on them is taken.
 PROBLEMS = (Problem("float32", 16, 140, 140), Problem("float32", 160, 40, 70))
+
+
+def ampere_forward(row: AmpereRow, **more: Any) -> Problem:
+    """A form of fwd_sm80, with more blocks of keys than it has buffers."""
+    options = (("family", "sm80"), ("tile", Rows(rows=(("fwd_sm80", row),))), ("causal", True))
+    return Problem("float16", 24, 140, 150, options, **{"heads": 2, "heads_k": 2, **more})
+
+
+AMPERE_FORWARD = (
+    ampere_forward(AmpereRow(64, 16, 4, 3, 1, 0, False, "")),
+    ampere_forward(AmpereRow(64, 16, 2, 4, 1, 1, True, "")),
+    ampere_forward(AmpereRow(64, 16, 4, 2, 1, 2, False, "")),
+)
 
 
 def hopper_forward(row: HopperRow) -> Problem:
@@ -216,6 +230,8 @@ def runs_of(removal: Removal) -> list[Run]:
     sample = file.removesuffix(".cu")
     if sample in SAMPLES:
         return [lambda patches, schedule: _run_sample(sample, patches, schedule)]
+    if file.endswith(("_sm80.cu", "_sm80.cuh")):
+        return [p.forward for p in AMPERE_FORWARD]
     if file == "fwd_sm90.cu":
         return [p.forward for p in HOPPER_FORWARD]
     if file == "bwd_sm90.cu":

@@ -1,0 +1,150 @@
+"""The tile table of the sm80 family: block sizes and the form of the main loop. Pure data and arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ._tiles import MAX_THREADS, WIDTHS, padded_widths
+
+if TYPE_CHECKING:
+    from ._plan import Tile
+    from ._problem import Problem
+
+
+@dataclass(frozen=True)
+class AmpereRow:
+    """One tile of the sm80 forward: block sizes, buffers, and which form of the main loop.
+
+    A warp owns ``block_m / warps`` queries, 16 or more. What it reads of K and V from shared memory serves all of
+    them, so that 32 need half the reads of 16. ``q_held`` is how many of Q's steps of 16 columns stay in registers; the
+    others are read again for each block of keys. ``card`` is the shared memory, in KiB, that a thread block must be
+    able to have for the row to be worth it: usually so much that ``min_blocks`` of them share a multiprocessor.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int  # of K and V together
+    min_blocks: int  # thread blocks on a multiprocessor that the registers must suffice for
+    q_held: int
+    overlap: bool  # of the softmax of one block with the products of the next, inside a warp
+    remark: str
+    card: int = 0
+    causal: bool | None = None  # which problems the row is for; None: both
+    longest: int | None = None  # keys
+
+
+# kernel -> (largest width of q and k, of v, row): the first that fits.
+AMPERE_TABLE: dict[str, tuple[tuple[int, int, AmpereRow], ...]] = {
+    "fwd_sm80": (
+        (64, 64, AmpereRow(128, 64, 4, 4, 2, 4, False, "not measured")),
+        (96, 96, AmpereRow(128, 64, 4, 4, 2, 2, False, "not measured", card=163)),
+        (64, 128, AmpereRow(128, 64, 4, 3, 2, 1, False, "not measured", card=163)),
+        (128, 128, AmpereRow(128, 64, 4, 4, 2, 3, False, "not measured", card=227)),
+        (128, 128, AmpereRow(128, 64, 4, 3, 2, 3, False, "not measured", card=163)),
+        (128, 128, AmpereRow(64, 64, 4, 2, 2, 8, False, "not measured; two blocks just fit")),
+        (192, 128, AmpereRow(128, 64, 4, 2, 2, 1, False, "not measured", card=227)),
+        (192, 192, AmpereRow(64, 64, 4, 2, 2, 4, False, "not measured")),
+        (256, 256, AmpereRow(64, 64, 4, 2, 2, 0, False, "not measured")),
+    ),
+}
+# Queries, warps, overlap: what fwd_sm80 is tried with.
+AMPERE_FORMS = ((128, 4, False), (128, 4, True), (64, 4, False), (64, 4, True), (256, 8, False), (128, 8, True))
+
+
+def choose_ampere(kernel: str, problem: Problem, tile: Tile, smem: int) -> AmpereRow:
+    """The first row that is for a problem and a card, with the caller's tile in its place; or ValueError."""
+    if (own := tile.row(kernel)) is not None:
+        return own  # type: ignore[no-any-return]
+    head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
+    row = next(
+        row
+        for largest, largest_v, row in AMPERE_TABLE[kernel]
+        if head_dim <= largest
+        and head_dim_v <= largest_v
+        and smem >= row.card * 1024
+        and row.causal in (None, problem.causal)
+        and (row.longest is None or problem.seqlen_k <= row.longest)
+    )
+    row = _fitted(row, head_dim)
+    names = ("block_m", "block_n", "stages", "warps")
+    wanted = {name: n for name in names if (n := getattr(tile, name)) is not None}
+    if wanted:  # what is left of the row must not stand in the way: the plain form, one block
+        row = replace(row, **wanted, min_blocks=1, q_held=0, overlap=False)
+        if "warps" not in wanted:  # 16 or 32 queries each, the table's number of warps if it can be
+            choices = (row.warps, row.block_m // 32, row.block_m // 16)
+            fits = (n for n in choices if n >= 2 and n % 2 == 0 and row.block_m in (16 * n, 32 * n))
+            row = replace(row, warps=next(fits, row.warps))
+    why = check_ampere(kernel, row, head_dim, head_dim_v, smem)
+    if why is not None:
+        raise ValueError(f"{tile} does not fit {kernel} (head widths {head_dim}, {head_dim_v}): {why}")
+    return row
+
+
+def check_ampere(kernel: str, row: AmpereRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:
+    """Why a tile can't run, or None."""
+    threads = 32 * row.warps
+    if row.warps % 2 or threads > MAX_THREADS:
+        return f"warps={row.warps}: it is even, and at most {MAX_THREADS // 32}"
+    if row.block_m % (16 * row.warps):
+        return f"block_m={row.block_m}: with warps={row.warps} it is a multiple of {16 * row.warps}, 16 for each"
+    if row.block_n % 16 or not 16 <= row.block_n <= 256:
+        return f"block_n={row.block_n}: it is a multiple of 16 up to 256"
+    if row.stages < 2:
+        return f"stages={row.stages}: one tile is worked on while the next arrives, so at least 2"
+    d, dv = (next(w for w in WIDTHS if w >= width) for width in (head_dim, head_dim_v))
+    if row.q_held > d // 16:
+        return f"q_held={row.q_held}: {d} columns are {d // 16} steps"
+    needed = ampere_smem_bytes(kernel, row, d, dv)
+    if needed > smem:
+        return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
+    # acc_o and acc_s, twice the latter where the next scores are computed beside P; Q as far as it stays.
+    fragments = row.block_m // (16 * row.warps)
+    words = fragments * (dv // 2 + row.block_n // 2 * (2 if row.overlap else 1) + 4 * row.q_held)
+    room = min(255, 65536 // (threads * row.min_blocks)) - 24
+    if words > room:
+        return f"its accumulators need {words} registers a thread: there is room for {room}"
+    return None
+
+
+def ampere_smem_bytes(kernel: str, row: AmpereRow, head_dim: int, head_dim_v: int) -> int:
+    """Shared memory of a thread block: sizeof(Smem) in the kernel."""
+    tiles = row.block_m * head_dim + row.stages * row.block_n * max(head_dim, head_dim_v)
+    return 2 * tiles + 128
+
+
+def packs_heads(row: AmpereRow, problem: Problem) -> bool:
+    """Whether the heads that share a kv head share tiles: where that saves a quarter of them."""
+    group = problem.num_heads // problem.num_heads_k if problem.num_heads_k else 1
+    apart, packed = group * -(-problem.seqlen_q // row.block_m), -(-group * problem.seqlen_q // row.block_m)
+    return group > 1 and 4 * packed <= 3 * apart
+
+
+def ampere_candidates(kernel: str, problem: Problem, smem: int) -> Iterator[AmpereRow]:
+    """The rows of the table that hold the heads; then each form with the three longest blocks of keys.
+
+    Each with as much of Q in registers as they hold, and with none; as many buffers as leave room for the other blocks
+    of a multiprocessor, up to four.
+    """
+    widths = problem.head_dim, problem.head_dim_v
+    d, dv = padded_widths(problem)
+    for largest, largest_v, row in AMPERE_TABLE[kernel]:
+        if problem.head_dim <= largest and problem.head_dim_v <= largest_v:
+            yield _fitted(replace(row, remark="", card=0, causal=None, longest=None), problem.head_dim)
+    for block_m, warps, overlap in AMPERE_FORMS:
+        for min_blocks in (3, 2, 1):
+            form = AmpereRow(block_m, 16, warps, 2, min_blocks, 0, overlap, "")
+            blocks = (replace(form, block_n=n) for n in range(128, 16, -16))
+            room = (smem + 1024) // min_blocks - 1024
+            for row in [row for row in blocks if check_ampere(kernel, row, *widths, room) is None][:2]:
+                stages = max(n for n in (2, 3, 4) if ampere_smem_bytes(kernel, replace(row, stages=n), d, dv) <= room)
+                held = (replace(row, stages=stages, q_held=n) for n in range(d // 16, -1, -1))
+                yield next(row for row in held if check_ampere(kernel, row, *widths, room) is None)
+                yield replace(row, stages=stages)
+
+
+def _fitted(row: AmpereRow, head_dim: int) -> AmpereRow:
+    """The row for a head that may have fewer steps than it holds."""
+    return replace(row, q_held=min(row.q_held, -(-head_dim // 16)))
