@@ -6,9 +6,9 @@
 // side by side, so that their loads are under way together. The order of a sum depends on dout's type alone, not on
 // strides. No shared memory. Where lse is -inf the row has no visible key: delta is 0 and dlse is not read.
 //
-// For bwd_sm90, where its tensors are given: lse in exponents of 2, +inf in rows beyond the end; the semaphore of the
-// tile and the tickets are set to 0; so are, in arrival order, the sums of dq, and, in a fixed order, dq of a tile that
-// no key block meets, which nobody else would write.
+// For bwd_sm90 and bwd_sm80, where their tensors are given: lse in exponents of 2, +inf in rows beyond the end;
+// semaphores of the tile and the tickets are set to 0; so are, in arrival order, the sums of dq, and, in a fixed
+// order, dq of a tile that no key block meets, which nobody else would write.
 #include "basics.cuh"
 #include "params.cuh"
 #include "types.cuh"
@@ -35,9 +35,10 @@ __device__ __forceinline__ void clear_tickets(const Params& params) {
 }
 
 __device__ __forceinline__ void prepare_dq(const Params& params, const Work& work, const Sequence& seq) {
-  if (thread_index() == 0) {
-    store_global(rows_of<int>(params.semaphores, seq.batch_index, work.head).at(work.block), Vector<int, 1>{{0}});
-  }
+  // A head has as many for each tile.
+  const int of_tile = static_cast<int>(params.semaphores.head_stride / ceil_div(params.seqlen_q, BLOCK_M));
+  int* semaphores = rows_of<int>(params.semaphores, seq.batch_index, work.head).at(work.block * of_tile);
+  for (int i = thread_index(); i < of_tile; i += NUM_THREADS) store_global(semaphores + i, Vector<int, 1>{{0}});
   if constexpr (!DETERMINISTIC) {
     float* sums = rows_of<float>(params.dq_sums, seq.batch_index, work.head).at(work.block);  // row_stride numbers
     for (int i = 4 * thread_index(); i < params.dq_sums.row_stride; i += 4 * NUM_THREADS) {

@@ -325,54 +325,10 @@ __device__ __forceinline__ void store_scores(
   for (int i = 0; i < STEPS; ++i) stmatrix_x4(shared_address(tile.at[0]) + swizzled(row, eighth + 2 * i), scores[i]);
 }
 
-// Where this thread's numbers of a fragment begin: Fragment's row(0) and first_col().
+// Where this thread's rows of a fragment begin: Fragment's row(0).
 __device__ __forceinline__ int own_row() {
   const unsigned thread = thread_index();
   return static_cast<int>(thread / 32 % 4 * 16 + thread % 32 / 4);
-}
-__device__ __forceinline__ int own_col() {
-  const unsigned thread = thread_index();
-  return static_cast<int>(thread % 4 * 2);
-}
-
-// Who sees the two keys of this thread's rows, queries counted from its first column.
-struct Seen {
-  MaskColumn key[2];
-
-  __device__ __forceinline__ Seen(const Mask& mask, int key0, int query0)
-      : key{mask.column(key0 + own_row(), query0 + own_col()), mask.column(key0 + own_row() + 8, query0 + own_col())} {}
-};
-
-// S^T becomes P^T; `exponents` of the fragment's queries.
-template <int N>
-__device__ __forceinline__ void to_probabilities(
-    Fragment<N>& acc_s, const Score& score, const Accumulator* exponents, const Seen& seen, bool masked) {
-#pragma unroll
-  for (int c = 0; c < acc_s.COLS; c += 2) {
-    const Vector<Accumulator, 2> lse = load_shared<2>(exponents + own_col() + acc_s.ahead(c));
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int r = e / 2, col = c + e % 2;
-      const bool visible = !masked || seen.key[r].visible(acc_s.ahead(col));
-      acc_s(r, col) = probability(score, acc_s(r, col), lse.at[e % 2], visible);
-    }
-  }
-}
-
-// dP^T becomes dS^T.
-template <int N>
-__device__ __forceinline__ void to_score_gradients(
-    Fragment<N>& acc_dp, const Fragment<N>& p, const Accumulator* delta, const Seen& seen, bool masked) {
-#pragma unroll
-  for (int c = 0; c < acc_dp.COLS; c += 2) {
-    const Vector<Accumulator, 2> row = load_shared<2>(delta + own_col() + acc_dp.ahead(c));
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int r = e / 2, col = c + e % 2;
-      const bool visible = !masked || seen.key[r].visible(acc_dp.ahead(col));
-      acc_dp(r, col) = score_gradient(p(r, col), acc_dp(r, col), row.at[e % 2], visible);
-    }
-  }
 }
 
 // Which consumer this is, where it need not be kept in a register.
@@ -383,19 +339,19 @@ template <int N>
 __device__ __forceinline__ void join_dq(const Params& params, Smem& smem, const Job& job, const Turn<NUM_STAGES>& turn,
                                         int head, int m_block, int consumer, Fragment<N>& dq) {
   if constexpr (!DETERMINISTIC) {
-    add_to_part(own_part(tile_sums(params, job.seq.batch_index, head, m_block), consumer), dq);
+    add_to_part<128>(own_part(tile_sums(params, job.seq.batch_index, head, m_block), consumer), dq);
     return;
   }
   mbarrier_wait(shared_address(&smem.order.full[turn.slot]), turn.parity);  // the blocks below have added theirs
   const Leave& leave = smem.order.at[turn.slot];
   float* part = own_part(leave.sums, consumer);
   if (leave.last) {
-    if (!leave.first) add_part(dq, part);
+    if (!leave.first) add_part<128>(dq, part);
     finish_dq(params, rows_from(params.dq, leave.dq), m_block, consumer, dq);
   } else if (leave.first) {
-    store_part(part, dq);
+    store_part<128>(part, dq);
   } else {
-    add_to_part(part, dq);
+    add_to_part<128>(part, dq);
   }
   sync_warp();  // all lanes have added: one may say so
   if (lane_index() == 0) mbarrier_arrive(shared_address(&smem.order.added[turn.slot]));
@@ -470,7 +426,7 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
     Fragment<BLOCK_M> acc_s, acc_dp;  // (64 keys, BLOCK_M)
     Fragment<DQ_COLS> acc_dq;         // (64 columns, DQ_COLS queries)
     unsigned p[BLOCK_M / 16][4], ds[BLOCK_M / 16][4];
-    const Seen seen(mask_of(job.seq), job.n_block * BLOCK_N + 64 * consumer, m_block * BLOCK_M);
+    const Seen seen(mask_of(job.seq), job.n_block * BLOCK_N + 64 * consumer + own_row(), m_block * BLOCK_M);
 
     // S^T = K Q^T
     smem.q_ring.await(turn);
@@ -503,7 +459,7 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
     }
     if (EARLY_DV) add_dv();
     // dS^T = P^T * (dP^T - delta)
-    if constexpr (WANT_DS) to_score_gradients(acc_dp, acc_s, smem.delta[turn.slot], seen, masked);
+    if constexpr (WANT_DS) to_score_gradients(acc_dp, FourOf<BLOCK_M>{acc_s}, smem.delta[turn.slot], seen, masked);
     if constexpr (WANT_DS) round_to(ds, acc_dp);
     if (!EARLY_DV) add_dv();
     // dQ^T = K^T dS^T
@@ -565,7 +521,7 @@ __device__ __forceinline__ void consume_wide(const Params& params, Smem& smem, S
     Fragment<(COLS > 0 ? COLS : 8)> acc_dq;  // (64 queries, COLS)
     unsigned rounded[HALF / 16][4];
     const int query0 = HALF * consumer;
-    const Seen seen(mask_of(job.seq), job.n_block * BLOCK_N, m_block * BLOCK_M + query0);
+    const Seen seen(mask_of(job.seq), job.n_block * BLOCK_N + own_row(), m_block * BLOCK_M + query0);
 
     // S^T = K Q^T
     smem.q_ring.await(turn);
@@ -600,7 +556,7 @@ __device__ __forceinline__ void consume_wide(const Params& params, Smem& smem, S
     wgmma_wait<1>();
     if constexpr (WANT_DS) {
       wgmma_hold(acc_dp.at);
-      to_score_gradients(acc_dp, acc_s, smem.delta[turn.slot] + query0, seen, masked);
+      to_score_gradients(acc_dp, FourOf<HALF>{acc_s}, smem.delta[turn.slot] + query0, seen, masked);
       round_to(rounded, acc_dp);
       store_scores(scores.ds[turn.slot], query0, rounded);
       meet(2);

@@ -1,9 +1,10 @@
 // Forward on Hopper: out = softmax(scale * q k^T) v and lse; tiles come by TMA, products by wgmma.
 //
-// Thread blocks are persistent: each works on one tile after another, BLOCK_M queries of one head. In warpgroup 0, warp
-// 3 walks the list of tiles and tells the others, warp 0 sends for K, warp 1 for V, warp 2 for Q, all of them ahead of
-// the work. Each of the other warpgroups, the consumers, owns 64 of the queries; S and P never leave its registers. Key
-// blocks are taken from the last to the first: those that the diagonal cuts come first, what follows is a straight loop.
+// Thread blocks are persistent: each works on one tile after another, BLOCK_M queries of one head. In warpgroup 0,
+// warp 3 walks the list of tiles and tells the others, warp 0 sends for K, warp 1 for V, warp 2 for Q, all of them
+// ahead of the work. Each of the other warpgroups, the consumers, owns 64 of the queries; S and P never leave its
+// registers. Key blocks are taken from the last to the first: those that the diagonal cuts come first, what follows
+// is a straight loop.
 //
 //     OVERLAP: the products of one block run under the softmax of the one before     two consumers, 240 registers
 //
@@ -63,9 +64,9 @@ struct Smem {
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
 
-// The first query of a tile. Where a tile has warpgroups without rows it is the last one; or, in a causal head, where the
-// last one is the longest, the first one, whose row0 is then below 0 by whole warpgroups. (Where BLOCK_M is no more than
-// BLOCK_N, every tile that begins at a multiple of it has one block on the diagonal, which is worth more.)
+// The first query of a tile. Where a tile has warpgroups without rows it is the last one; or, in a causal head, where
+// the last one is the longest, the first one, whose row0 is then below 0 by whole warpgroups. (Where BLOCK_M is no
+// more than BLOCK_N, every tile that begins at a multiple of it has one block on the diagonal, which is worth more.)
 __device__ __forceinline__ int row0_of(const Sequence& seq, const Work& work) {
   constexpr bool FIRST_IS_CUT = CAUSAL && BLOCK_N < BLOCK_M;
   const int missing = FIRST_IS_CUT ? (ceil_div(seq.seqlen_q, BLOCK_M) * BLOCK_M - seq.seqlen_q) / 64 * 64 : 0;

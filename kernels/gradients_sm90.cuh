@@ -12,6 +12,7 @@
 #include "seqlen.cuh"
 #include "rows.cuh"
 #include "tile_sm90.cuh"
+#include "gradients.cuh"
 
 constexpr bool WIDE = HEAD_DIM > 128 || HEAD_DIM_V > 128;
 
@@ -27,38 +28,9 @@ constexpr int DQ_NUMBERS = WIDE ? BLOCK_M * HEAD_DIM : 128 * DQ_COLS;  // of a t
 constexpr int DQ_SECOND = WIDE ? 64 * first_share(HEAD_DIM) : 64 * DQ_COLS;  // where consumer 1's begin
 static_assert(WIDE ? BLOCK_M == 64 : BLOCK_M % 16 == 0, "a tile is dealt out to two warpgroups");
 
-// A tile in dq_sums; and there this thread's first four numbers: a warpgroup's part lies as its threads hold it, four
-// by four, so that a warp moves 512 bytes at a time.
-__device__ __forceinline__ float* tile_sums(const Params& params, const int (&batch_index)[4], int head, int m_block) {
-  return rows_of<float>(params.dq_sums, batch_index, head).at(m_block);  // (m_block, DQ_NUMBERS)
-}
+// This thread's first four numbers in a tile's sums.
 __device__ __forceinline__ float* own_part(float* sums, int consumer) {
   return sums + (consumer * DQ_SECOND + 4 * (static_cast<unsigned>(thread_index_again()) % 128));
-}
-template <int N>
-__device__ __forceinline__ void store_part(float* part, const Fragment<N>& dq) {
-#pragma unroll
-  for (int i = 0; i < N / 2; i += 4) {
-    store_global(part + 128 * i, Vector<float, 4>{{dq.at[i], dq.at[i + 1], dq.at[i + 2], dq.at[i + 3]}});
-  }
-}
-template <int N>
-__device__ __forceinline__ void add_to_part(float* part, const Fragment<N>& dq) {
-#pragma unroll
-  for (int i = 0; i < N / 2; i += 4) {
-    const float four[4] = {dq.at[i], dq.at[i + 1], dq.at[i + 2], dq.at[i + 3]};
-    add_global(part + 128 * i, four);
-  }
-}
-// What other key blocks have added comes first in the sum, as if this one had added its own.
-template <int N>
-__device__ __forceinline__ void add_part(Fragment<N>& dq, const float* part) {
-#pragma unroll
-  for (int i = 0; i < N / 2; i += 4) {
-    const Vector<float, 4> four = load_global_written<4>(part + 128 * i);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) dq.at[i + e] += four.at[e];
-  }
 }
 
 // ---- to a tensor

@@ -168,6 +168,21 @@ __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
 }
 
+// ---- neighbours added to global memory, as one instruction where there is one (sm_90); the address is aligned to all
+__device__ __forceinline__ void add_global(float* p, const float (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(p)), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    asm volatile("red.global.add.f32 [%0], %1;" : : "l"(__cvta_generic_to_global(p + i)), "f"(x[i]) : "memory");
+  }
+#endif
+}
+
 // ---- flags between thread blocks, in global memory
 // All that this thread wrote, or saw written, before the release is seen by whoever acquires the value after.
 __device__ __forceinline__ int load_acquire(const int* flag) {
@@ -189,4 +204,13 @@ __device__ __forceinline__ void add_release(int* flag, int value) {
                :
                : "l"(__cvta_generic_to_global(flag)), "r"(value)
                : "memory");
+}
+// The value before the sum; sees all that was written before the releases it comes behind.
+__device__ __forceinline__ int add_acquire_release(int* flag, int value) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(flag)), "r"(value)
+               : "memory");
+  return before;
 }

@@ -61,17 +61,11 @@ __device__ __forceinline__ void stmatrix_x4_trans(unsigned shared, const unsigne
                : "memory");
 }
 
-// ---- neighbours added to global memory as one; the address is aligned to all of them
+// ---- two neighbours added to global memory as one; the address is aligned to both
 __device__ __forceinline__ void add_global(float* p, const float (&x)[2]) {
   asm volatile("red.global.add.v2.f32 [%0], {%1, %2};"
                :
                : "l"(__cvta_generic_to_global(p)), "f"(x[0]), "f"(x[1])
-               : "memory");
-}
-__device__ __forceinline__ void add_global(float* p, const float (&x)[4]) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
-               :
-               : "l"(__cvta_generic_to_global(p)), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
                : "memory");
 }
 

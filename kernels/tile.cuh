@@ -157,7 +157,8 @@ __device__ __forceinline__ void load_tile(
   }
 }
 
-// Numbers [row0, row_end) of a tensor that has rows but no columns, and zeros to the end of N. By the whole block, like load_tile.
+// Numbers [row0, row_end) of a tensor that has rows but no columns, and zeros to the end of N. By the whole block,
+// like load_tile.
 template <int N>
 __device__ __forceinline__ void load_numbers(
     Accumulator (&numbers)[N], const Rows<const Accumulator>& rows, int row0, int row_end) {

@@ -85,6 +85,10 @@ __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
   emulator::named_barrier("bar.arrive", barrier, threads, false);
 }
 
+__device__ __forceinline__ void add_global(float* p, const float (&x)[4]) {
+  emulator::atomic_vector_add(emulator::TYPE_F32, p, x, 4);
+}
+
 __device__ __forceinline__ int load_acquire(const int* flag) {
   return static_cast<int>(emulator::load_ordered(flag, 4, emulator::ACQUIRE));
 }
@@ -94,4 +98,8 @@ __device__ __forceinline__ void store_release(int* flag, int value) {
 __device__ __forceinline__ void add_release(int* flag, int value) {
   emulator::atomic(emulator::ATOMIC_ADD, emulator::TYPE_I32, flag, static_cast<unsigned>(value), 0,
                    emulator::RELEASE);
+}
+__device__ __forceinline__ int add_acquire_release(int* flag, int value) {
+  return static_cast<int>(emulator::atomic(emulator::ATOMIC_ADD, emulator::TYPE_I32, flag, static_cast<unsigned>(value),
+                                           0, emulator::ACQUIRE_RELEASE));
 }

@@ -36,9 +36,6 @@ __device__ __forceinline__ void stmatrix_x4_trans(unsigned shared, const unsigne
 __device__ __forceinline__ void add_global(float* p, const float (&x)[2]) {
   emulator::atomic_vector_add(emulator::TYPE_F32, p, x, 2);
 }
-__device__ __forceinline__ void add_global(float* p, const float (&x)[4]) {
-  emulator::atomic_vector_add(emulator::TYPE_F32, p, x, 4);
-}
 
 __device__ __forceinline__ bool elect_one() { return emulator::elect(0xffffffffu); }
 
