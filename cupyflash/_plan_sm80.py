@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import _tiles_sm80 as _tiles
 from ._compile import Spec
 from ._plan import Device, KernelPlan, Plan, Tile, chains, grid, sign
+from ._plan_backward import backward_plan, backward_spec, keyed, preparation, temporaries_of
 from ._problem import Problem
 from ._tiles import padded_widths
 
@@ -69,3 +70,29 @@ def plan_sm80(problem: Problem, device: Device, tile: Tile, copies: tuple[str, .
         chain_q=chain_q,
         rounds_p=True,
     )
+
+
+def plan_sm80_backward(
+    problem: Problem,
+    device: Device,
+    tile: Tile,
+    wrt: frozenset[str],
+    copies: tuple[str, ...],
+    deterministic: bool,
+) -> Plan:
+    """bwd_delta prepares, bwd_sm80 computes, one thread block for each block of keys; bwd_finish sums partials."""
+    row = _tiles.choose_ampere_backward(problem, tile, device.smem)
+    widths = padded_widths(problem)
+    heads_k = problem.num_heads_k * problem.batch
+    jobs = grid(problem.seqlen_k, row.block_n, heads_k)
+    main = KernelPlan(
+        spec=backward_spec("bwd_sm80", problem, row, wrt, deterministic),
+        grid=jobs,
+        threads=32 * row.warps,
+        smem=_tiles.ampere_backward_smem_bytes(row, *widths),
+        writes=(*keyed(wrt), *(("dq", "dq_sums", "semaphores") if "q" in wrt else ()), "tickets"),
+        section=_tiles.ampere_backward_section(row, heads_k),
+    )
+    kernels = (preparation(problem, row, wrt, deterministic), main)
+    temporaries = temporaries_of(problem, row, wrt, 1 if deterministic else row.warps, row.block_m * widths[0])
+    return backward_plan("sm80", problem, device, row, wrt, kernels, temporaries, copies)

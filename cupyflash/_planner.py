@@ -11,7 +11,7 @@ from functools import lru_cache
 from . import _cpu
 from ._plan import Device, Plan, Tile, chains
 from ._plan_simt import plan_simt
-from ._plan_sm80 import plan_sm80, why_not_sm80
+from ._plan_sm80 import plan_sm80, plan_sm80_backward, why_not_sm80
 from ._plan_sm90 import plan_sm90, plan_sm90_backward, why_not_sm90
 from ._problem import Problem
 
@@ -129,7 +129,7 @@ def _plan_family(
     if why is None and family in (None, "sm80"):
         if wrt is None:
             return replace(plan_sm80(problem, device, tile, copies), declined=declined)
-        why = "it has no backward yet"
+        return replace(plan_sm80_backward(problem, device, tile, wrt, copies, deterministic), declined=declined)
     if why is not None:
         declined += (("sm80", why),)
     return replace(plan_simt(problem, device, tile, wrt, copies), declined=declined)

@@ -7,7 +7,15 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from ._tiles_simt import TABLE, TileRow, check_row, padded_width, simt_candidates
-from ._tiles_sm80 import AMPERE_TABLE, AmpereRow, ampere_candidates, check_ampere
+from ._tiles_sm80 import (
+    AMPERE_TABLE,
+    AmpereBackwardRow,
+    AmpereRow,
+    ampere_backward_candidates,
+    ampere_candidates,
+    check_ampere,
+    check_ampere_backward,
+)
 from ._tiles_sm90 import (
     HOPPER_TABLE,
     HopperBackwardRow,
@@ -21,14 +29,19 @@ from ._tiles_sm90 import (
 if TYPE_CHECKING:
     from ._problem import Problem
 
-Row = TileRow | AmpereRow | HopperRow | HopperBackwardRow
+Row = TileRow | AmpereRow | AmpereBackwardRow | HopperRow | HopperBackwardRow
 _CHOICE = frozenset({"remark", "card", "causal", "longest"})  # fields that say when a row is chosen, not what it does
-_KINDS: dict[str, type[Row]] = {"fwd_sm80": AmpereRow, "fwd_sm90": HopperRow, "bwd_sm90": HopperBackwardRow}
+_KINDS: dict[str, type[Row]] = {
+    "fwd_sm80": AmpereRow,
+    "bwd_sm80": AmpereBackwardRow,
+    "fwd_sm90": HopperRow,
+    "bwd_sm90": HopperBackwardRow,
+}
 
 
 def tiled_kernels() -> frozenset[str]:
     """The kernels that have tiles to choose from."""
-    return frozenset({*AMPERE_TABLE, *HOPPER_TABLE, "bwd_sm90"}) | {kernel for kernel, _ in TABLE}
+    return frozenset({*AMPERE_TABLE, "bwd_sm80", *HOPPER_TABLE, "bwd_sm90"}) | {kernel for kernel, _ in TABLE}
 
 
 def row_fields(row: Row) -> dict[str, int | bool]:
@@ -57,6 +70,8 @@ def why_not(kernel: str, row: Row, problem: Problem, smem: int) -> str | None:
         return check_hopper(kernel, row, head_dim, head_dim_v, smem)
     if isinstance(row, AmpereRow):
         return check_ampere(kernel, row, head_dim, head_dim_v, smem)
+    if isinstance(row, AmpereBackwardRow):
+        return check_ampere_backward(row, head_dim, head_dim_v, smem)
     if isinstance(row, HopperBackwardRow):
         return check_hopper_backward(row, head_dim, head_dim_v, smem)
     padded, padded_v = (padded_width(d, row.dim_chunk) for d in (head_dim, head_dim_v))
@@ -70,6 +85,8 @@ def candidates(kernel: str, problem: Problem, smem: int) -> tuple[Row, ...]:
         rows = hopper_candidates(kernel, problem, smem)
     elif kernel in AMPERE_TABLE:
         rows = ampere_candidates(kernel, problem, smem)
+    elif kernel == "bwd_sm80":
+        rows = ampere_backward_candidates(problem)
     elif kernel == "bwd_sm90":
         rows = hopper_backward_candidates(problem)
     else:

@@ -36,18 +36,20 @@ class AmpereRow:
     longest: int | None = None  # keys
 
 
-# kernel -> (largest width of q and k, of v, row): the first that fits.
+# kernel -> (largest width of q and k, of v, row): the first that fits. Remarks: FlashAttention-2's time to ours on an
+# H100, as torch calls it, at 4096 queries; bfloat16, 16384 rows and 2048 columns over all heads.
 AMPERE_TABLE: dict[str, tuple[tuple[int, int, AmpereRow], ...]] = {
     "fwd_sm80": (
-        (64, 64, AmpereRow(128, 64, 4, 4, 2, 4, False, "not measured")),
+        (64, 64, AmpereRow(128, 128, 4, 3, 2, 0, False, "1.03, causal 1.06; 96 keys 0.99, 64 keys 0.95", card=163)),
+        (64, 64, AmpereRow(128, 64, 4, 4, 2, 4, False, "0.90, causal 0.92 on an H100")),
         (96, 96, AmpereRow(128, 64, 4, 4, 2, 2, False, "not measured", card=163)),
         (64, 128, AmpereRow(128, 64, 4, 3, 2, 1, False, "not measured", card=163)),
-        (128, 128, AmpereRow(128, 64, 4, 4, 2, 3, False, "not measured", card=227)),
+        (128, 128, AmpereRow(128, 64, 4, 4, 2, 3, False, "0.93, causal 1.04; 3 stages 0.94", card=227)),
         (128, 128, AmpereRow(128, 64, 4, 3, 2, 3, False, "not measured", card=163)),
         (128, 128, AmpereRow(64, 64, 4, 2, 2, 8, False, "not measured; two blocks just fit")),
         (192, 128, AmpereRow(128, 64, 4, 2, 2, 1, False, "not measured", card=227)),
         (192, 192, AmpereRow(64, 64, 4, 2, 2, 4, False, "not measured")),
-        (256, 256, AmpereRow(64, 64, 4, 2, 2, 0, False, "not measured")),
+        (256, 256, AmpereRow(64, 64, 4, 2, 2, 0, False, "0.89, causal 1.00; (128, 64, 8 warps) 0.80")),
     ),
 }
 # Queries, warps, overlap: what fwd_sm80 is tried with.
@@ -148,3 +150,107 @@ def ampere_candidates(kernel: str, problem: Problem, smem: int) -> Iterator[Ampe
 def _fitted(row: AmpereRow, head_dim: int) -> AmpereRow:
     """The row for a head that may have fewer steps than it holds."""
     return replace(row, q_held=min(row.q_held, -(-head_dim // 16)))
+
+
+@dataclass(frozen=True)
+class AmpereBackwardRow:
+    """One tile of the sm80 backward.
+
+    Two warps share ``block_n / (warps / 2)`` keys, 16 or more. ``heads`` are the kv heads that run side by side: too
+    few, and the key blocks of one head queue up; too many, and their Q, dO and dq leave L2. ``card`` as in AmpereRow.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    heads: int
+    remark: str
+    card: int = 0
+    causal: bool | None = None  # which problems the row is for; None: both
+    longest: int | None = None  # queries
+
+
+# (largest width of q and k, of v, row): the first that fits. Remarks as above, at the row's longest length or at 4096.
+AMPERE_BACKWARD_TABLE: tuple[tuple[int, int, AmpereBackwardRow], ...] = (
+    (64, 64, AmpereBackwardRow(64, 128, 8, 2, 32, "0.76, causal 0.83; 192 keys, spilled, 0.78, 0.90", card=163)),
+    (64, 64, AmpereBackwardRow(32, 128, 8, 2, 32, "0.45 on an H100, before order was kept by one lane")),
+    (128, 128, AmpereBackwardRow(64, 128, 8, 2, 32, "1024: 1.08, causal 1.08; 8 heads 0.99", card=227, longest=2048)),
+    (128, 128, AmpereBackwardRow(64, 128, 8, 2, 8, "0.97, causal 0.96; 32 heads 0.93", card=227)),
+    (128, 128, AmpereBackwardRow(32, 128, 8, 2, 8, "not measured", card=163)),
+    (128, 128, AmpereBackwardRow(32, 64, 8, 2, 8, "not measured")),
+    (256, 256, AmpereBackwardRow(64, 64, 8, 2, 16, "1.12; 8 heads 1.11", card=227, causal=False, longest=1024)),
+    (256, 256, AmpereBackwardRow(64, 64, 8, 2, 8, "0.92; 16 heads 0.80", card=227, causal=False)),
+    (256, 256, AmpereBackwardRow(64, 64, 8, 2, 32, "0.96; 8 heads 0.91", card=227)),
+    (256, 256, AmpereBackwardRow(32, 64, 8, 2, 8, "not measured", card=163)),
+    (256, 256, AmpereBackwardRow(16, 32, 4, 2, 8, "not measured")),
+)
+
+
+def choose_ampere_backward(problem: Problem, tile: Tile, smem: int) -> AmpereBackwardRow:
+    """The first row that is for a problem and a card, with the caller's tile in its place; or ValueError."""
+    if (own := tile.row("bwd_sm80")) is not None:
+        return own  # type: ignore[no-any-return]
+    head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
+    row = next(
+        row
+        for largest, largest_v, row in AMPERE_BACKWARD_TABLE
+        if head_dim <= largest
+        and head_dim_v <= largest_v
+        and smem >= row.card * 1024
+        and row.causal in (None, problem.causal)
+        and (row.longest is None or problem.seqlen_q <= row.longest)
+    )
+    names = ("block_m", "block_n", "stages", "warps")
+    row = replace(row, **{name: n for name in names if (n := getattr(tile, name)) is not None})
+    why = check_ampere_backward(row, head_dim, head_dim_v, smem)
+    if why is not None:
+        raise ValueError(f"{tile} does not fit bwd_sm80 (head widths {head_dim}, {head_dim_v}): {why}")
+    return row
+
+
+def check_ampere_backward(row: AmpereBackwardRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:
+    """Why a tile can't run, or None."""
+    if row.warps % 4 or not 4 <= row.warps <= 16:
+        return f"warps={row.warps}: it is 4, 8, 12 or 16, two for each group of keys"
+    if row.block_n % (8 * row.warps):
+        return f"block_n={row.block_n}: with warps={row.warps} it is a multiple of {8 * row.warps}, 16 for two warps"
+    if row.block_m % 16 or not 16 <= row.block_m <= 256:
+        return f"block_m={row.block_m}: it is a multiple of 16 up to 256"
+    if row.stages != 2:
+        return f"stages={row.stages}: there are 2, one tile worked on while the next arrives"
+    d, dv = (next(w for w in WIDTHS if w >= width) for width in (head_dim, head_dim_v))
+    needed = ampere_backward_smem_bytes(row, d, dv)
+    if needed > smem:
+        return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
+    # dk or dv beside scores, and these rounded, one fragment after the other.
+    fragments = row.block_n // (8 * row.warps)
+    words = fragments * (max(d, dv) // 2 + row.block_m // 2) + row.block_m // 4
+    room = min(255, 65536 // (32 * row.warps)) - 24
+    if words > room:
+        return f"its accumulators need {words} registers a thread: there is room for {room}"
+    return None
+
+
+def ampere_backward_smem_bytes(row: AmpereBackwardRow, head_dim: int, head_dim_v: int) -> int:
+    """Shared memory of a thread block: sizeof(Smem) in the kernel."""
+    m, n, both = row.block_m, row.block_n, head_dim + head_dim_v
+    job = 192
+    return 2 * (n * both + 2 * m * both + n * m) + 4 * n * m + -(-(16 * m + 8 + job) // 128) * 128
+
+
+def ampere_backward_section(row: AmpereBackwardRow, heads_k: int) -> int:
+    """How many kv heads run side by side. It changes the order of jobs, never the bits."""
+    count = -(-heads_k // row.heads)
+    return max(1, -(-heads_k // max(1, count)))  # sections of equal size
+
+
+def ampere_backward_candidates(problem: Problem) -> Iterator[AmpereBackwardRow]:
+    """The rows of the table that hold the heads, and other blocks, each with several numbers of heads side by side."""
+    for largest, largest_v, row in AMPERE_BACKWARD_TABLE:
+        if problem.head_dim <= largest and problem.head_dim_v <= largest_v:
+            yield replace(row, remark="", card=0, causal=None, longest=None)
+    for block_m in (32, 64, 128):
+        for block_n, warps in ((64, 8), (128, 8), (192, 12)):
+            for heads in (4, 8, 16, 32, 64):
+                yield AmpereBackwardRow(block_m, block_n, warps, 2, heads, "")

@@ -100,13 +100,13 @@ __device__ __forceinline__ int bytes_inside(int col, int col_end, int size) {
 
 // By 16 bytes. LANES lanes take a row, in STEPS steps; the block takes ROW_STEP rows at once. `whole`: all rows are
 // inside, which saves asking each.
-template <int ROWS, int COLS, typename Source>
+template <int THREADS, int ROWS, int COLS, typename Source>
 __device__ __forceinline__ void load_by_chunk(
     SwizzledTile<ROWS, COLS>& tile, const Source& source, int row0, int row_end, int col_end, bool whole) {
   using Tile = SwizzledTile<ROWS, COLS>;
-  constexpr int LANES = Tile::GROUP, STEPS = COLS / 8 / LANES, ROW_STEP = NUM_THREADS / LANES;
+  constexpr int LANES = Tile::GROUP, STEPS = COLS / 8 / LANES, ROW_STEP = THREADS / LANES;
   static_assert(ROW_STEP % 8 == 0, "a thread's rows have one place in the swizzle's pattern");
-  const int thread = thread_index_again(), first_row = thread / LANES, first_chunk = thread % LANES;
+  const int thread = thread_index_again() % THREADS, first_row = thread / LANES, first_chunk = thread % LANES;
   const unsigned to = shared_address(&tile) + 2 * COLS * first_row + 16 * (first_chunk ^ Tile::turn(first_row));
   int bytes[STEPS];
 #pragma unroll
@@ -127,12 +127,12 @@ __device__ __forceinline__ void load_by_chunk(
 }
 
 // By 8 or 4 bytes, for rows that are aligned to no more.
-template <int BYTES, int ROWS, int COLS, typename Source>
+template <int THREADS, int BYTES, int ROWS, int COLS, typename Source>
 __device__ __forceinline__ void load_by_part(
     SwizzledTile<ROWS, COLS>& tile, const Source& source, int row0, int row_end, int col_end) {
   constexpr int WIDTH = BYTES / sizeof(Element), PARTS = COLS / WIDTH;
 #pragma unroll 1
-  for (int i = thread_index_again(); i < ROWS * PARTS; i += NUM_THREADS) {
+  for (int i = thread_index_again() % THREADS; i < ROWS * PARTS; i += THREADS) {
     const int row = i / PARTS, col = i % PARTS * WIDTH;
     const int bytes = row < row_end - row0 ? bytes_inside(col, col_end, BYTES) : 0;
     cp_async<BYTES>(
@@ -142,14 +142,14 @@ __device__ __forceinline__ void load_by_part(
 
 // One by one, any strides. Neighbouring threads take what is nearer in memory: the next chunk of a row, or the next
 // row.
-template <int ROWS, int COLS, typename Source>
+template <int THREADS, int ROWS, int COLS, typename Source>
 __device__ __forceinline__ void load_by_element(
     SwizzledTile<ROWS, COLS>& tile, const Source& source, int row0, int row_end, int col_end) {
   constexpr int CHUNKS = COLS / 8;
   const long long col_stride = col_stride_of(source);
   const bool along_row = col_stride == 1 || col_stride == -1;
 #pragma unroll 1
-  for (int i = thread_index_again(); i < ROWS * CHUNKS; i += NUM_THREADS) {
+  for (int i = thread_index_again() % THREADS; i < ROWS * CHUNKS; i += THREADS) {
     const int row = along_row ? i / CHUNKS : i % ROWS, chunk = along_row ? i % CHUNKS : i / ROWS;
     Vector<Element, 8> numbers = {};
     if (row < row_end - row0) {
@@ -164,20 +164,21 @@ __device__ __forceinline__ void load_by_element(
 }
 
 // Rows [row0, row_end) and columns [0, col_end) of the tensor, the rest of the tile zero; what lies outside is never
-// read. By the whole block, which then commits, waits and meets before it reads the tile. `bytes`:
-// bytes_at_a_time(source), or fewer. `whole` is a constant: the caller knows that all rows of the tile are inside.
-template <int ROWS, int COLS, typename Source>
+// read. By the whole block, or by THREADS neighbours of it, the first one a multiple of THREADS; they then commit and
+// wait, and all meet before they read the tile. `bytes`: bytes_at_a_time(source), or fewer. `whole` is a constant: the
+// caller knows that all rows of the tile are inside.
+template <int THREADS = NUM_THREADS, int ROWS, int COLS, typename Source>
 __device__ __forceinline__ void load_tile(
     SwizzledTile<ROWS, COLS>& tile, const Source& source, int bytes, int row0, int row_end, int col_end,
     bool whole = false) {
   if (bytes == 16) {
-    load_by_chunk(tile, source, row0, row_end, col_end, whole);
+    load_by_chunk<THREADS>(tile, source, row0, row_end, col_end, whole);
   } else if (bytes == 8) {
-    load_by_part<8>(tile, source, row0, row_end, col_end);
+    load_by_part<THREADS, 8>(tile, source, row0, row_end, col_end);
   } else if (bytes == 4) {
-    load_by_part<4>(tile, source, row0, row_end, col_end);
+    load_by_part<THREADS, 4>(tile, source, row0, row_end, col_end);
   } else {
-    load_by_element(tile, source, row0, row_end, col_end);
+    load_by_element<THREADS>(tile, source, row0, row_end, col_end);
   }
 }
 

@@ -1,0 +1,439 @@
+// Backward on tensor cores since Ampere: dq, dk and dv in one pass over the scores; tiles come by cp.async, products by
+// mma.sync.
+//
+// A thread block owns BLOCK_N keys of one kv head. It walks the query heads that read this kv head, in order, and of
+// each the query tiles that see its keys, from the last to the first; dk and dv add up in registers. Scores are
+// transposed: a row belongs to a key. The keys are dealt out to GROUPS of two warps, 16 * FRAGMENTS to each; of a
+// group one warp makes P and dv, the other one dS and dk. So each holds one of the two sums, and has rows enough to
+// use what it reads twice.
+//
+//     one turn, query tile m:    values warp                      keys warp
+//                                S^T  = K Q(m)^T                  dP^T = V dO(m)^T
+//                                P^T  = exp2(S^T - lse)
+//                                     P^T, float32      ------->  dS^T = P^T * (dP^T - delta)
+//                                dV  += P^T dO(m)                 dK  += dS^T Q(m)
+//                                     all warps         <-------  dS^T, rounded
+//                                dQ   = dS K, dealt out in UNITS of queries and columns to all warps
+//
+// A fixed order (DETERMINISTIC): a unit of dQ is the sum over key blocks in ascending order. The tile's semaphore
+// counts the blocks that have added theirs; the first stores, the last adds the sum to its own numbers, scales,
+// rounds and writes dq. A block takes a ticket before it begins, and waits only for blocks of the same head with
+// lower tickets, which have begun too: whoever holds the lowest unfinished ticket waits for nobody, whichever blocks
+// are resident. Otherwise all add in the order of arrival, and who arrives last writes dq.
+//
+//     shared memory:   k (BLOCK_N, HEAD_DIM)   v (BLOCK_N, HEAD_DIM_V)   ds (BLOCK_N, BLOCK_M)   p, as lanes hold it
+//                      q, dout  2 x (BLOCK_M, width), and lse, delta of their rows
+//     who waits:       all, once a turn: the next tiles have come, the last ones are read
+//                      a keys warp for P of its group; all for dS
+#include "basics.cuh"
+#include "params.cuh"
+#include "types.cuh"
+#include "memory.cuh"
+#include "seqlen.cuh"
+#include "schedule.cuh"
+#include "mask.cuh"
+#include "score.cuh"
+#include "tile_sm80.cuh"
+#include "softmax.cuh"
+#include "gradients.cuh"
+
+static_assert(NUM_STAGES == 2, "one tile of queries is worked on while the next arrives");
+constexpr int GROUPS = NUM_WARPS / 2, FRAGMENTS = BLOCK_N / (16 * GROUPS);  // of 16 keys, a group
+static_assert(NUM_WARPS == 2 * GROUPS && BLOCK_N == 16 * GROUPS * FRAGMENTS, "keys are dealt out in sixteens");
+static_assert(BLOCK_M % 16 == 0, "products sum over queries in steps of 16");
+
+constexpr bool WANT_DS = WANT_DQ || WANT_DK;
+
+// dQ of a tile in units of UNIT_ROWS queries and UNIT_COLS columns: as large as the registers allow that dv or dk
+// leave, 16 or 32, and as leaves every warp one, since a larger one reads less for what it computes.
+constexpr __device__ __forceinline__ int units_of(int rows, int cols) { return BLOCK_M / rows * (HEAD_DIM / cols); }
+constexpr __device__ __forceinline__ int unit_cols_of(int rows) {
+  int cols = smaller(POWER_IN<HEAD_DIM, 64>, (FRAGMENTS > 1 ? 512 : 1024) / rows);
+  while (cols > 16 && units_of(rows, cols) < NUM_WARPS) cols /= 2;
+  return cols;
+}
+constexpr int UNIT_ROWS = BLOCK_M % 32 == 0 && units_of(32, unit_cols_of(32)) >= NUM_WARPS ? 32 : 16;
+constexpr int UNIT_COLS = unit_cols_of(UNIT_ROWS), UNITS = units_of(UNIT_ROWS, UNIT_COLS);
+constexpr int UNIT_FRAGMENTS = UNIT_ROWS / 16;
+
+// Named barriers; 0 is sync_block()'s. Of group g: HANDED_OVER + g.
+constexpr int NEXT_TURN = 1, SCORES_READY = 2, KEYS_WARPS = 3, HANDED_OVER = 4;
+static_assert(HANDED_OVER + GROUPS <= 16, "there are 16 named barriers");
+
+// What this thread block works on: worked out once, by one thread, and read from shared memory, since what all turns
+// have in common would fill the registers.
+struct Job {
+  Sequence seq;
+  int n_block, head_k;
+  int first_head, heads;       // that read head_k
+  int begin, full_begin, end;  // query tiles; unmasked from full_begin on
+  // Of the first head.
+  Rows<const Element> q, dout;
+  int q_bytes, dout_bytes;  // that can be copied as one
+  const Accumulator *exponents, *delta;
+  Rows<Gradient_q> dq;
+  float* dq_sums;
+  int* semaphores;
+
+  __device__ __forceinline__ void describe(const Params& params, int ticket) {
+    TileWalk walk(params, ceil_div(params.seqlen_k, BLOCK_N), params.num_heads_k);
+    walk.index = ticket;
+    const Work work = walk.work(Longest::FIRST_BLOCK);
+    seq = sequence_of(params, work.batch);
+    n_block = work.block;
+    head_k = work.head;
+    heads = params.num_heads / params.num_heads_k;
+    first_head = work.head * heads;
+    const BlockRange blocks = mask_of(seq).query_blocks(n_block);
+    begin = blocks.begin;
+    end = blocks.end;
+    // The diagonal cuts the first tiles only: full_end is end. Keys beyond the end are masked in every turn: their
+    // logit of 0 may be far above lse.
+    full_begin = seq.seqlen_k - BLOCK_N < n_block * BLOCK_N ? blocks.end : blocks.full_begin;
+    const auto place = [&](const Tensor& tensor) ALWAYS_INLINE {
+      return entry_offset(tensor, seq.batch_index) + first_head * tensor.head_stride;
+    };
+    q = rows_of<const Element>(params.q, seq.batch_index, first_head);           // (seqlen_q, head_dim)
+    dout = rows_of<const Element>(params.dout, seq.batch_index, first_head);     // (seqlen_q, head_dim_v)
+    q_bytes = bytes_at_a_time(PackedRows<const Element>{q, params.q.head_stride, heads});
+    dout_bytes = bytes_at_a_time(PackedRows<const Element>{dout, params.dout.head_stride, heads});
+    exponents = static_cast<const Accumulator*>(params.exponents.data) + place(params.exponents);  // (m_block, BLOCK_M)
+    delta = static_cast<const Accumulator*>(params.delta.data) + place(params.delta);              // (m_block, BLOCK_M)
+    dq = rows_of<Gradient_q>(params.dq, seq.batch_index, first_head);            // (seqlen_q, head_dim)
+    dq_sums = static_cast<float*>(params.dq_sums.data) + place(params.dq_sums);  // (m_block, BLOCK_M * HEAD_DIM)
+    semaphores = static_cast<int*>(params.semaphores.data) + place(params.semaphores);  // (m_block, one or NUM_WARPS)
+  }
+};
+
+// One turn: a query tile of one head. From the last tile of the first head on.
+struct TurnOf {
+  int head, m_block, slot;  // head: behind the first
+
+  __device__ __forceinline__ explicit TurnOf(const Job& job)
+      : head(job.begin < job.end ? 0 : job.heads), m_block(job.end - 1), slot(0) {}
+  __device__ __forceinline__ bool exists(const Job& job) const { return head < job.heads; }
+  __device__ __forceinline__ void advance(const Job& job) {
+    slot ^= 1;
+    if (--m_block < job.begin) {
+      m_block = job.end - 1;
+      ++head;
+    }
+  }
+};
+
+struct Smem {
+  SwizzledTile<BLOCK_N, HEAD_DIM> k;
+  SwizzledTile<BLOCK_N, HEAD_DIM_V> v;
+  SwizzledTile<BLOCK_M, HEAD_DIM> q[2];
+  SwizzledTile<BLOCK_M, HEAD_DIM_V> dout[2];
+  SwizzledTile<BLOCK_N, BLOCK_M> ds;                                       // dS^T, rounded
+  alignas(16) Accumulator p[GROUPS][FRAGMENTS * BLOCK_M / 8][32][4];       // P^T
+  alignas(16) Accumulator exponents[2][BLOCK_M], delta[2][BLOCK_M];
+  int* added;  // the semaphore that has still to be told of a turn
+  Job job;
+};
+constexpr int SMEM_BYTES = sizeof(Smem);
+
+// ---- loads, by the whole block
+
+// The numbers of a tile's rows, which bwd_delta has padded to whole tiles, 16 bytes a thread.
+__device__ __forceinline__ void load_numbers(Accumulator (&numbers)[BLOCK_M], const Accumulator* from, int thread) {
+  const int first = 4 * thread;
+  if (first >= 0 && first < BLOCK_M) cp_async<16>(shared_address(&numbers[first]), from + first);
+}
+
+// By THREADS threads of the block.
+template <int THREADS>
+__device__ __forceinline__ void load_queries(const Params& params, Smem& smem, const TurnOf& turn) {
+  const Job& job = smem.job;
+  const int row0 = turn.m_block * BLOCK_M, row_end = job.seq.seqlen_q;
+  Rows<const Element> q = job.q, dout = job.dout;
+  q.data += turn.head * params.q.head_stride;
+  dout.data += turn.head * params.dout.head_stride;
+  load_tile<THREADS>(smem.q[turn.slot], q, job.q_bytes, row0, row_end, params.head_dim);
+  load_tile<THREADS>(smem.dout[turn.slot], dout, job.dout_bytes, row0, row_end, params.head_dim_v);
+  const int thread = thread_index_again() % THREADS;
+  load_numbers(smem.exponents[turn.slot], job.exponents + turn.head * params.exponents.head_stride + row0, thread);
+  load_numbers(
+      smem.delta[turn.slot], job.delta + turn.head * params.delta.head_stride + row0, thread - BLOCK_M / 4);
+}
+
+__device__ __forceinline__ void load_keys(const Params& params, Smem& smem) {
+  const Job& job = smem.job;
+  const int row0 = job.n_block * BLOCK_N;
+  const auto k = rows_of<const Element>(params.k, job.seq.batch_index, job.head_k);  // (seqlen_k, head_dim)
+  const auto v = rows_of<const Element>(params.v, job.seq.batch_index, job.head_k);  // (seqlen_k, head_dim_v)
+  load_tile(smem.k, k, bytes_at_a_time(k), row0, job.seq.seqlen_k, params.head_dim);
+  load_tile(smem.v, v, bytes_at_a_time(v), row0, job.seq.seqlen_k, params.head_dim_v);
+}
+
+// ---- dQ
+
+// A unit, whole: scaled, rounded, to its rows and columns of dq.
+__device__ __forceinline__ void store_unit(
+    const Params& params, const Job& job, const TurnOf& turn, int row0, int col0,
+    Fragment<UNIT_COLS> (&dq)[UNIT_FRAGMENTS]) {
+  auto rows = job.dq;
+  rows.data = rows.at(0, col0) + turn.head * params.dq.head_stride;
+  const Accumulator factor = score_of(params).gradient;
+#pragma unroll
+  for (int f = 0; f < UNIT_FRAGMENTS; ++f) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      multiply_row(dq[f], r, factor);
+      const int row = turn.m_block * BLOCK_M + row0 + 16 * f + dq[f].warp_row(r);
+      store_row(rows, row, job.seq.seqlen_q, params.head_dim - col0, dq[f], r);
+    }
+  }
+}
+
+// How many key blocks have added their parts of a tile.
+__device__ __forceinline__ int* semaphore_of(const Params& params, const Job& job, const TurnOf& turn) {
+  return job.semaphores + turn.head * params.semaphores.head_stride + turn.m_block;
+}
+
+// The order of the sums is kept by one lane of the first keys warp, where that would wait for P anyway: to tell is to
+// wait until memory has what was written, and to learn takes as long as a load.
+//
+// The key block above may go on: behind the barrier that ended the turn before, and at the end.
+__device__ __forceinline__ void tell_block_above(Smem& smem) {
+  if constexpr (!DETERMINISTIC) return;
+  if (thread_index_again() != NUM_THREADS / 2) return;
+  if (smem.added != nullptr) add_release(smem.added, 1);
+}
+// The key blocks below have added theirs: before the barriers that all pass before they add.
+__device__ __forceinline__ void await_blocks_below(const Params& params, Smem& smem, const TurnOf& turn) {
+  if constexpr (!DETERMINISTIC) return;
+  if (thread_index_again() != NUM_THREADS / 2) return;
+  const Job& job = smem.job;
+  const BlockRange blocks = mask_of(job.seq).key_blocks(turn.m_block * BLOCK_M, BLOCK_M);
+  int* semaphore = semaphore_of(params, job, turn);
+  smem.added = job.n_block == blocks.end - 1 ? nullptr : semaphore;
+  while (load_acquire(semaphore) < job.n_block - blocks.begin) {}
+}
+
+// A unit in dq_sums, this thread's numbers of it.
+using Unit = Fragment<UNIT_COLS>[UNIT_FRAGMENTS];
+__device__ __forceinline__ void store_unit_parts(float* sums, const Unit& dq) {
+#pragma unroll
+  for (int f = 0; f < UNIT_FRAGMENTS; ++f) store_part<32>(sums + f * 16 * UNIT_COLS, dq[f]);
+}
+__device__ __forceinline__ void add_to_unit_parts(float* sums, const Unit& dq) {
+#pragma unroll
+  for (int f = 0; f < UNIT_FRAGMENTS; ++f) add_to_part<32>(sums + f * 16 * UNIT_COLS, dq[f]);
+}
+__device__ __forceinline__ void add_unit_parts(Unit& dq, const float* sums) {
+#pragma unroll
+  for (int f = 0; f < UNIT_FRAGMENTS; ++f) add_part<32>(dq[f], sums + f * 16 * UNIT_COLS);
+}
+__device__ __forceinline__ void clear_unit(Unit& dq) {
+#pragma unroll
+  for (int f = 0; f < UNIT_FRAGMENTS; ++f) clear(dq[f]);
+}
+
+// dQ = dS K, this warp's units of it, which join those of other key blocks.
+__device__ __forceinline__ void add_dq(const Params& params, Smem& smem, const TurnOf& turn) {
+  constexpr int DOWN = BLOCK_M / UNIT_ROWS;
+  const int warp = thread_index_again() / 32;
+  const Job& job = smem.job;
+  const BlockRange blocks = mask_of(job.seq).key_blocks(turn.m_block * BLOCK_M, BLOCK_M);
+  const bool first = job.n_block == blocks.begin, last = job.n_block == blocks.end - 1;
+  float* const sums = job.dq_sums + turn.head * params.dq_sums.head_stride + turn.m_block * params.dq_sums.row_stride +
+                      4 * (thread_index_again() % 32);
+  Unit dq;
+#pragma unroll 1
+  for (int unit = warp; unit < UNITS; unit += NUM_WARPS) {
+    const int row0 = unit % DOWN * UNIT_ROWS, col0 = unit / DOWN * UNIT_COLS;
+    float* const here = sums + unit * UNIT_ROWS * UNIT_COLS;
+    clear_unit(dq);
+    const auto ds = operand<Side::LEFT, Major::MN>(smem.ds, 0, row0);
+    add_product<BLOCK_N / 16>(dq, ds, operand<Side::RIGHT, Major::MN>(smem.k, 0, col0));
+    if (DETERMINISTIC && last) {
+      if (!first) add_unit_parts(dq, here);
+      store_unit(params, job, turn, row0, col0, dq);
+    } else if (DETERMINISTIC && first) {
+      store_unit_parts(here, dq);
+    } else {
+      add_to_unit_parts(here, dq);
+    }
+  }
+  if constexpr (DETERMINISTIC) return;
+  sync_warp();  // all lanes have added: one may say so
+  // A tile has one semaphore for each warp then: of its units.
+  int* arrivals = semaphore_of(params, job, turn) + turn.m_block * (NUM_WARPS - 1) + warp;
+  int before = 0;
+  if (lane_index() == 0) before = add_acquire_release(arrivals, 1);
+  if (!warp_any(before == blocks.end - 1 - blocks.begin)) return;  // of one block all lanes say so
+  sync_warp();  // all lanes know
+#pragma unroll 1
+  for (int unit = warp; unit < UNITS; unit += NUM_WARPS) {
+    clear_unit(dq);
+    add_unit_parts(dq, sums + unit * UNIT_ROWS * UNIT_COLS);
+    store_unit(params, job, turn, unit % DOWN * UNIT_ROWS, unit / DOWN * UNIT_COLS, dq);
+  }
+}
+
+// ---- the two warps of a group
+
+// First key of a group's fragment, in the block.
+__device__ __forceinline__ int fragment_key(int fragment) {
+  return (thread_index_again() / 32 % GROUPS * FRAGMENTS + fragment) * 16;
+}
+
+__device__ __forceinline__ Seen seen_by(const Job& job, const TurnOf& turn, int fragment) {
+  const int key = job.n_block * BLOCK_N + fragment_key(fragment) + Fragment<8>::warp_row(0);
+  return {mask_of(job.seq), key, turn.m_block * BLOCK_M};
+}
+
+// All turns of the job: step(turn, masked), with its tiles in shared memory. LOADS: these warps send for the next ones.
+template <bool LOADS, typename Step>
+__device__ __forceinline__ void for_each_turn(const Params& params, Smem& smem, Step step) {
+  const int full_begin = warp_uniform(smem.job.full_begin);
+  TurnOf turn(smem.job);
+#pragma unroll 1
+  while (turn.exists(smem.job)) {
+    cp_async_wait<0>();
+    // This turn's tiles are there, those of the turn before are read, and so are ds and p.
+    barrier_sync(NEXT_TURN, NUM_THREADS);
+    TurnOf next = turn;
+    next.advance(smem.job);
+    if (LOADS && next.exists(smem.job)) load_queries<NUM_THREADS / 2>(params, smem, next);
+    cp_async_commit();
+    if (turn.m_block >= full_begin) {
+      step(turn, UNMASKED);
+    } else {
+      step(turn, MASKED);
+    }
+    turn = next;
+  }
+}
+
+// A gradient of keys to its rows.
+template <int N>
+__device__ __forceinline__ void store_keys(
+    const Tensor& tensor, const Job& job, int col_end, const Fragment<N> (&gradient)[FRAGMENTS]) {
+  const auto rows = rows_of<Gradient>(tensor, job.seq.batch_index, job.head_k);  // (seqlen_k, columns)
+#pragma unroll
+  for (int f = 0; f < FRAGMENTS; ++f) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = job.n_block * BLOCK_N + fragment_key(f) + gradient[f].warp_row(r);
+      store_row(rows, row, job.seq.seqlen_k, col_end, gradient[f], r);
+    }
+  }
+}
+
+// P^T, and dV.
+__device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
+  const Job& job = smem.job;
+  const int group = warp_uniform(thread_index() / 32 % GROUPS);
+  Fragment<HEAD_DIM_V> acc_dv[FRAGMENTS];
+#pragma unroll
+  for (int f = 0; f < FRAGMENTS; ++f) clear(acc_dv[f]);
+  for_each_turn<false>(params, smem, [&](const TurnOf& turn, bool masked) ALWAYS_INLINE {
+    Fragment<BLOCK_M> acc[FRAGMENTS];
+    unsigned p[FRAGMENTS][BLOCK_M / 16][4];
+    // S^T = K Q^T
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f) clear(acc[f]);
+    const auto k = operand<Side::LEFT, Major::K>(smem.k, fragment_key(0));
+    add_product<HEAD_DIM / 16>(acc, k, operand<Side::RIGHT, Major::K>(smem.q[turn.slot]));
+    // P^T = exp2(S^T - lse)
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f) {
+      to_probabilities(acc[f], score_of(params), smem.exponents[turn.slot], seen_by(job, turn, f), masked);
+      if constexpr (WANT_DS) {
+#pragma unroll
+        for (int i = 0; i < BLOCK_M / 8; ++i) {
+          const float* at = acc[f].at + 4 * i;
+          store_shared(smem.p[group][f * BLOCK_M / 8 + i][lane_index()],
+                       Vector<Accumulator, 4>{{at[0], at[1], at[2], at[3]}});
+        }
+      }
+      round_to(p[f], acc[f]);
+    }
+    if constexpr (WANT_DS) barrier_arrive(HANDED_OVER + group, 64);
+    // dV += P^T dO
+    if constexpr (WANT_DV) {
+      add_product<BLOCK_M / 16>(acc_dv, in_registers(p), operand<Side::RIGHT, Major::MN>(smem.dout[turn.slot]));
+    }
+    if constexpr (WANT_DQ) {
+      barrier_sync(SCORES_READY, NUM_THREADS);
+      add_dq(params, smem, turn);
+    }
+  });
+  barrier_arrive(NEXT_TURN, NUM_THREADS);
+  if constexpr (WANT_DV) store_keys(params.dv, job, params.head_dim_v, acc_dv);
+}
+
+// dS^T, and dK.
+__device__ __forceinline__ void make_keys(const Params& params, Smem& smem) {
+  const Job& job = smem.job;
+  const int group = warp_uniform(thread_index() / 32 % GROUPS);
+  Fragment<HEAD_DIM> acc_dk[FRAGMENTS];
+#pragma unroll
+  for (int f = 0; f < FRAGMENTS; ++f) clear(acc_dk[f]);
+  for_each_turn<true>(params, smem, [&](const TurnOf& turn, bool masked) ALWAYS_INLINE {
+    if constexpr (!WANT_DS) return;
+    Fragment<BLOCK_M> acc[FRAGMENTS];
+    unsigned ds[FRAGMENTS][BLOCK_M / 16][4];
+    // dP^T = V dO^T
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f) clear(acc[f]);
+    const auto v = operand<Side::LEFT, Major::K>(smem.v, fragment_key(0));
+    add_product<HEAD_DIM_V / 16>(acc, v, operand<Side::RIGHT, Major::K>(smem.dout[turn.slot]));
+    // dS^T = P^T * (dP^T - delta)
+    if constexpr (WANT_DQ) {
+      tell_block_above(smem);
+      await_blocks_below(params, smem, turn);
+    }
+    barrier_sync(HANDED_OVER + group, 64);
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f) {
+      const auto p = [&](int c) ALWAYS_INLINE {
+        return load_shared<4>(smem.p[group][f * BLOCK_M / 8 + c / 2][lane_index()]);
+      };
+      to_score_gradients(acc[f], p, smem.delta[turn.slot], seen_by(job, turn, f), masked);
+      if constexpr (WANT_DQ) store_rounded(smem.ds, fragment_key(f), 0, acc[f]);
+      round_to(ds[f], acc[f]);
+    }
+    if constexpr (WANT_DQ) barrier_arrive(SCORES_READY, NUM_THREADS);
+    // dK += dS^T Q
+    if constexpr (WANT_DK) {
+      add_product<BLOCK_M / 16>(acc_dk, in_registers(ds), operand<Side::RIGHT, Major::MN>(smem.q[turn.slot]));
+    }
+    if constexpr (WANT_DQ) {
+      barrier_sync(KEYS_WARPS, NUM_THREADS / 2);  // dS of all of them is there
+      add_dq(params, smem, turn);
+    }
+  });
+  barrier_sync(NEXT_TURN, NUM_THREADS);  // all have added to the last tile
+  if constexpr (WANT_DQ) tell_block_above(smem);
+  if constexpr (WANT_DK) {
+    const Accumulator factor = score_of(params).gradient;
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f) {
+      multiply_row(acc_dk[f], 0, factor);
+      multiply_row(acc_dk[f], 1, factor);
+    }
+    store_keys(params.dk, job, params.head_dim, acc_dk);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_sm80(const Params params) {
+  DYNAMIC_SHARED(Smem, smem);
+  if (thread_index() == 0) smem.job.describe(params, take_ticket(static_cast<int*>(params.tickets.data)));
+  if (thread_index() == 0) smem.added = nullptr;
+  sync_block();  // the job is there
+  const TurnOf first(smem.job);
+  if (first.exists(smem.job)) {
+    load_keys(params, smem);
+    load_queries<NUM_THREADS>(params, smem, first);
+  }
+  cp_async_commit();
+  if (warp_uniform(thread_index() / 32) < GROUPS) {
+    make_values(params, smem);
+  } else {
+    make_keys(params, smem);
+  }
+}
