@@ -104,8 +104,11 @@ def ampere_specs() -> dict[str, tuple[Spec, int, str]]:
                 k, v = (np.broadcast_to(np.zeros((), dtype), (1, length, width)) for width in (dim, dim_v))
                 if heads > 1 and dim not in (64, 128):
                     continue
-                (step,) = explain(q, k, v, causal=causal, device=device, family="sm80").kernels
-                found[f"{device}, {text_of(step.spec)}"] = step.spec, step.smem, device
+                plans = [explain(q, k, v, causal=causal, device=device, family="sm80")]
+                if heads == 1 and dim == dim_v:
+                    plans.append(explain(q, k, v, causal=causal, device=device, family="sm80", backward=True))
+                for step in (step for plan in plans for step in plan.kernels if step.name.endswith("_sm80")):
+                    found[f"{device}, {text_of(step.spec)}"] = step.spec, step.smem, device
     return found
 
 
@@ -118,6 +121,8 @@ def text_of(spec: Spec) -> str:
     elif spec.kernel == "fwd_sm80":
         words += [f"{spec.num_warps} warps", f"{spec.min_blocks} blocks", f"{spec.q_held} steps of q held"]
         words += [w for w in ("overlap", "pack_heads") if getattr(spec, w)]
+    elif spec.kernel == "bwd_sm80":
+        words += [f"{spec.num_warps} warps"]
     elif spec.kernel == "bwd_sm90":
         words += ["fixed order" if spec.deterministic else "order of arrival"]
     return ", ".join(words)

@@ -201,6 +201,42 @@ def test_variants_of_the_ampere_forward(row, causal):
         _ampere(row, 24, 40, *seqlens, causal=causal, heads=6, heads_k=2).forward((), Schedule.draw(seqlens[1]))
 
 
+AMPERE_BACKWARD_FORMS = [
+    (head_dim, head_dim_v, causal, row, deterministic)
+    for head_dim, head_dim_v, causal, row in dict.fromkeys(
+        (*widths, dataclasses.replace(row, heads=1, card=0))
+        for *widths, row in _forms(_tiles_sm80.AMPERE_BACKWARD_TABLE)
+    )
+    for deterministic in (True, False)
+]
+
+
+@pytest.mark.share(4)
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "causal", "row", "deterministic"), AMPERE_BACKWARD_FORMS, ids=_name
+)
+def test_forms_of_the_ampere_backward(head_dim, head_dim_v, causal, row, deterministic):
+    options = ("family", "sm80"), ("deterministic", deterministic)
+    for problem in _form("bwd_sm80", row, head_dim, head_dim_v, causal, *options):
+        for seed in SEVERAL_BLOCKS:
+            problem.backward((), Schedule.draw(seed))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_same_bits_of_the_ampere_backward_under_every_schedule(causal):
+    r = np.random.default_rng(0)
+    q, k, v, dout = (r.standard_normal((2, 300, 16)).astype(ml_dtypes.bfloat16) for _ in range(4))
+    out, lse = attention(q, k, v, causal=causal, return_lse=True)
+    first = None
+    for seed in (0, *SEVERAL_BLOCKS, 9):
+        with Device(Schedule.draw(seed), arch=80, undefined=PROFILE != "ci") as xp:
+            arrays = [xp.asarray(x) for x in (dout, q, k, v, out, lse)]
+            bits = [x.get().view(np.uint16) for x in attention_backward(*arrays, causal=causal)[:3]]
+        first = first or bits
+        for x, y in zip(first, bits, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
 # Where a head's first element lies, and how far apart its rows are: aligned to 16 bytes, 8, 4, and 2.
 ALIGNMENTS = ((0, 64), (8, 72), (0, 68), (12, 64), (2, 64), (0, 66), (1, 64), (0, 65))
 

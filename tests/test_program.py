@@ -510,7 +510,7 @@ def test_contenders_take_turns() -> None:
 
 
 def test_selftest_passes_and_replays(capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = in_process(capsys, "selftest", "--backend", "numpy", "--seconds", "0.8", "--seed", "5")
+    code, found = in_process(capsys, "selftest", "--backend", "numpy", "--seconds", "3", "--seed", "5")
     assert (code, found["ok"], found["seed"]) == (0, True, 5)
     assert {"out", "lse"} <= {name for known in found["worst"].values() for name in known}
     assert sum(found["cases"].values()) >= 5

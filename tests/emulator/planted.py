@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from .removals import AMPERE_FORWARD, HOPPER_FORWARD, HOPPER_NARROW, Problem, hopper_backward
+from .removals import AMPERE_BACKWARD, AMPERE_FORWARD, HOPPER_FORWARD, HOPPER_NARROW, Problem, hopper_backward
 from .samples import SAMPLES
 
 RAGGED = Problem("float32", 16, 70, 70)
@@ -516,6 +516,35 @@ LIBRARY = (
     Planted(
         "numbers beyond the end stored", "fwd_sm80",
         r" && query < tile\.seq\.seqlen_q\)", ")", ("out of bounds",), "lse", AMPERE_FORWARD[2],
+    ),
+    # ---- bwd_sm80
+    Planted(
+        "the next turn's queries not waited for", "bwd_sm80",
+        r"cp_async_wait<0>", "cp_async_wait<1>", ("early use", "uninitialised"), "shared", AMPERE_BACKWARD[0],
+    ),
+    Planted(
+        "P taken before it is handed over", "bwd_sm80",
+        r"barrier_sync\(HANDED_OVER \+ group, 64\)", "barrier_arrive(HANDED_OVER + group, 64)",
+        ("race", "uninitialised", "divergence", "deadlock"), "", AMPERE_BACKWARD[0],
+    ),
+    Planted(
+        "the block above told before all have added", "bwd_sm80",
+        r"barrier_sync\(NEXT_TURN, NUM_THREADS\);  // all have added", "barrier_arrive(NEXT_TURN, NUM_THREADS);  //",
+        ("race between blocks", "values"), "", AMPERE_BACKWARD[1],
+    ),
+    Planted(
+        "one key block too few waited for", "bwd_sm80",
+        r"< job\.n_block - blocks\.begin\)", "< job.n_block - blocks.begin - 1)",
+        ("race between blocks", "uninitialised"), "", AMPERE_BACKWARD[1], (5, 7, 10),
+    ),
+    Planted(
+        "dK of another warp's keys", "bwd_sm80",
+        r"% GROUPS \* FRAGMENTS \+ fragment\)", "% GROUPS * FRAGMENTS + (fragment ^ 1))",
+        ("values", "out of bounds", "race", "uninitialised"), "", AMPERE_BACKWARD[0],
+    ),
+    Planted(
+        "a last part that is not added", "bwd_sm80",
+        r"if \(!first\) add_unit_parts", "if (false) add_unit_parts", ("values",), "", AMPERE_BACKWARD[0],
     ),
     # ---- fwd_sm90
     Planted(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cupyflash._plan import Rows
-from cupyflash._tiles_sm80 import AmpereRow
+from cupyflash._tiles_sm80 import AmpereBackwardRow, AmpereRow
 from cupyflash._tiles_sm90 import HopperBackwardRow, HopperRow
 
 from .build import WORDS
@@ -186,6 +186,27 @@ AMPERE_FORWARD = (
 )
 
 
+def ampere_backward(
+    *options: tuple[str, Any], heads: int = 2, seqlens: tuple[int, int] = (50, 70), head_dim: int = 24,
+    row: AmpereBackwardRow | None = None,
+) -> Problem:  # fmt: skip
+    """bwd_sm80 with the shortest blocks that it takes: several on both sides."""
+    row = row or AmpereBackwardRow(block_m=16, block_n=32, warps=4, stages=2, heads=1, remark="")
+    options = (("family", "sm80"), ("tile", Rows(rows=(("bwd_sm80", row),))), *options)
+    return Problem("float16", head_dim, *seqlens, options, heads=heads)
+
+
+AMPERE_BACKWARD = (
+    ampere_backward(),
+    ampere_backward(heads=1, seqlens=(16, 200)),  # jobs of one turn
+    ampere_backward(("wrt", ("v",))),
+    ampere_backward(("wrt", ("k", "v"))),
+    ampere_backward(("deterministic", False)),
+    # Enough columns for every warp to have a unit of dq.
+    ampere_backward(row=AmpereBackwardRow(32, 128, 8, 2, 1, ""), seqlens=(100, 140), head_dim=64),
+)
+
+
 def hopper_forward(row: HopperRow) -> Problem:
     """A form of fwd_sm90. Two heads, so that thread blocks have several tiles.
 
@@ -230,6 +251,8 @@ def runs_of(removal: Removal) -> list[Run]:
     sample = file.removesuffix(".cu")
     if sample in SAMPLES:
         return [lambda patches, schedule: _run_sample(sample, patches, schedule)]
+    if file in ("bwd_sm80.cu", "gradients.cuh"):
+        return [p.backward for p in AMPERE_BACKWARD]
     if file.endswith(("_sm80.cu", "_sm80.cuh")):
         return [p.forward for p in AMPERE_FORWARD]
     if file == "fwd_sm90.cu":
