@@ -243,6 +243,7 @@ def busy_gpu():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("family", [None, "sm80"])
 @pytest.mark.parametrize(
     ("batch", "heads", "heads_k", "seqlen", "dim", "causal"),
     [
@@ -254,20 +255,20 @@ def busy_gpu():
         (4, 16, 16, 1024, 64, True),
     ],
 )
-def test_a_thousand_backwards(gpu, busy_gpu, batch, heads, heads_k, seqlen, dim, causal):
+def test_a_thousand_backwards(gpu, busy_gpu, batch, heads, heads_k, seqlen, dim, causal, family):
     """On four streams at once, beside another program: key blocks that wait for one another always end, and alike."""
     xp, rng = gpu.xp, np.random.default_rng(1)
     shapes = [(batch, h, seqlen, dim) for h in (heads, heads_k, heads_k, heads)]
     q, k, v, dout = (xp.asarray(rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)) for shape in shapes)
     out, lse = attention(q, k, v, causal=causal, return_lse=True)
-    want = [x.view(np.int16).copy() for x in attention_backward(dout, q, k, v, out, lse, causal=causal)]
+    want = [x.view(np.int16).copy() for x in attention_backward(dout, q, k, v, out, lse, causal=causal, family=family)]
     streams = [xp.cuda.Stream(non_blocking=True) for _ in range(4)]
     xp.cuda.Device().synchronize()
     for _ in range(10):
         differ = []
         for turn in range(100):
             with streams[turn % 4]:
-                grads = attention_backward(dout, q, k, v, out, lse, causal=causal)
+                grads = attention_backward(dout, q, k, v, out, lse, causal=causal, family=family)
                 differ += [(x.view(np.int16) != y).any() for x, y in zip(grads, want, strict=True)]
         xp.cuda.Device().synchronize()
         assert not any(map(bool, differ))
