@@ -175,6 +175,7 @@ class AmpereBackwardRow:
 AMPERE_BACKWARD_TABLE: tuple[tuple[int, int, AmpereBackwardRow], ...] = (
     (64, 64, AmpereBackwardRow(64, 128, 8, 2, 32, "0.76, causal 0.83; 192 keys, spilled, 0.78, 0.90", card=163)),
     (64, 64, AmpereBackwardRow(32, 128, 8, 2, 32, "0.45 on an H100, before order was kept by one lane")),
+    (96, 96, AmpereBackwardRow(48, 128, 8, 2, 8, "not measured; 64 queries spill", card=227)),
     (128, 128, AmpereBackwardRow(64, 128, 8, 2, 32, "1024: 1.08, causal 1.08; 8 heads 0.99", card=227, longest=2048)),
     (128, 128, AmpereBackwardRow(64, 128, 8, 2, 8, "0.97, causal 0.96; 32 heads 0.93", card=227)),
     (128, 128, AmpereBackwardRow(32, 128, 8, 2, 8, "not measured", card=163)),
