@@ -519,7 +519,8 @@ def test_tune_on_a_gpu(gpu: Any, dtype: Any) -> None:
     wanted = portable if gpu.p_dtype(dtype) is None else ["fwd_sm90", "bwd_sm90"]
     assert [kernel.kernel for kernel in found.kernels] == wanted
     for kernel in found.kernels:
-        assert all(isinstance(seconds, float) and seconds > 0 for seconds in kernel.tried.values()), kernel.tried
+        refused = {name: why for name, why in kernel.tried.items() if not isinstance(why, float)}
+        assert not refused, "\n".join(f"{kernel.kernel} {name}: {why}" for name, why in refused.items())
         assert math.isfinite(kernel.seconds)
         assert kernel.path is not None
     assert len(explain(q, k, v).notes) == 1
