@@ -216,8 +216,9 @@ def check_ampere_backward(row: AmpereBackwardRow, head_dim: int, head_dim_v: int
         return f"warps={row.warps}: it is 4, 8, 12 or 16, two for each group of keys"
     if row.block_n % (8 * row.warps):
         return f"block_n={row.block_n}: with warps={row.warps} it is a multiple of {8 * row.warps}, 16 for two warps"
-    if row.block_m % 16 or not 16 <= row.block_m <= 256:
-        return f"block_m={row.block_m}: it is a multiple of 16 up to 256"
+    most = min(256, 32 * row.warps)
+    if row.block_m % 16 or not 16 <= row.block_m <= most:
+        return f"block_m={row.block_m}: with warps={row.warps} it is a multiple of 16 up to {most}"
     if row.stages != 2:
         return f"stages={row.stages}: there are 2, one tile worked on while the next arrives"
     d, dv = (next(w for w in WIDTHS if w >= width) for width in (head_dim, head_dim_v))

@@ -41,6 +41,7 @@ static_assert(NUM_STAGES == 2, "one tile of queries is worked on while the next 
 constexpr int GROUPS = NUM_WARPS / 2, FRAGMENTS = BLOCK_N / (16 * GROUPS);  // of 16 keys, a group
 static_assert(NUM_WARPS == 2 * GROUPS && BLOCK_N == 16 * GROUPS * FRAGMENTS, "keys are dealt out in sixteens");
 static_assert(BLOCK_M % 16 == 0, "products sum over queries in steps of 16");
+static_assert(BLOCK_M <= NUM_THREADS, "half of the threads send for lse and delta of a tile, four numbers each");
 
 constexpr bool WANT_DS = WANT_DQ || WANT_DK;
 
@@ -126,15 +127,15 @@ struct Smem {
   SwizzledTile<BLOCK_N, HEAD_DIM_V> v;
   SwizzledTile<BLOCK_M, HEAD_DIM> q[2];
   SwizzledTile<BLOCK_M, HEAD_DIM_V> dout[2];
-  SwizzledTile<BLOCK_N, BLOCK_M> ds;                                       // dS^T, rounded
-  alignas(16) Accumulator p[GROUPS][FRAGMENTS * BLOCK_M / 8][32][4];       // P^T
+  SwizzledTile<BLOCK_N, BLOCK_M> ds;                                  // dS^T, rounded
+  alignas(16) Accumulator p[GROUPS][FRAGMENTS * BLOCK_M / 8][32][4];  // P^T, as the lanes of a values warp hold it
   alignas(16) Accumulator exponents[2][BLOCK_M], delta[2][BLOCK_M];
   int* added;  // the semaphore that has still to be told of a turn
   Job job;
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
 
-// ---- loads, by the whole block
+// ---- loads
 
 // The numbers of a tile's rows, which bwd_delta has padded to whole tiles, 16 bytes a thread.
 __device__ __forceinline__ void load_numbers(Accumulator (&numbers)[BLOCK_M], const Accumulator* from, int thread) {
@@ -142,7 +143,7 @@ __device__ __forceinline__ void load_numbers(Accumulator (&numbers)[BLOCK_M], co
   if (first >= 0 && first < BLOCK_M) cp_async<16>(shared_address(&numbers[first]), from + first);
 }
 
-// By THREADS threads of the block.
+// By THREADS threads of the block; the first ones also send for lse and delta.
 template <int THREADS>
 __device__ __forceinline__ void load_queries(const Params& params, Smem& smem, const TurnOf& turn) {
   const Job& job = smem.job;
@@ -158,6 +159,7 @@ __device__ __forceinline__ void load_queries(const Params& params, Smem& smem, c
       smem.delta[turn.slot], job.delta + turn.head * params.delta.head_stride + row0, thread - BLOCK_M / 4);
 }
 
+// By the whole block.
 __device__ __forceinline__ void load_keys(const Params& params, Smem& smem) {
   const Job& job = smem.job;
   const int row0 = job.n_block * BLOCK_N;

@@ -14,9 +14,9 @@ struct Params {
   Tensor q, k, v, out, lse;
   Tensor dout, dlse, delta, dq, dk, dv;
   Tensor partial;       // bwd_finish: a gradient before its sum over broadcast axes
-  Tensor exponents;     // bwd_sm90: lse in exponents of 2, +inf in rows beyond the end of a tile; delta has 0 there
-  Tensor dq_sums;       // bwd_sm90: (head, m_block, numbers of a tile): dq before it is whole, in float32
-  Tensor semaphores;    // bwd_sm90: (head, m_block): how many key blocks have added their part of dq
+  Tensor exponents;     // one-pass backwards: lse in exponents of 2, +inf in rows beyond the end; delta has 0 there
+  Tensor dq_sums;       // the same: (head, m_block, numbers of a tile): dq before it is whole, in float32
+  Tensor semaphores;    // the same: (head, m_block), some to each: how many key blocks have added their part of dq
   Tensor q_offsets;     // int64, one for each batch entry; nullptr: q_offset below holds for all
   Tensor tickets;       // persistent kernels: one int32 that starts at 0; nullptr: blocks take turns in a fixed order
   long long q_offset;   // query row i sits on key i + q_offset
