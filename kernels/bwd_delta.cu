@@ -38,6 +38,7 @@ __device__ __forceinline__ void prepare_dq(const Params& params, const Work& wor
   // A head has as many for each tile.
   const int of_tile = static_cast<int>(params.semaphores.head_stride / ceil_div(params.seqlen_q, BLOCK_M));
   int* semaphores = rows_of<int>(params.semaphores, seq.batch_index, work.head).at(work.block * of_tile);
+#pragma unroll 1
   for (int i = thread_index(); i < of_tile; i += NUM_THREADS) store_global(semaphores + i, Vector<int, 1>{{0}});
   if constexpr (!DETERMINISTIC) {
     float* sums = rows_of<float>(params.dq_sums, seq.batch_index, work.head).at(work.block);  // row_stride numbers
@@ -58,7 +59,7 @@ __device__ __forceinline__ void prepare_dq(const Params& params, const Work& wor
   }
 }
 
-extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_delta(const Params params) {
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_delta(const Params params) {
   if (params.tickets.data != nullptr && block_index() == 0) clear_tickets(params);
   const int num_blocks = ceil_div(params.seqlen_q, BLOCK_M);
   if (num_blocks * params.num_heads == 0) return;  // no rows: the grid is there for the tickets
