@@ -58,8 +58,13 @@ def backward_spec(kernel: str, problem: Problem, row: Row, wrt: frozenset[str], 
     )
 
 
-def preparation(problem: Problem, row: Row, wrt: frozenset[str], deterministic: bool) -> KernelPlan:
-    """bwd_delta over the query tiles of the main kernel; where there is none it still sets the tickets to 0."""
+def preparation(
+    problem: Problem, row: Row, wrt: frozenset[str], deterministic: bool, rounding: bool = False
+) -> KernelPlan:
+    """bwd_delta over the query tiles of the main kernel; where there is none it still sets the tickets to 0.
+
+    It writes dq of tiles that no key block meets, unless a kernel behind the main one writes all of it (``rounding``).
+    """
     warps = ROW_KERNELS["bwd_delta"][1]
     by_tile = backward_spec("bwd_delta", problem, row, wrt, deterministic)
     # Less than the main kernel is compiled for: one preparation serves many of them.
@@ -68,13 +73,13 @@ def preparation(problem: Problem, row: Row, wrt: frozenset[str], deterministic: 
         num_warps=warps, scale_sign=1, want_dq=True, want_dk=True, want_dv=True,
     )  # fmt: skip
     tiles = grid(problem.seqlen_q, row.block_m, problem.num_heads * problem.batch)
-    ordered = ("semaphores", "dq" if deterministic else "dq_sums") if "q" in wrt else ()
+    of_dq = ("semaphores", *(() if rounding else ("dq",)), *(() if deterministic else ("dq_sums",)))
     return KernelPlan(
         spec=spec,
         grid=tiles or problem.batch,
         threads=32 * warps,
         smem=0,
-        writes=("delta", "exponents", "tickets", *ordered),
+        writes=("delta", "exponents", "tickets", *(of_dq if "q" in wrt else ())),
     )
 
 

@@ -99,7 +99,7 @@ def plan_sm90_backward(
         boxes=(("q", row.block_m), ("k", row.block_n), ("v", row.block_n), ("dout", row.block_m)),
         section=_tiles.backward_section(row, problem, deterministic, heads_k),
     )
-    kernels = [preparation(problem, row, wrt, deterministic), main]
+    kernels = [preparation(problem, row, wrt, deterministic, rounding=not deterministic), main]
     if "q" in wrt and not deterministic:
         kernels.append(_sm90_rounding(problem, row, wrt))
     temporaries = temporaries_of(problem, row, wrt, 1, _tiles.dq_numbers(row, *padded_widths(problem)))

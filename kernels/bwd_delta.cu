@@ -7,8 +7,8 @@
 // strides. No shared memory. Where lse is -inf the row has no visible key: delta is 0 and dlse is not read.
 //
 // For bwd_sm90 and bwd_sm80, where their tensors are given: lse in exponents of 2, +inf in rows beyond the end;
-// semaphores of the tile and the tickets are set to 0; so are, in arrival order, the sums of dq, and, in a fixed
-// order, dq of a tile that no key block meets, which nobody else would write.
+// semaphores of the tile and the tickets are set to 0; so are, in arrival order, the sums of dq, and dq of a tile that
+// no key block meets, where nobody else would write it.
 #include "basics.cuh"
 #include "params.cuh"
 #include "types.cuh"
@@ -45,7 +45,7 @@ __device__ __forceinline__ void prepare_dq(const Params& params, const Work& wor
     for (int i = 4 * thread_index(); i < params.dq_sums.row_stride; i += 4 * NUM_THREADS) {
       store_global(sums + i, Vector<float, 4>{{0, 0, 0, 0}});
     }
-    return;
+    if (params.dq.data == nullptr) return;  // bwd_dq_sm90 will write all of it
   }
   const int m0 = work.block * BLOCK_M;
   const int m_end = seq.seqlen_q - m0 < BLOCK_M ? seq.seqlen_q : m0 + BLOCK_M;
