@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _tiles
 from ._arrays import ArraySpec
@@ -180,6 +180,63 @@ def chains(problem: Problem, backward: bool) -> tuple[int, int, int]:
     sharers = problem.batch if problem.broadcast else 1
     queries = problem.seqlen_q * (problem.num_heads // problem.num_heads_k) * sharers
     return max(problem.head_dim, problem.head_dim_v), problem.seqlen_k * sharers, queries
+
+
+class Blocks(Protocol):
+    """What every row of a tile table has."""
+
+    @property
+    def block_m(self) -> int: ...
+    @property
+    def block_n(self) -> int: ...
+    @property
+    def stages(self) -> int: ...
+    @property
+    def warps(self) -> int: ...
+
+
+def spec_of(
+    kernel: str, problem: Problem, row: Blocks, widths: tuple[int, int], dim_chunk: int, **options: Any
+) -> Spec:
+    """A kernel for a problem's types and mask, with a row of a tile table; ``options`` are fields of Spec."""
+    fields: dict[str, Any] = {
+        "gradient": problem.dtype, "causal": problem.causal, "scale_sign": sign(problem.scale), **options
+    }  # fmt: skip
+    return Spec(
+        kernel=kernel,
+        element=problem.dtype,
+        output=problem.out_dtype,
+        accumulator=problem.accumulator,
+        head_dim=widths[0],
+        head_dim_v=widths[1],
+        dim_chunk=dim_chunk,
+        block_m=row.block_m,
+        block_n=row.block_n,
+        num_stages=row.stages,
+        num_warps=row.warps,
+        **fields,
+    )
+
+
+def plan_of(family: str, device: str, problem: Problem, backward: bool, blocks: tuple[int, int], **more: Any) -> Plan:
+    """A plan with blocks of (queries, keys), and the chains of the problem; ``more`` are fields of Plan."""
+    chain_d, chain_k, chain_q = chains(problem, backward)
+    return Plan(
+        family=family,
+        device=device,
+        direction="backward" if backward else "forward",
+        block_m=blocks[0],
+        block_n=blocks[1],
+        chain_d=chain_d,
+        chain_k=chain_k,
+        chain_q=chain_q,
+        **more,
+    )
+
+
+def keyed(wrt: frozenset[str]) -> tuple[str, ...]:
+    """The gradients that belong to keys."""
+    return tuple(f"d{name}" for name in ("k", "v") if name in wrt)
 
 
 def row_kernel(kernel: str, problem: Problem, writes: tuple[str, ...]) -> KernelPlan:

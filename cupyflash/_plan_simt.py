@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from . import _tiles_simt as _tiles
 from ._arrays import ArraySpec
-from ._compile import Spec
-from ._plan import Device, KernelPlan, Plan, Tile, by_entry, chains, grid, row_kernel, sign, workspace
+from ._plan import Device, KernelPlan, Plan, Tile, by_entry, grid, keyed, plan_of, row_kernel, spec_of, workspace
 from ._problem import Problem
 
 
@@ -22,9 +19,8 @@ def plan_simt(
         bytes_ = 0
     else:
         kernels = [row_kernel("bwd_delta", problem, ("delta",))]
-        keyed = tuple(f"d{name}" for name in ("k", "v") if name in wrt)
-        if keyed:
-            kernels.append(_main_kernel("bwd_simt_dkdv", problem, device, tile, keyed))
+        if keyed(wrt):
+            kernels.append(_main_kernel("bwd_simt_dkdv", problem, device, tile, keyed(wrt)))
         if "q" in wrt:
             kernels.append(_main_kernel("bwd_simt_dq", problem, device, tile, ("dq",)))
         partial = [name for name in sorted(wrt) if by_entry(problem, wrt, name)]
@@ -32,36 +28,24 @@ def plan_simt(
         temporaries = (("delta", (problem.num_heads, problem.seqlen_q), problem.accumulator),)
         bytes_ = workspace(problem, temporaries, partial)
     main = kernels[0] if wrt is None else kernels[1]
-    chain_d, chain_k, chain_q = chains(problem, wrt is not None)
-    return Plan(
-        family="simt",
-        device=device.name,
-        direction="forward" if wrt is None else "backward",
-        block_m=main.spec.block_m,
-        block_n=main.spec.block_n,
-        kernels=tuple(kernels),
-        workspace=bytes_,
-        copies=copies,
-        chain_d=chain_d,
-        chain_k=chain_k,
-        chain_q=chain_q,
-        temporaries=temporaries,
-    )
+    return plan_of(
+        "simt", device.name, problem, wrt is not None, (main.spec.block_m, main.spec.block_n),
+        kernels=tuple(kernels), workspace=bytes_, copies=copies, temporaries=temporaries,
+    )  # fmt: skip
 
 
 def _main_kernel(kernel: str, problem: Problem, device: Device, tile: Tile, writes: tuple[str, ...]) -> KernelPlan:
     """A kernel with a row of the tile table, or with the tile that the caller wants."""
     accumulator = problem.accumulator.itemsize
     row, head_dim, head_dim_v = _choose_row(kernel, problem, device, tile)
-    keyed = kernel in _tiles.KEYED
-    rows, block = (problem.seqlen_k, row.block_n) if keyed else (problem.seqlen_q, row.block_m)
-    heads = problem.num_heads_k if keyed else problem.num_heads
+    owns_keys = kernel in _tiles.KEYED
+    rows, block = (problem.seqlen_k, row.block_n) if owns_keys else (problem.seqlen_q, row.block_m)
+    heads = problem.num_heads_k if owns_keys else problem.num_heads
     shared = by_entry(problem, frozenset(name[1:] for name in writes), writes[0][1:])
     return KernelPlan(
-        spec=_spec(
-            kernel, problem, head_dim, head_dim_v, row,
-            gradient=problem.accumulator if shared else problem.dtype, causal=problem.causal,
-            scale_sign=sign(problem.scale),
+        spec=spec_of(
+            kernel, problem, row, (head_dim, head_dim_v), row.dim_chunk,
+            gradient=problem.accumulator if shared else problem.dtype,
         ),
         grid=grid(rows, block, heads * problem.batch),
         threads=32 * row.warps,
@@ -92,33 +76,4 @@ def _choose_row(
     raise ValueError(
         f"{tile} does not fit {kernel} on {device.name} (head widths {problem.head_dim}, {problem.head_dim_v}, "
         f"{problem.dtype}): {refused}"
-    )
-
-
-def _spec(
-    kernel: str,
-    problem: Problem,
-    head_dim: int,
-    head_dim_v: int,
-    row: _tiles.TileRow,
-    *,
-    gradient: np.dtype,
-    causal: bool,
-    scale_sign: int = 1,
-) -> Spec:
-    return Spec(
-        kernel=kernel,
-        element=problem.dtype,
-        output=problem.out_dtype,
-        accumulator=problem.accumulator,
-        gradient=gradient,
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        dim_chunk=row.dim_chunk,
-        block_m=row.block_m,
-        block_n=row.block_n,
-        num_stages=row.stages,
-        num_warps=row.warps,
-        causal=causal,
-        scale_sign=scale_sign,
     )

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from . import _tiles_sm80 as _tiles
-from ._compile import Spec
-from ._plan import Device, KernelPlan, Plan, Tile, chains, grid, sign
-from ._plan_backward import backward_plan, backward_spec, keyed, preparation, temporaries_of
+from ._plan import Device, KernelPlan, Plan, Tile, grid, spec_of
+from ._plan_tensor_cores import (
+    backward_plan,
+    backward_spec,
+    backward_writes,
+    preparation,
+    temporaries_of,
+    tensor_core_plan,
+    why_not_tensor_cores,
+)
 from ._problem import Problem
 from ._tiles import padded_widths
 
@@ -14,11 +21,7 @@ def why_not_sm80(problem: Problem, device: Device) -> str | None:
     """Why this family does not take a problem, or None."""
     if device.arch < 80:
         return f"{device.name} has compute capability {device.arch / 10}: mma.sync of these shapes came with 8.0"
-    if problem.dtype.itemsize != 2:
-        return f"{problem.dtype}: mma.sync multiplies float16 and bfloat16"
-    if problem.precision is not None:
-        return f"precision={problem.precision!r}: P is rounded once for the tensor cores"
-    return None
+    return why_not_tensor_cores(problem, "mma.sync")
 
 
 def plan_sm80(problem: Problem, device: Device, tile: Tile, copies: tuple[str, ...]) -> Plan:
@@ -29,47 +32,17 @@ def plan_sm80(problem: Problem, device: Device, tile: Tile, copies: tuple[str, .
     heads, rows = problem.num_heads, problem.seqlen_q
     if pack:
         heads, rows = problem.num_heads_k, rows * (heads // problem.num_heads_k)
-    spec = Spec(
-        kernel="fwd_sm80",
-        element=problem.dtype,
-        output=problem.out_dtype,
-        accumulator=problem.accumulator,
-        gradient=problem.dtype,
-        head_dim=widths[0],
-        head_dim_v=widths[1],
-        dim_chunk=max(widths),
-        block_m=row.block_m,
-        block_n=row.block_n,
-        num_stages=row.stages,
-        num_warps=row.warps,
-        causal=problem.causal,
-        scale_sign=sign(problem.scale),
-        overlap=row.overlap,
-        min_blocks=row.min_blocks,
-        q_held=row.q_held,
-        pack_heads=pack,
-    )
     kernel = KernelPlan(
-        spec=spec,
+        spec=spec_of(
+            "fwd_sm80", problem, row, widths, max(widths),
+            overlap=row.overlap, min_blocks=row.min_blocks, q_held=row.q_held, pack_heads=pack,
+        ),
         grid=grid(rows, row.block_m, heads * problem.batch),
         threads=32 * row.warps,
-        smem=_tiles.ampere_smem_bytes("fwd_sm80", row, *widths),
+        smem=_tiles.ampere_smem_bytes(row, *widths),
         writes=("out", "lse"),
-    )
-    chain_d, chain_k, chain_q = chains(problem, False)
-    return Plan(
-        family="sm80",
-        device=device.name,
-        direction="forward",
-        block_m=row.block_m,
-        block_n=row.block_n,
-        kernels=(kernel,),
-        copies=copies,
-        chain_d=chain_d,
-        chain_k=chain_k,
-        chain_q=chain_q,
-        rounds_p=True,
-    )
+    )  # fmt: skip
+    return tensor_core_plan("sm80", problem, device, row, (kernel,), copies)
 
 
 def plan_sm80_backward(
@@ -90,7 +63,7 @@ def plan_sm80_backward(
         grid=jobs,
         threads=32 * row.warps,
         smem=_tiles.ampere_backward_smem_bytes(row, *widths),
-        writes=(*keyed(wrt), *(("dq", "dq_sums", "semaphores") if "q" in wrt else ()), "tickets"),
+        writes=backward_writes(wrt),
         section=_tiles.ampere_backward_section(row, heads_k),
     )
     kernels = (preparation(problem, row, wrt, deterministic), main)

@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import _tiles_sm90 as _tiles
-from ._compile import Spec
-from ._plan import MAX_GRID, Device, KernelPlan, Plan, Tile, chains, grid, sign
-from ._plan_backward import backward_plan, backward_spec, keyed, preparation, temporaries_of
+from ._plan import MAX_GRID, Device, KernelPlan, Plan, Tile, grid, spec_of
+from ._plan_tensor_cores import (
+    backward_plan,
+    backward_spec,
+    backward_writes,
+    preparation,
+    temporaries_of,
+    tensor_core_plan,
+    why_not_tensor_cores,
+)
 from ._problem import Problem
 from ._tiles import padded_widths
 
@@ -16,11 +23,7 @@ def why_not_sm90(problem: Problem, device: Device) -> str | None:
     """Why the Hopper family does not take a problem, or None."""
     if device.arch != 90:
         return f"{device.name} has compute capability {device.arch / 10}: TMA and wgmma are those of 9.0"
-    if problem.dtype.itemsize != 2:
-        return f"{problem.dtype}: wgmma multiplies float16 and bfloat16"
-    if problem.precision is not None:
-        return f"precision={problem.precision!r}: P is rounded once for the tensor cores"
-    return None
+    return why_not_tensor_cores(problem, "wgmma")
 
 
 def plan_sm90(problem: Problem, device: Device, tile: Tile, copies: tuple[str, ...]) -> Plan:
@@ -30,49 +33,20 @@ def plan_sm90(problem: Problem, device: Device, tile: Tile, copies: tuple[str, .
     tiles = grid(problem.seqlen_q, row.block_m, all_heads)
     if tiles > MAX_GRID - 2 * device.sms:  # a block's next index stays within 32 bits
         raise ValueError(f"{tiles} tiles: the sm90 family takes at most {MAX_GRID - 2 * device.sms}")
-    spec = Spec(
-        kernel="fwd_sm90",
-        element=problem.dtype,
-        output=problem.out_dtype,
-        accumulator=problem.accumulator,
-        gradient=problem.dtype,
-        head_dim=widths[0],
-        head_dim_v=widths[1],
-        dim_chunk=max(widths),
-        block_m=row.block_m,
-        block_n=row.block_n,
-        num_stages=row.stages,
-        num_warps=row.warps,
-        causal=problem.causal,
-        scale_sign=sign(problem.scale),
-        q_stages=row.q_stages,
-        overlap=row.overlap,
-        take_turns=row.take_turns,
-    )
     tickets = row.sections and tiles > device.sms  # tiles go to whoever is free, not in a fixed order
     kernel = KernelPlan(
-        spec=spec,
+        spec=spec_of(
+            "fwd_sm90", problem, row, widths, max(widths),
+            q_stages=row.q_stages, overlap=row.overlap, take_turns=row.take_turns,
+        ),
         grid=min(tiles, device.sms),
         threads=32 * row.warps,
-        smem=_tiles.hopper_smem_bytes("fwd_sm90", row, *widths),
+        smem=_tiles.hopper_smem_bytes(row, *widths),
         writes=("out", "lse", "tickets") if tickets else ("out", "lse"),
         boxes=(("q", 64), ("k", row.block_n), ("v", row.block_n)),
         section=_tiles.section(row, problem, all_heads),
-    )
-    chain_d, chain_k, chain_q = chains(problem, False)
-    return Plan(
-        family="sm90",
-        device=device.name,
-        direction="forward",
-        block_m=row.block_m,
-        block_n=row.block_n,
-        kernels=(kernel,),
-        copies=copies,
-        chain_d=chain_d,
-        chain_k=chain_k,
-        chain_q=chain_q,
-        rounds_p=True,
-    )
+    )  # fmt: skip
+    return tensor_core_plan("sm90", problem, device, row, (kernel,), copies)
 
 
 def plan_sm90_backward(
@@ -95,7 +69,7 @@ def plan_sm90_backward(
         grid=min(jobs, device.sms),
         threads=32 * row.warps,
         smem=_tiles.hopper_backward_smem_bytes(row, *padded_widths(problem)),
-        writes=(*keyed(wrt), *(("dq", "dq_sums", "semaphores") if "q" in wrt else ()), "tickets"),
+        writes=backward_writes(wrt),
         boxes=(("q", row.block_m), ("k", row.block_n), ("v", row.block_n), ("dout", row.block_m)),
         section=_tiles.backward_section(row, problem, deterministic, heads_k),
     )

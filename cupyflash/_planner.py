@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from . import _cpu
-from ._plan import Device, Plan, Tile, chains
+from ._plan import Device, Plan, Tile, plan_of
 from ._plan_simt import plan_simt
 from ._plan_sm80 import plan_sm80, plan_sm80_backward, why_not_sm80
 from ._plan_sm90 import plan_sm90, plan_sm90_backward, why_not_sm90
@@ -56,17 +56,7 @@ def _plan_cpu(problem: Problem, tile: Tile, backward: bool) -> Plan:
         if getattr(tile, name) is not None:
             raise ValueError(f"Tile({name}={getattr(tile, name)}) with NumPy arrays: the CPU has block sizes only")
     block_m, block_n = _cpu.tile(problem, backward)
-    chain_d, chain_k, chain_q = chains(problem, backward)
-    return Plan(
-        family=CPU_FAMILY,
-        device="cpu",
-        direction="backward" if backward else "forward",
-        block_m=tile.block_m or block_m,
-        block_n=tile.block_n or block_n,
-        chain_d=chain_d,
-        chain_k=chain_k,
-        chain_q=chain_q,
-    )
+    return plan_of(CPU_FAMILY, "cpu", problem, backward, (tile.block_m or block_m, tile.block_n or block_n))
 
 
 def plan_gpu(
@@ -99,40 +89,38 @@ def _plan_gpu(
     unmapped: tuple[str, ...],
     deterministic: bool,
 ) -> Plan:
-    plan = _plan_family(problem, device, family, tile, wrt, copies, unmapped, deterministic)
-    tuned = tuple(f"{step.name}: a tile that tune() has kept" for step in plan.kernels if tile.row(step.name))
-    return replace(plan, notes=plan.notes + tuned) if tuned else plan
-
-
-def _plan_family(
-    problem: Problem,
-    device: Device,
-    family: object,
-    tile: Tile,
-    wrt: frozenset[str] | None,
-    copies: tuple[str, ...],
-    unmapped: tuple[str, ...],
-    deterministic: bool,
-) -> Plan:
     _check_gpu_limits(problem)
-    why = why_not_sm90(problem, device)
-    if why is None and family in (None, "sm90"):
-        if wrt is None:
-            return plan_sm90(problem, device, tile, copies + unmapped)
-        return plan_sm90_backward(problem, device, tile, wrt, copies + unmapped, deterministic)
-    if family == "sm90":
-        raise ValueError(f"family='sm90': {why}")
-    declined: tuple[tuple[str, str], ...] = () if why is None else (("sm90", why),)
-    why = why_not_sm80(problem, device)
-    if why is not None and family == "sm80":
-        raise ValueError(f"family='sm80': {why}")
-    if why is None and family in (None, "sm80"):
-        if wrt is None:
-            return replace(plan_sm80(problem, device, tile, copies), declined=declined)
-        return replace(plan_sm80_backward(problem, device, tile, wrt, copies, deterministic), declined=declined)
-    if why is not None:
-        declined += (("sm80", why),)
-    return replace(plan_simt(problem, device, tile, wrt, copies), declined=declined)
+    chosen, declined = _choose_family(problem, device, family)
+    if chosen == "simt":
+        plan = plan_simt(problem, device, tile, wrt, copies)
+    elif chosen == "sm80":
+        plan = (
+            plan_sm80(problem, device, tile, copies)
+            if wrt is None
+            else plan_sm80_backward(problem, device, tile, wrt, copies, deterministic)
+        )
+    else:
+        plan = (
+            plan_sm90(problem, device, tile, copies + unmapped)
+            if wrt is None
+            else plan_sm90_backward(problem, device, tile, wrt, copies + unmapped, deterministic)
+        )
+    tuned = tuple(f"{step.name}: a tile that tune() has kept" for step in plan.kernels if tile.row(step.name))
+    return replace(plan, declined=declined, notes=plan.notes + tuned)
+
+
+def _choose_family(problem: Problem, device: Device, family: object) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The fastest family that takes a problem, or the one that the caller wants; and why faster ones do not."""
+    declined: tuple[tuple[str, str], ...] = ()
+    for name, why_not in (("sm90", why_not_sm90), ("sm80", why_not_sm80)):
+        why = why_not(problem, device)
+        if why is None and family in (None, name):
+            return name, declined
+        if family == name:
+            raise ValueError(f"family={name!r}: {why}")
+        if why is not None:
+            declined += ((name, why),)
+    return "simt", declined
 
 
 def _check_gpu_limits(problem: Problem) -> None:

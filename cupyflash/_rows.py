@@ -67,9 +67,9 @@ def why_not(kernel: str, row: Row, problem: Problem, smem: int) -> str | None:
     """Why a row can't run a problem where a thread block may have ``smem`` bytes, or None. The card may be any."""
     head_dim, head_dim_v, accumulator = problem.head_dim, problem.head_dim_v, problem.accumulator.itemsize
     if isinstance(row, HopperRow):
-        return check_hopper(kernel, row, head_dim, head_dim_v, smem)
+        return check_hopper(row, head_dim, head_dim_v, smem)
     if isinstance(row, AmpereRow):
-        return check_ampere(kernel, row, head_dim, head_dim_v, smem)
+        return check_ampere(row, head_dim, head_dim_v, smem)
     if isinstance(row, AmpereBackwardRow):
         return check_ampere_backward(row, head_dim, head_dim_v, smem)
     if isinstance(row, HopperBackwardRow):

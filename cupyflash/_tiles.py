@@ -19,10 +19,14 @@ ROW_KERNELS = {"bwd_delta": (64, 4), "bwd_finish": (32, 4)}  # block_m, warps
 _R = TypeVar("_R", bound=Any)
 
 
+def padded(width: int) -> int:
+    """The width that a kernel is compiled for."""
+    return next(w for w in WIDTHS if w >= width)
+
+
 def padded_widths(problem: Problem) -> tuple[int, int]:
     """The widths of q and k, and of v, that a kernel is compiled for."""
-    head_dim, head_dim_v = (next(w for w in WIDTHS if w >= d) for d in (problem.head_dim, problem.head_dim_v))
-    return head_dim, head_dim_v
+    return padded(problem.head_dim), padded(problem.head_dim_v)
 
 
 def first_row(table: tuple[tuple[int, int, _R], ...], problem: Problem, length: int) -> _R:
@@ -35,3 +39,9 @@ def first_row(table: tuple[tuple[int, int, _R], ...], problem: Problem, length: 
         and row.causal in (None, problem.causal)
         and (row.longest is None or length <= row.longest)
     )
+
+
+def equal_sections(heads: int, most: int) -> int:
+    """How many of ``heads`` run side by side: sections of equal size, of at most so many."""
+    count = -(-heads // most)
+    return max(1, -(-heads // max(1, count)))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ._tiles import MAX_THREADS, WIDTHS
+from ._tiles import MAX_THREADS, padded
 
 if TYPE_CHECKING:
     from ._problem import Problem
@@ -107,8 +107,7 @@ TABLE: dict[tuple[str, int], tuple[tuple[int, TileRow], ...]] = {
 
 def padded_width(width: int, dim_chunk: int) -> int:
     """The width a kernel is compiled for: the next of WIDTHS, or whole chunks where one chunk does not hold it."""
-    padded = next(w for w in WIDTHS if w >= width)
-    return padded if padded <= dim_chunk else -(-width // dim_chunk) * dim_chunk
+    return padded(width) if padded(width) <= dim_chunk else -(-width // dim_chunk) * dim_chunk
 
 
 def smem_bytes(kernel: str, row: TileRow, head_dim: int, head_dim_v: int, accumulator: int) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from ._tiles import MAX_THREADS, WIDTHS, padded_widths
+from ._tiles import MAX_THREADS, equal_sections, first_row, padded, padded_widths
 
 if TYPE_CHECKING:
     from ._plan import Tile
@@ -36,6 +36,8 @@ class AmpereRow:
     longest: int | None = None  # keys
 
 
+_R = TypeVar("_R", "AmpereRow", "AmpereBackwardRow")
+
 # kernel -> (largest width of q and k, of v, row): the first that fits. Remarks: FlashAttention-2's time to ours on an
 # H100, as torch calls it, at 4096 queries; bfloat16, 16384 rows and 2048 columns over all heads.
 AMPERE_TABLE: dict[str, tuple[tuple[int, int, AmpereRow], ...]] = {
@@ -58,19 +60,11 @@ AMPERE_FORMS = ((128, 4, False), (128, 4, True), (64, 4, False), (64, 4, True), 
 
 def choose_ampere(kernel: str, problem: Problem, tile: Tile, smem: int) -> AmpereRow:
     """The first row that is for a problem and a card, with the caller's tile in its place; or ValueError."""
-    if (own := tile.row(kernel)) is not None:
-        return own  # type: ignore[no-any-return]
+    own: AmpereRow | None = tile.row(kernel)
+    if own is not None:
+        return own
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
-    row = next(
-        row
-        for largest, largest_v, row in AMPERE_TABLE[kernel]
-        if head_dim <= largest
-        and head_dim_v <= largest_v
-        and smem >= row.card * 1024
-        and row.causal in (None, problem.causal)
-        and (row.longest is None or problem.seqlen_k <= row.longest)
-    )
-    row = _fitted(row, head_dim)
+    row = _fitted(first_row(_for_card(AMPERE_TABLE[kernel], smem), problem, problem.seqlen_k), head_dim)
     names = ("block_m", "block_n", "stages", "warps")
     wanted = {name: n for name in names if (n := getattr(tile, name)) is not None}
     if wanted:  # what is left of the row must not stand in the way: the plain form, one block
@@ -79,13 +73,13 @@ def choose_ampere(kernel: str, problem: Problem, tile: Tile, smem: int) -> Amper
             choices = (row.warps, row.block_m // 32, row.block_m // 16)
             fits = (n for n in choices if n >= 2 and n % 2 == 0 and row.block_m in (16 * n, 32 * n))
             row = replace(row, warps=next(fits, row.warps))
-    why = check_ampere(kernel, row, head_dim, head_dim_v, smem)
+    why = check_ampere(row, head_dim, head_dim_v, smem)
     if why is not None:
         raise ValueError(f"{tile} does not fit {kernel} (head widths {head_dim}, {head_dim_v}): {why}")
     return row
 
 
-def check_ampere(kernel: str, row: AmpereRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:
+def check_ampere(row: AmpereRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:
     """Why a tile can't run, or None."""
     threads = 32 * row.warps
     if row.warps % 2 or threads > MAX_THREADS:
@@ -96,10 +90,10 @@ def check_ampere(kernel: str, row: AmpereRow, head_dim: int, head_dim_v: int, sm
         return f"block_n={row.block_n}: it is a multiple of 16 up to 256"
     if row.stages < 2:
         return f"stages={row.stages}: one tile is worked on while the next arrives, so at least 2"
-    d, dv = (next(w for w in WIDTHS if w >= width) for width in (head_dim, head_dim_v))
+    d, dv = padded(head_dim), padded(head_dim_v)
     if row.q_held > d // 16:
         return f"q_held={row.q_held}: {d} columns are {d // 16} steps"
-    needed = ampere_smem_bytes(kernel, row, d, dv)
+    needed = ampere_smem_bytes(row, d, dv)
     if needed > smem:
         return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
     # acc_o and acc_s, twice the latter where the next scores are computed beside P; Q as far as it stays.
@@ -111,7 +105,7 @@ def check_ampere(kernel: str, row: AmpereRow, head_dim: int, head_dim_v: int, sm
     return None
 
 
-def ampere_smem_bytes(kernel: str, row: AmpereRow, head_dim: int, head_dim_v: int) -> int:
+def ampere_smem_bytes(row: AmpereRow, head_dim: int, head_dim_v: int) -> int:
     """Shared memory of a thread block: sizeof(Smem) in the kernel."""
     tiles = row.block_m * head_dim + row.stages * row.block_n * max(head_dim, head_dim_v)
     return 2 * tiles + 128
@@ -140,11 +134,16 @@ def ampere_candidates(kernel: str, problem: Problem, smem: int) -> Iterator[Ampe
             form = AmpereRow(block_m, 16, warps, 2, min_blocks, 0, overlap, "")
             blocks = (replace(form, block_n=n) for n in range(128, 16, -16))
             room = (smem + 1024) // min_blocks - 1024
-            for row in [row for row in blocks if check_ampere(kernel, row, *widths, room) is None][:2]:
-                stages = max(n for n in (2, 3, 4) if ampere_smem_bytes(kernel, replace(row, stages=n), d, dv) <= room)
+            for row in [row for row in blocks if check_ampere(row, *widths, room) is None][:2]:
+                stages = max(n for n in (2, 3, 4) if ampere_smem_bytes(replace(row, stages=n), d, dv) <= room)
                 held = (replace(row, stages=stages, q_held=n) for n in range(d // 16, -1, -1))
-                yield next(row for row in held if check_ampere(kernel, row, *widths, room) is None)
+                yield next(row for row in held if check_ampere(row, *widths, room) is None)
                 yield replace(row, stages=stages)
+
+
+def _for_card(table: tuple[tuple[int, int, _R], ...], smem: int) -> tuple[tuple[int, int, _R], ...]:
+    """The rows that are worth it where a thread block may have ``smem`` bytes."""
+    return tuple(entry for entry in table if smem >= entry[2].card * 1024)
 
 
 def _fitted(row: AmpereRow, head_dim: int) -> AmpereRow:
@@ -190,18 +189,11 @@ AMPERE_BACKWARD_TABLE: tuple[tuple[int, int, AmpereBackwardRow], ...] = (
 
 def choose_ampere_backward(problem: Problem, tile: Tile, smem: int) -> AmpereBackwardRow:
     """The first row that is for a problem and a card, with the caller's tile in its place; or ValueError."""
-    if (own := tile.row("bwd_sm80")) is not None:
-        return own  # type: ignore[no-any-return]
+    own: AmpereBackwardRow | None = tile.row("bwd_sm80")
+    if own is not None:
+        return own
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
-    row = next(
-        row
-        for largest, largest_v, row in AMPERE_BACKWARD_TABLE
-        if head_dim <= largest
-        and head_dim_v <= largest_v
-        and smem >= row.card * 1024
-        and row.causal in (None, problem.causal)
-        and (row.longest is None or problem.seqlen_q <= row.longest)
-    )
+    row = first_row(_for_card(AMPERE_BACKWARD_TABLE, smem), problem, problem.seqlen_q)
     names = ("block_m", "block_n", "stages", "warps")
     row = replace(row, **{name: n for name in names if (n := getattr(tile, name)) is not None})
     why = check_ampere_backward(row, head_dim, head_dim_v, smem)
@@ -221,7 +213,7 @@ def check_ampere_backward(row: AmpereBackwardRow, head_dim: int, head_dim_v: int
         return f"block_m={row.block_m}: with warps={row.warps} it is a multiple of 16 up to {most}"
     if row.stages != 2:
         return f"stages={row.stages}: there are 2, one tile worked on while the next arrives"
-    d, dv = (next(w for w in WIDTHS if w >= width) for width in (head_dim, head_dim_v))
+    d, dv = padded(head_dim), padded(head_dim_v)
     needed = ampere_backward_smem_bytes(row, d, dv)
     if needed > smem:
         return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
@@ -243,8 +235,7 @@ def ampere_backward_smem_bytes(row: AmpereBackwardRow, head_dim: int, head_dim_v
 
 def ampere_backward_section(row: AmpereBackwardRow, heads_k: int) -> int:
     """How many kv heads run side by side. It changes the order of jobs, never the bits."""
-    count = -(-heads_k // row.heads)
-    return max(1, -(-heads_k // max(1, count)))  # sections of equal size
+    return equal_sections(heads_k, row.heads)
 
 
 def ampere_backward_candidates(problem: Problem) -> Iterator[AmpereBackwardRow]:

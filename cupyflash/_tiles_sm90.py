@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ._tiles import WIDTHS, first_row
+from ._tiles import equal_sections, first_row, padded
 
 if TYPE_CHECKING:
     from ._plan import Tile
@@ -65,14 +65,15 @@ SECTION_BYTES, SHORT_SECTION_BYTES = 2**25, 12 * 2**20
 def choose_hopper(kernel: str, problem: Problem, tile: Tile, smem: int) -> HopperRow:
     """The first row that is for a problem, with the caller's tile in its place; ValueError where that can't run."""
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
-    if (own := tile.row(kernel)) is not None:
-        return own  # type: ignore[no-any-return]
+    own: HopperRow | None = tile.row(kernel)
+    if own is not None:
+        return own
     row = first_row(HOPPER_TABLE[kernel], problem, problem.seqlen_k)
     wanted = {name: n for name in ("block_m", "block_n", "stages") if (n := getattr(tile, name)) is not None}
     if wanted:
         row = replace(row, **wanted)
         row = replace(row, overlap=row.block_m < 192, take_turns=row.take_turns and row.block_m == 128)
-    why = check_hopper(kernel, row, head_dim, head_dim_v, smem)
+    why = check_hopper(row, head_dim, head_dim_v, smem)
     if why is None and tile.warps not in (None, row.warps):
         why = f"warps={tile.warps}: block_m={row.block_m} has {row.warps}, 4 for every 64 rows and 4 that load"
     if why is not None:
@@ -80,7 +81,7 @@ def choose_hopper(kernel: str, problem: Problem, tile: Tile, smem: int) -> Hoppe
     return row
 
 
-def check_hopper(kernel: str, row: HopperRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:
+def check_hopper(row: HopperRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:
     """Why a tile can't run, or None."""
     if row.block_m not in (64, 128, 192):
         return f"block_m={row.block_m}: it is 64, 128 or 192, a warpgroup for every 64 rows"
@@ -88,19 +89,19 @@ def check_hopper(kernel: str, row: HopperRow, head_dim: int, head_dim_v: int, sm
         return f"block_n={row.block_n}: it is a multiple of 16 up to 256"
     if row.stages < 2:
         return f"stages={row.stages}: one block of keys is worked on while the next arrives, so at least 2"
-    widths = [next(w for w in WIDTHS if w >= d) for d in (head_dim, head_dim_v)]
-    needed = hopper_smem_bytes(kernel, row, *widths)
+    d, dv = padded(head_dim), padded(head_dim_v)
+    needed = hopper_smem_bytes(row, d, dv)
     if needed > smem:
         return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
     # acc_o and acc_s; P beside them where the next scores are computed while it is an operand.
-    words = widths[1] // 2 + row.block_n // 2 + (row.block_n // 4 if row.overlap else 0)
+    words = dv // 2 + row.block_n // 2 + (row.block_n // 4 if row.overlap else 0)
     room = (160 if row.block_m == 192 else 240) - 24
     if words > room:
         return f"its accumulators need {words} registers a thread: there is room for {room}"
     return None
 
 
-def hopper_smem_bytes(kernel: str, row: HopperRow, head_dim: int, head_dim_v: int) -> int:
+def hopper_smem_bytes(row: HopperRow, head_dim: int, head_dim_v: int) -> int:
     """Shared memory of a thread block: sizeof(Smem) in the kernel. Rows of tiles are whole chunks of 64 columns."""
     d, dv = (-(-width // 64) * 128 for width in (head_dim, head_dim_v))  # bytes of a row
     tiles = row.q_stages * row.block_m * d + row.stages * row.block_n * (d + dv)
@@ -117,8 +118,7 @@ def section(row: HopperRow, problem: Problem, all_heads: int) -> int:
     group = problem.num_heads // problem.num_heads_k if problem.num_heads_k else 1
     head = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
     fit = max(1, (SHORT_SECTION_BYTES if problem.seqlen_k <= 512 else SECTION_BYTES) * group // max(1, head))
-    count = -(-all_heads // fit)
-    return max(1, -(-all_heads // max(1, count)))  # sections of equal size
+    return equal_sections(all_heads, fit)
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,9 @@ def is_wide(head_dim: int, head_dim_v: int) -> bool:
 def choose_hopper_backward(problem: Problem, tile: Tile, smem: int) -> HopperBackwardRow:
     """The first row that is for a problem, with the caller's tile in its place; ValueError where that can't run."""
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
-    if (own := tile.row("bwd_sm90")) is not None:
-        return own  # type: ignore[no-any-return]
+    own: HopperBackwardRow | None = tile.row("bwd_sm90")
+    if own is not None:
+        return own
     wanted = {name: n for name in ("block_m", "block_n", "stages") if (n := getattr(tile, name)) is not None}
     row = replace(first_row(HOPPER_BACKWARD_TABLE, problem, problem.seqlen_q), **wanted)
     why = check_hopper_backward(row, head_dim, head_dim_v, smem)
@@ -202,7 +203,7 @@ def check_hopper_backward(row: HopperBackwardRow, head_dim: int, head_dim_v: int
         return f"block_m={row.block_m}: it is a multiple of 16 up to 256"
     if row.stages < 2:
         return f"stages={row.stages}: one block of queries is worked on while the next arrives, so at least 2"
-    d, dv = (next(w for w in WIDTHS if w >= width) for width in (head_dim, head_dim_v))
+    d, dv = padded(head_dim), padded(head_dim_v)
     needed = hopper_backward_smem_bytes(row, d, dv)
     if needed > smem:
         return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
@@ -248,8 +249,7 @@ def backward_section(row: HopperBackwardRow, problem: Problem, ordered: bool, he
         group = problem.num_heads // problem.num_heads_k if problem.num_heads_k else 1
         head = group * problem.seqlen_q * (4 * problem.head_dim + 2 * (problem.head_dim + problem.head_dim_v))
         heads = max(1, ARRIVAL_BYTES // max(1, head))
-    count = -(-heads_k // heads)
-    return max(1, -(-heads_k // max(1, count)))  # sections of equal size
+    return equal_sections(heads_k, heads)
 
 
 def hopper_candidates(kernel: str, problem: Problem, smem: int) -> Iterator[HopperRow]:
@@ -267,7 +267,7 @@ def hopper_candidates(kernel: str, problem: Problem, smem: int) -> Iterator[Hopp
         for q_stages in (2, 1):
             form = HopperRow(block_m, 16, 2, q_stages, overlap, take_turns, "", sections=sections)
             blocks = (replace(form, block_n=n) for n in range(256, 48, -16))
-            fits = [row for row in blocks if check_hopper(kernel, row, *widths, smem) is None][:3]
+            fits = [row for row in blocks if check_hopper(row, *widths, smem) is None][:3]
             yield from fits
             yield from (replace(row, stages=3) for row in fits[:1])
 

@@ -1,65 +1,60 @@
-"""What plans of the backwards on tensor cores share: one pass over the scores, dq added up in a fixed order."""
+"""What plans of the families on tensor cores share."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
 from ._arrays import ArraySpec
 from ._compile import Spec
-from ._plan import Device, KernelPlan, Plan, by_entry, chains, grid, row_kernel, sign, workspace
+from ._plan import Blocks, Device, KernelPlan, Plan, by_entry, grid, keyed, plan_of, row_kernel, spec_of, workspace
 from ._problem import Problem
 from ._tiles import ROW_KERNELS, padded_widths
 
 
-class Row(Protocol):
-    """What is asked of a row of a tile table."""
-
-    @property
-    def block_m(self) -> int: ...
-    @property
-    def block_n(self) -> int: ...
-    @property
-    def stages(self) -> int: ...
-    @property
-    def warps(self) -> int: ...
+def why_not_tensor_cores(problem: Problem, instruction: str) -> str | None:
+    """Why tensor cores do not take a problem, whatever the card, or None."""
+    if problem.dtype.itemsize != 2:
+        return f"{problem.dtype}: {instruction} multiplies float16 and bfloat16"
+    if problem.precision is not None:
+        return f"precision={problem.precision!r}: P is rounded once for the tensor cores"
+    return None
 
 
-def keyed(wrt: frozenset[str]) -> tuple[str, ...]:
-    """The gradients that belong to keys."""
-    return tuple(f"d{name}" for name in ("k", "v") if name in wrt)
+def tensor_core_plan(
+    family: str, problem: Problem, device: Device, row: Blocks, kernels: tuple[KernelPlan, ...],
+    copies: tuple[str, ...], backward: bool = False, **more: Any,
+) -> Plan:  # fmt: skip
+    """A plan whose P, and dS, are rounded once."""
+    return plan_of(
+        family, device.name, problem, backward, (row.block_m, row.block_n),
+        kernels=kernels, copies=copies, rounds_p=True, **more,
+    )  # fmt: skip
 
 
-def backward_spec(kernel: str, problem: Problem, row: Row, wrt: frozenset[str], deterministic: bool) -> Spec:
+# ------------------------------------------------- the backward: one pass over the scores, dq added up in a fixed order
+
+
+def backward_writes(wrt: frozenset[str]) -> tuple[str, ...]:
+    """What the main kernel writes."""
+    return (*keyed(wrt), *(("dq", "dq_sums", "semaphores") if "q" in wrt else ()), "tickets")
+
+
+def backward_spec(kernel: str, problem: Problem, row: Blocks, wrt: frozenset[str], deterministic: bool) -> Spec:
     """The Spec of a kernel that computes gradients, or takes part in it."""
-    head_dim, head_dim_v = padded_widths(problem)
-    return Spec(
-        kernel=kernel,
-        element=problem.dtype,
-        output=problem.out_dtype,
-        accumulator=problem.accumulator,
+    widths = padded_widths(problem)
+    return spec_of(
+        kernel, problem, row, widths, max(widths),
         gradient=problem.accumulator if by_entry(problem, wrt, "k") else problem.dtype,
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        dim_chunk=max(head_dim, head_dim_v),
-        block_m=row.block_m,
-        block_n=row.block_n,
-        num_stages=row.stages,
-        num_warps=row.warps,
-        causal=problem.causal,
-        scale_sign=sign(problem.scale),
         gradient_q=problem.accumulator if by_entry(problem, wrt, "q") else problem.dtype,
-        deterministic=deterministic,
-        want_dq="q" in wrt,
-        want_dk="k" in wrt,
-        want_dv="v" in wrt,
-    )
+        deterministic=deterministic, want_dq="q" in wrt, want_dk="k" in wrt, want_dv="v" in wrt,
+    )  # fmt: skip
 
 
 def preparation(
-    problem: Problem, row: Row, wrt: frozenset[str], deterministic: bool, rounding: bool = False
+    problem: Problem, row: Blocks, wrt: frozenset[str], deterministic: bool, rounding: bool = False
 ) -> KernelPlan:
     """bwd_delta over the query tiles of the main kernel; where there is none it still sets the tickets to 0.
 
@@ -84,7 +79,7 @@ def preparation(
 
 
 def temporaries_of(
-    problem: Problem, row: Row, wrt: frozenset[str], semaphores: int, numbers: int
+    problem: Problem, row: Blocks, wrt: frozenset[str], semaphores: int, numbers: int
 ) -> tuple[ArraySpec, ...]:
     """Temporary arrays; of each query tile so many semaphores, and numbers of dq before it is whole."""
     heads, tiles = problem.num_heads, -(-problem.seqlen_q // row.block_m)
@@ -104,7 +99,7 @@ def backward_plan(
     family: str,
     problem: Problem,
     device: Device,
-    row: Row,
+    row: Blocks,
     wrt: frozenset[str],
     kernels: tuple[KernelPlan, ...],
     temporaries: tuple[ArraySpec, ...],
@@ -112,19 +107,8 @@ def backward_plan(
 ) -> Plan:
     """The plan that runs these kernels, and then sums what was computed for each batch entry alone."""
     partial = [name for name in sorted(wrt) if by_entry(problem, wrt, name)]
-    chain_d, chain_k, chain_q = chains(problem, True)
-    return Plan(
-        family=family,
-        device=device.name,
-        direction="backward",
-        block_m=row.block_m,
-        block_n=row.block_n,
-        kernels=(*kernels, *(row_kernel("bwd_finish", problem, (f"d{name}",)) for name in partial)),
-        workspace=workspace(problem, temporaries, partial),
-        copies=copies,
-        chain_d=chain_d,
-        chain_k=chain_k,
-        chain_q=chain_q,
-        rounds_p=True,
-        temporaries=temporaries,
-    )
+    finishing = (row_kernel("bwd_finish", problem, (f"d{name}",)) for name in partial)
+    return tensor_core_plan(
+        family, problem, device, row, (*kernels, *finishing), copies, backward=True,
+        workspace=workspace(problem, temporaries, partial), temporaries=temporaries,
+    )  # fmt: skip
