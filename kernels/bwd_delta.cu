@@ -1,7 +1,7 @@
 // Before the backward: delta_i = sum over d of dout_id * out_id - dlse_i, one number for each query row; and, for
-// bwd_sm90, all that it finds prepared.
+// bwd_sm90 and bwd_sm80, all that they find prepared.
 //
-// A thread block owns BLOCK_M rows of one head, the rows of one tile of bwd_sm90; eight lanes share a row
+// A thread block owns BLOCK_M rows of one head, the rows of one tile of theirs; eight lanes share a row
 // (mma_simt.cuh) and walk its columns in runs of 16 bytes of dout: lane x takes runs x, x + 8, ... A thread's rows go
 // side by side, so that their loads are under way together. The order of a sum depends on dout's type alone, not on
 // strides. No shared memory. Where lse is -inf the row has no visible key: delta is 0 and dlse is not read.

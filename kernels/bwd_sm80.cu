@@ -228,10 +228,6 @@ __device__ __forceinline__ void add_unit_parts(Unit& dq, const float* sums) {
 #pragma unroll
   for (int f = 0; f < UNIT_FRAGMENTS; ++f) add_part<32>(dq[f], sums + f * 16 * UNIT_COLS);
 }
-__device__ __forceinline__ void clear_unit(Unit& dq) {
-#pragma unroll
-  for (int f = 0; f < UNIT_FRAGMENTS; ++f) clear(dq[f]);
-}
 
 // dQ = dS K, this warp's units of it, which join those of other key blocks.
 __device__ __forceinline__ void add_dq(const Params& params, Smem& smem, const TurnOf& turn) {
@@ -247,7 +243,7 @@ __device__ __forceinline__ void add_dq(const Params& params, Smem& smem, const T
   for (int unit = warp; unit < UNITS; unit += NUM_WARPS) {
     const int row0 = unit % DOWN * UNIT_ROWS, col0 = unit / DOWN * UNIT_COLS;
     float* const here = sums + unit * UNIT_ROWS * UNIT_COLS;
-    clear_unit(dq);
+    clear(dq);
     const auto ds = operand<Side::LEFT, Major::MN>(smem.ds, 0, row0);
     add_product<BLOCK_N / 16>(dq, ds, operand<Side::RIGHT, Major::MN>(smem.k, 0, col0));
     if (DETERMINISTIC && last) {
@@ -269,7 +265,7 @@ __device__ __forceinline__ void add_dq(const Params& params, Smem& smem, const T
   sync_warp();  // all lanes know
 #pragma unroll 1
   for (int unit = warp; unit < UNITS; unit += NUM_WARPS) {
-    clear_unit(dq);
+    clear(dq);
     add_unit_parts(dq, sums + unit * UNIT_ROWS * UNIT_COLS);
     store_unit(params, job, turn, unit % DOWN * UNIT_ROWS, unit / DOWN * UNIT_COLS, dq);
   }
@@ -330,14 +326,12 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
   const Job& job = smem.job;
   const int group = warp_uniform(thread_index() / 32 % GROUPS);
   Fragment<HEAD_DIM_V> acc_dv[FRAGMENTS];
-#pragma unroll
-  for (int f = 0; f < FRAGMENTS; ++f) clear(acc_dv[f]);
+  clear(acc_dv);
   for_each_turn<false>(params, smem, [&](const TurnOf& turn, bool masked) ALWAYS_INLINE {
     Fragment<BLOCK_M> acc[FRAGMENTS];
     unsigned p[FRAGMENTS][BLOCK_M / 16][4];
     // S^T = K Q^T
-#pragma unroll
-    for (int f = 0; f < FRAGMENTS; ++f) clear(acc[f]);
+    clear(acc);
     const auto k = operand<Side::LEFT, Major::K>(smem.k, fragment_key(0));
     add_product<HEAD_DIM / 16>(acc, k, operand<Side::RIGHT, Major::K>(smem.q[turn.slot]));
     // P^T = exp2(S^T - lse)
@@ -373,15 +367,13 @@ __device__ __forceinline__ void make_keys(const Params& params, Smem& smem) {
   const Job& job = smem.job;
   const int group = warp_uniform(thread_index() / 32 % GROUPS);
   Fragment<HEAD_DIM> acc_dk[FRAGMENTS];
-#pragma unroll
-  for (int f = 0; f < FRAGMENTS; ++f) clear(acc_dk[f]);
+  clear(acc_dk);
   for_each_turn<true>(params, smem, [&](const TurnOf& turn, bool masked) ALWAYS_INLINE {
     if constexpr (!WANT_DS) return;
     Fragment<BLOCK_M> acc[FRAGMENTS];
     unsigned ds[FRAGMENTS][BLOCK_M / 16][4];
     // dP^T = V dO^T
-#pragma unroll
-    for (int f = 0; f < FRAGMENTS; ++f) clear(acc[f]);
+    clear(acc);
     const auto v = operand<Side::LEFT, Major::K>(smem.v, fragment_key(0));
     add_product<HEAD_DIM_V / 16>(acc, v, operand<Side::RIGHT, Major::K>(smem.dout[turn.slot]));
     // dS^T = P^T * (dP^T - delta)

@@ -43,6 +43,12 @@ __device__ __forceinline__ void clear(Fragment<N>& fragment) {
   for (int i = 0; i < N / 2; ++i) fragment.at[i] = 0;
 }
 
+template <int N, int R>
+__device__ __forceinline__ void clear(Fragment<N> (&fragments)[R]) {
+#pragma unroll
+  for (int f = 0; f < R; ++f) clear(fragments[f]);
+}
+
 template <int N>
 __device__ __forceinline__ void multiply_row(Fragment<N>& fragment, int r, float factor) {
 #pragma unroll

@@ -97,8 +97,7 @@ template <typename Between>
 __device__ __forceinline__ void score_tile(
     Fragment<BLOCK_N> (&acc)[FRAGMENTS], const Smem& smem, int slot, const unsigned (&q_held)[FRAGMENTS][HELD][4],
     const Between& between) {
-#pragma unroll
-  for (int f = 0; f < FRAGMENTS; ++f) clear(acc[f]);
+  clear(acc);
   const auto q = operand<Side::LEFT, Major::K>(smem.q, fragment_row(0));
   const auto k = operand<Side::RIGHT, Major::K>(smem.slot[slot].k);
   if constexpr (Q_HELD > 0) {
@@ -281,11 +280,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
     }
   };
 
+  clear(acc_o);
 #pragma unroll
-  for (int f = 0; f < FRAGMENTS; ++f) {
-    softmax[f].clear();
-    clear(acc_o[f]);
-  }
+  for (int f = 0; f < FRAGMENTS; ++f) softmax[f].clear();
   int n_block = blocks.end - 1;
   if (blocks.begin < blocks.end) {
     load_q(params, smem, tile);

@@ -71,10 +71,7 @@ struct FourOf {
 
 // ---- dq of a tile, in dq_sums, while it is added up
 
-// As its threads hold it, so many to a part, four numbers by four: a warp moves 512 bytes at a time.
-__device__ __forceinline__ float* tile_sums(const Params& params, const int (&batch_index)[4], int head, int m_block) {
-  return rows_of<float>(params.dq_sums, batch_index, head).at(m_block);  // (m_block, numbers of a tile)
-}
+// As its threads hold it, THREADS to a part, four numbers by four: a warp moves 512 bytes at a time.
 template <int THREADS, int N>
 __device__ __forceinline__ void store_part(float* part, const Fragment<N>& dq) {
 #pragma unroll

@@ -28,7 +28,10 @@ constexpr int DQ_NUMBERS = WIDE ? BLOCK_M * HEAD_DIM : 128 * DQ_COLS;  // of a t
 constexpr int DQ_SECOND = WIDE ? 64 * first_share(HEAD_DIM) : 64 * DQ_COLS;  // where consumer 1's begin
 static_assert(WIDE ? BLOCK_M == 64 : BLOCK_M % 16 == 0, "a tile is dealt out to two warpgroups");
 
-// This thread's first four numbers in a tile's sums.
+// A tile in dq_sums; and there this thread's first four numbers.
+__device__ __forceinline__ float* tile_sums(const Params& params, const int (&batch_index)[4], int head, int m_block) {
+  return rows_of<float>(params.dq_sums, batch_index, head).at(m_block);  // (m_block, DQ_NUMBERS)
+}
 __device__ __forceinline__ float* own_part(float* sums, int consumer) {
   return sums + (consumer * DQ_SECOND + 4 * (static_cast<unsigned>(thread_index_again()) % 128));
 }
