@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupyflash import attention, attention_backward, explain
+from cupyflash import attention, attention_backward
 from cupyflash.testing import cases, data
 
 pytestmark = pytest.mark.gpu
@@ -18,12 +18,9 @@ WIDTHS = ((64, 64), (128, 128), (256, 256), (80, 80), (33, 100), (192, 128), (16
 
 @pytest.fixture(autouse=True)
 def takes_sm80(gpu):
-    """Skip where the family can't run."""
-    q = gpu.xp.zeros((1, 1, 16), np.float16)
-    try:
-        explain(q, q, q, family="sm80")
-    except ValueError as error:
-        pytest.skip(str(error))
+    """Skip on cards before Ampere, which have no mma.sync of these shapes."""
+    if int(gpu.xp.cuda.Device().compute_capability) < 80:
+        pytest.skip("compute capability below 8.0")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
