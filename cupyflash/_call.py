@@ -6,6 +6,7 @@ Between the public functions, which speak the user's shapes, and the computing m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from . import _cpu, _tuned
 from ._arrays import Array, address, import_cupy, is_cupy, misaligned, on_device, place, same_place, take
+from ._options import Asked, Shape, read_options, read_seed
 from ._plan import DEVICES, Device, Plan
 from ._planner import plan_cpu, plan_gpu
 from ._problem import Problem, read_problem
@@ -41,12 +43,7 @@ class Call:
         q: Any,
         k: Any,
         v: Any,
-        *,
-        scale: object,
-        causal: object,
-        q_offset: Any,
-        layout: object,
-        precision: object,
+        asked: Asked,
         beside: dict[str, Array] | None = None,
         out: Array | None = None,
         device: object = None,
@@ -55,14 +52,55 @@ class Call:
         self.inputs: dict[str, Array] = {"q": q, "k": k, "v": v}
         if beside is not None:
             self.inputs.update(beside)
+        options = {} if asked.is_plain else asked.arrays()
+        self.inputs.update(options)
         self.place = same_place(self.inputs)
         self.problem: Problem = read_problem(
-            q, k, v, scale=scale, causal=causal, q_offset=q_offset, layout=layout, precision=precision,
-            out_dtype=None if out is None else out.dtype,
+            q, k, v, scale=asked.scale, causal=asked.causal, q_offset=asked.q_offset, layout=asked.layout,
+            precision=asked.precision, out_dtype=None if out is None else out.dtype,
         )  # fmt: skip
+        if not asked.is_plain:
+            self._read_options(asked, options)
         if self.problem.q_offset is None:
-            self.inputs["q_offset"] = _offsets(q_offset, self.place)
+            self.inputs["q_offset"] = _integers("q_offset", asked.q_offset, self.place)
         self.device = _device(self.place) if device is None else _named_device(device)
+
+    def _read_options(self, asked: Asked, arrays: dict[str, Array]) -> None:
+        """The problem's options; their small arrays of integers are taken as kernels read them."""
+        problem = self.problem
+        shape = Shape(problem.batch_shape, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
+        options = read_options(asked, arrays, shape)
+        bottom_right = options.lens and asked.q_offset is None and asked.causal != "top_left"
+        self.problem = replace(problem, options=options, bottom_right=bottom_right)
+        for name in ("q_segments", "kv_segments"):
+            if name in arrays:
+                self.inputs[name] = _integers(name, arrays[name], self.place)
+        for name, lengths in (("q_lens", asked.q_lens), ("kv_lens", asked.kv_lens)):
+            if lengths is not None:
+                self.inputs[name] = _integers(name, lengths, self.place)
+        if options.dropout:
+            self.inputs["seed"] = _integers("seed", read_seed(asked.seed), self.place, np.uint64)
+
+    def beside(self) -> dict[str, Array]:
+        """What options and offsets bring, broadcast to where it is read: see `_options`."""
+        problem = self.problem
+        heads = (*problem.batch_shape, problem.num_heads)
+        shapes = {
+            "bias": (*heads, problem.seqlen_q, problem.seqlen_k),
+            "mask": (*heads, problem.seqlen_q, problem.seqlen_k),
+            "alibi_slopes": heads,
+            "sinks": heads,
+            "q_segments": (*problem.batch_shape, problem.seqlen_q),
+            "kv_segments": (*problem.batch_shape, problem.seqlen_k),
+            "q_lens": problem.batch_shape,
+            "kv_lens": problem.batch_shape,
+        }
+        broadcast_to = (np if self.place is None else import_cupy()).broadcast_to
+        found = {name: broadcast_to(self.inputs[name], shape) for name, shape in shapes.items() if name in self.inputs}
+        for name, own in (("q_offset", "q_offsets"), ("seed", "seed")):
+            if name in self.inputs:
+                found[own] = self.inputs[name]
+        return found
 
     def plan(self, family: object, tile: object, wrt: frozenset[str] | None = None, deterministic: bool = True) -> Plan:
         """The plan of the forward, or of the backward for the gradients in ``wrt``."""
@@ -104,49 +142,56 @@ class Call:
     def forward(self, plan: Plan, out: Array, lse: Array | None) -> Ready | _cpu.Small | None:
         """Compute out, and lse where there is one; return what calls like this one can run again, if anything."""
         problem, inputs = self.problem, self.inputs
-        q, k, v, offsets = inputs["q"], inputs["k"], inputs["v"], inputs.get("q_offset")
+        q, k, v = inputs["q"], inputs["k"], inputs["v"]
+        beside = self.beside() if len(inputs) > 3 else {}
         if not problem.comes_canonical:
             q, k, v, out = map(problem.canonical, (q, k, v, out))
             lse = None if lse is None else problem.canonical_lse(lse)
         if self.place is None:
-            return _cpu.forward(problem, q, k, v, offsets, out, lse, plan.block_m, plan.block_n)
+            return _cpu.forward(problem, q, k, v, beside, out, lse, plan.block_m, plan.block_n)
         from . import _launch
 
-        read: dict[str, Array | None] = {"q": q, "k": k, "v": v, "q_offsets": offsets}
+        read: dict[str, Array | None] = {"q": q, "k": k, "v": v, **beside}
         return _launch.forward(problem, plan, self.place, read, {"out": out, "lse": lse})
 
     def backward(self, plan: Plan, gradients: dict[str, Array]) -> Ready | None:
-        """Compute the gradients, keyed "dq", "dk", "dv", from ``inputs``, which holds dout, out, lse too.
+        """Compute the gradients, keyed "dq", "dk", "dv", "dbias", "dsinks"; ``inputs`` holds dout, out, lse too.
 
         Returns what ``forward`` returns.
         """
         problem, inputs = self.problem, self.inputs
         tensors = {name: problem.canonical(inputs[name]) for name in ("q", "k", "v", "dout", "out")}
         tensors |= {name: problem.canonical_lse(inputs[name]) for name in ("lse", "dlse") if name in inputs}
-        grads = {name: problem.canonical(x) for name, x in gradients.items()}
-        offsets = inputs.get("q_offset")
+        grads = dict(gradients)
+        for name in {"dq", "dk", "dv"} & grads.keys():
+            grads[name] = problem.canonical(grads[name])
+        if "dbias" in gradients:
+            grads["dbias"] = _with_axes(gradients["dbias"], len(problem.batch_shape) + 3)
         if self.place is None:
             _cpu.backward(
                 problem, tensors["dout"], tensors["q"], tensors["k"], tensors["v"], tensors["out"], tensors["lse"],
-                tensors.get("dlse"), offsets, grads.get("dq"), grads.get("dk"), grads.get("dv"),
-                plan.block_m, plan.block_n,
+                tensors.get("dlse"), self.beside(), grads, plan.block_m, plan.block_n,
             )  # fmt: skip
             return None
         from . import _launch
 
-        tensors["q_offsets"] = offsets
-        return _launch.backward(problem, plan, self.place, tensors, grads)
+        return _launch.backward(problem, plan, self.place, tensors | self.beside(), grads)
 
 
-def _offsets(q_offset: Any, where: int | None) -> Array:
-    """One int64 offset for each batch entry, where the call's arrays lie; host offsets are copied to a device."""
-    if is_cupy(q_offset):
+def _with_axes(x: Array, ndim: int) -> Array:
+    """x with axes of length 1 before its own."""
+    return x[(None,) * (ndim - x.ndim)]
+
+
+def _integers(name: str, x: Any, where: int | None, dtype: type = np.int64) -> Array:
+    """Integers where the call's arrays lie; those of the host are copied to a device."""
+    if is_cupy(x):
         if where is None:
-            raise TypeError("q_offset is a CuPy array, q a NumPy array: one call stays on one side")
-        if place(q_offset) != where:
-            raise ValueError(f"q_offset lies on CUDA device {place(q_offset)}, q on {where}: one device for a call")
+            raise TypeError(f"{name} is a CuPy array, q a NumPy array: one call stays on one side")
+        if place(x) != where:
+            raise ValueError(f"{name} lies on CUDA device {place(x)}, q on {where}: one device for a call")
     with on_device(where):
-        return (np if where is None else import_cupy()).asarray(q_offset, np.int64)
+        return (np if where is None else import_cupy()).asarray(x, dtype)
 
 
 @lru_cache(maxsize=64)

@@ -124,13 +124,15 @@ def forward(
     q: Array,
     k: Array,
     v: Array,
-    q_offset: Array | None,
+    beside: dict[str, Array],
     out: Array,
     lse: Array | None,
     block_m: int,
     block_n: int,
 ) -> Small | None:
     """Write out, and lse unless it is None; all arrays canonical, (*leading, heads, rows, columns).
+
+    ``beside`` holds what `_options` names, and "q_offsets" where each entry has its own.
 
     Returns what calls with arrays of the same layout can run again, where that is worth it.
     """
@@ -141,8 +143,8 @@ def forward(
         if lse is not None:
             lse[...] = -np.inf
         return None
-    if q_offset is not None:
-        cells = _Cells(problem, q_offset)
+    if problem.q_offset is None:
+        cells = _Cells(problem, beside["q_offsets"])
     if cells.group > 1:
         q, k, v, out = cells.rows(q), cells.keys(k), cells.keys(v), cells.rows(out)
         lse = None if lse is None else cells.row_values(lse)
@@ -176,28 +178,25 @@ def backward(
     out: Array,
     lse: Array,
     dlse: Array | None,
-    q_offset: Array | None,
-    dq: Array | None,
-    dk: Array | None,
-    dv: Array | None,
+    beside: dict[str, Array],
+    gradients: dict[str, Array],
     block_m: int,
     block_n: int,
 ) -> None:
-    """Write those of dq, dk, dv that are given; all arrays canonical, gradients in their inputs' own shapes."""
+    """Write the gradients that are given: "dq", "dk", "dv"; canonical, in their inputs' own shapes."""
     check_variable()
     if 0 in (problem.seqlen_k, problem.seqlen_q, problem.batch):
-        for gradient in (dq, dk, dv):
-            if gradient is not None:
-                gradient[...] = 0
+        for gradient in gradients.values():
+            gradient[...] = 0
         return
-    cells = _Cells(problem, q_offset)
+    cells = _Cells(problem, beside.get("q_offsets"))
     call = _BackwardCall(
         cells,
         *(cells.rows(dout), cells.rows(q), cells.keys(k), cells.keys(v), cells.rows(out), cells.row_values(lse)),
         dlse=None if dlse is None else cells.row_values(dlse),
         gradients={
-            name: side(x) for name, x, side in (("dq", dq, cells.rows), ("dk", dk, cells.keys), ("dv", dv, cells.keys))
-            if x is not None
+            name: side(gradients[name])
+            for name, side in (("dq", cells.rows), ("dk", cells.keys), ("dv", cells.keys)) if name in gradients
         },
         block_m=min(block_m, problem.seqlen_q),
         block_n=min(block_n, problem.seqlen_k),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Container
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
@@ -16,11 +17,12 @@ import ml_dtypes
 import numpy as np
 
 from ._arrays import Array, elements_overlap, misaligned, share_memory
+from ._options import PLAIN, Options
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64))
 LAYOUTS = {"hsd": "(..., heads, seqlen, head_dim)", "shd": "(..., seqlen, heads, head_dim)"}
-GRADIENTS = ("q", "k", "v")  # what wrt= may name, in AttentionGradients' order
+GRADIENTS = ("q", "k", "v", "bias", "sinks")  # what wrt= may name, in AttentionGradients' order
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Problem:
         q, k, v came as 2-D arrays, so results have no head axis.
     q_offset : int or None
         Query row i sits on key i + q_offset. None: one offset for each batch entry, in an array beside.
+    options : Options
+    bottom_right : bool
+        Entries with lengths of their own: q_offset is for entries of full length; in each one the last query that it
+        has sits on its last key.
     """
 
     dtype: np.dtype
@@ -57,6 +63,8 @@ class Problem:
     q_offset: int | None
     layout: str
     precision: str | None
+    options: Options = PLAIN
+    bottom_right: bool = False
 
     def __hash__(self) -> int:
         return self._hash
@@ -364,16 +372,18 @@ def check_results(problem: Problem, inputs: dict[str, Array]) -> None:
             raise TypeError(f"{name}.dtype={x.dtype}: with q.dtype={problem.dtype} it is {problem.accumulator}")
 
 
-def read_wrt(wrt: object) -> frozenset[str]:
-    """The inputs whose gradients are asked for."""
+def read_wrt(wrt: object, given: Container[str] = ("q", "k", "v")) -> frozenset[str]:
+    """The inputs whose gradients are asked for, out of those that are given."""
     if wrt is None:
-        return frozenset(GRADIENTS)
+        return frozenset(name for name in GRADIENTS if name in given)
     if isinstance(wrt, str) or not isinstance(wrt, (tuple, list, set, frozenset)):
         raise TypeError(f"wrt={wrt!r}: wrt is None or a tuple of names out of {GRADIENTS}")
     names: list[Any] = list(wrt)
     for name in names:
         if name not in GRADIENTS:
             raise ValueError(f"wrt={wrt!r} holds {name!r}: gradients exist for {GRADIENTS}")
+        if name not in given:
+            raise ValueError(f"wrt={wrt!r} holds {name!r}, and the call has no {name}")
     if not names or len(set(names)) != len(names):
         raise ValueError(f"wrt={wrt!r}: name at least one of {GRADIENTS}, each once")
     return frozenset(names)

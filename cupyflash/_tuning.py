@@ -13,6 +13,7 @@ from typing import Any
 
 from . import _ready, _rows, _tuned
 from ._call import Call
+from ._options import Asked
 from ._plan import Device, Plan, Rows
 from ._problem import GRADIENTS
 from ._tuned import TuningCacheWarning
@@ -120,7 +121,9 @@ def tune(
     A tuned tile can change the last bits of results, as ``tile=`` does. Calls with ``tile=`` do not use it, and
     ``explain`` says where one is used. A progress bar is shown on a terminal.
     """
-    call = Call(q, k, v, scale=scale, causal=causal, q_offset=q_offset, layout=layout, precision=precision)
+    call = Call(
+        q, k, v, Asked(scale=scale, causal=causal, q_offset=q_offset, layout=layout, precision=precision)
+    )  # fmt: skip
     if call.place is None or call.device is None:
         raise ValueError("q is a NumPy array: tune() times GPU kernels, and on the CPU there is nothing to tune")
     if not call.problem.batch * call.problem.num_heads * call.problem.seqlen_q * call.problem.seqlen_k:

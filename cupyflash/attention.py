@@ -10,6 +10,7 @@ import numpy as np
 from . import _ready
 from ._arrays import Array, ArraySpec, same_place, take
 from ._call import Call
+from ._options import Asked
 from ._plan import Plan, Tile
 from ._problem import GRADIENTS, check_gradient_out, check_out, check_results, read_wrt
 
@@ -27,6 +28,8 @@ class AttentionGradients(NamedTuple):
     dq: Any = None
     dk: Any = None
     dv: Any = None
+    dbias: Any = None
+    dsinks: Any = None
 
 
 def attention(
@@ -36,7 +39,18 @@ def attention(
     *,
     scale: float | None = None,
     causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    bias: Any = None,
+    mask: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    q_lens: Any = None,
+    kv_lens: Any = None,
     q_offset: Any = None,
+    segment_ids: tuple[Any, Any] | None = None,
+    dropout: float = 0.0,
+    seed: Any = None,
     layout: str = "hsd",
     precision: str | None = None,
     family: str | None = None,
@@ -117,15 +131,16 @@ def attention(
     elif out is not None:
         tensors["out"] = out
     outputs = len(tensors) - 3
-    options = (scale, causal, q_offset, layout, precision, family, tile, bool(return_lse))
-    key = _ready.signature("forward", tensors, options)
+    asked = Asked(
+        scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
+        dropout, seed, layout, precision,
+    )  # fmt: skip
+    key = _ready.signature("forward", tensors, asked, (family, tile, bool(return_lse)))
     if (done := _ready.run(key, tensors, outputs)) is not None:
         out, lse = done["out"], done.get("lse")
     else:
         out, lse = _split_out(out)
-        call = Call(
-            q, k, v, scale=scale, causal=causal, q_offset=q_offset, layout=layout, precision=precision, out=out
-        )  # fmt: skip
+        call = Call(q, k, v, asked, out=out)
         if out is not None:
             _check_out(call, out, lse)
         plan = call.plan(family, tile)
@@ -151,7 +166,18 @@ def attention_backward(
     grads_out: AttentionGradients | None = None,
     scale: float | None = None,
     causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    bias: Any = None,
+    mask: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    q_lens: Any = None,
+    kv_lens: Any = None,
     q_offset: Any = None,
+    segment_ids: tuple[Any, Any] | None = None,
+    dropout: float = 0.0,
+    seed: Any = None,
     layout: str = "hsd",
     precision: str | None = None,
     family: str | None = None,
@@ -199,23 +225,25 @@ def attention_backward(
     dq = scale ds k, dk = scale ds^T q. FlashAttention-2, Dao (2023), arXiv:2307.08691, algorithm 2.
     """
     _check_flag("deterministic", deterministic)
-    names = read_wrt(wrt)
+    asked = Asked(
+        scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
+        dropout, seed, layout, precision,
+    )  # fmt: skip
+    names = read_wrt(wrt, asked.differentiable)
     given = {} if grads_out is None else _given_gradients(grads_out)
     tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse}
     if dlse is not None:
         tensors["dlse"] = dlse
     tensors |= given
-    options = (scale, causal, q_offset, layout, precision, family, tile, bool(deterministic), names, tuple(given))
-    key = _ready.signature("backward", tensors, options)
+    key = _ready.signature(
+        "backward", tensors, asked, (family, tile, bool(deterministic), names, tuple(given))
+    )  # fmt: skip
     if (known := _ready.run(key, tensors, len(given))) is not None:
         return AttentionGradients(**{f"d{name}": known[f"d{name}"] for name in names})
     beside = {"dout": take("dout", dout), "out": take("out", out), "lse": take("lse", lse)}
     if dlse is not None:
         beside["dlse"] = take("dlse", dlse)
-    call = Call(
-        q, k, v, scale=scale, causal=causal, q_offset=q_offset, layout=layout, precision=precision,
-        beside=beside, out=beside["out"],
-    )  # fmt: skip
+    call = Call(q, k, v, asked, beside=beside, out=beside["out"])
     check_results(call.problem, call.inputs)
     taken = _check_grads_out(call, names, given)
     plan = call.plan(family, tile, names, deterministic)
@@ -232,7 +260,18 @@ def attention_vjp(
     *,
     scale: float | None = None,
     causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    bias: Any = None,
+    mask: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    q_lens: Any = None,
+    kv_lens: Any = None,
     q_offset: Any = None,
+    segment_ids: tuple[Any, Any] | None = None,
+    dropout: float = 0.0,
+    seed: Any = None,
     layout: str = "hsd",
     precision: str | None = None,
     family: str | None = None,
@@ -263,7 +302,9 @@ def attention_vjp(
     """
     _check_flag("deterministic", deterministic)
     options: dict[str, Any] = {
-        "scale": scale, "causal": causal, "q_offset": q_offset, "layout": layout, "precision": precision,
+        "scale": scale, "causal": causal, "window": window, "softcap": softcap, "bias": bias, "mask": mask,
+        "alibi_slopes": alibi_slopes, "sinks": sinks, "q_lens": q_lens, "kv_lens": kv_lens, "q_offset": q_offset,
+        "segment_ids": segment_ids, "dropout": dropout, "seed": seed, "layout": layout, "precision": precision,
         "family": family, "tile": tile,
     }  # fmt: skip
     result = attention(q, k, v, return_lse=True, **options)
@@ -281,7 +322,18 @@ def explain(
     *,
     scale: float | None = None,
     causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    bias: Any = None,
+    mask: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    q_lens: Any = None,
+    kv_lens: Any = None,
     q_offset: Any = None,
+    segment_ids: tuple[Any, Any] | None = None,
+    dropout: float = 0.0,
+    seed: Any = None,
     layout: str = "hsd",
     precision: str | None = None,
     family: str | None = None,
@@ -317,9 +369,13 @@ def explain(
         As for ``attention``; ValueError for an unknown ``device``, and for a tile that does not fit it.
     """
     _check_flag("deterministic", deterministic)
-    call = _unrun(q, k, v, scale, causal, q_offset, layout, precision, out, device)
+    asked = Asked(
+        scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
+        dropout, seed, layout, precision,
+    )  # fmt: skip
+    call = _unrun(q, k, v, asked, out, device)
     if backward:
-        return call.plan(family, tile, read_wrt(wrt), deterministic)
+        return call.plan(family, tile, read_wrt(wrt, asked.differentiable), deterministic)
     if wrt is not None:
         raise ValueError(f"wrt={wrt!r} without backward=True: the forward has no gradients")
     if not deterministic:
@@ -334,7 +390,18 @@ def prepare(
     *,
     scale: float | None = None,
     causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    bias: Any = None,
+    mask: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    q_lens: Any = None,
+    kv_lens: Any = None,
     q_offset: Any = None,
+    segment_ids: tuple[Any, Any] | None = None,
+    dropout: float = 0.0,
+    seed: Any = None,
     layout: str = "hsd",
     precision: str | None = None,
     family: str | None = None,
@@ -361,10 +428,14 @@ def prepare(
         As for ``attention``.
     """
     _check_flag("deterministic", deterministic)
-    call = _unrun(q, k, v, scale, causal, q_offset, layout, precision, out, None)
+    asked = Asked(
+        scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
+        dropout, seed, layout, precision,
+    )  # fmt: skip
+    call = _unrun(q, k, v, asked, out, None)
     plans = [call.plan(family, tile)]
     if backward:
-        plans.append(call.plan(family, tile, read_wrt(wrt), deterministic))
+        plans.append(call.plan(family, tile, read_wrt(wrt, asked.differentiable), deterministic))
     if call.place is not None:
         from ._launch import compile_plan
 
@@ -372,15 +443,10 @@ def prepare(
             compile_plan(plan, call.place)
 
 
-def _unrun(
-    q: Any, k: Any, v: Any, scale: Any, causal: Any, q_offset: Any, layout: Any, precision: Any, out: Any, device: Any
-) -> Call:
+def _unrun(q: Any, k: Any, v: Any, asked: Asked, out: Any, device: Any) -> Call:
     """The Call that explain and prepare plan for, checked as attention would check it."""
     out, lse = _split_out(out)
-    call = Call(
-        q, k, v, scale=scale, causal=causal, q_offset=q_offset, layout=layout, precision=precision, out=out,
-        device=device,
-    )  # fmt: skip
+    call = Call(q, k, v, asked, out=out, device=device)
     if out is not None:
         _check_out(call, out, lse)
     return call

@@ -575,8 +575,8 @@ def test_selftest_fails_on_a_broken_promise(
 ) -> None:
     forward = _cpu.forward
 
-    def wrong(problem: Any, q: Any, k: Any, v: Any, q_offset: Any, out: Any, lse: Any, *tile: int) -> None:
-        forward(problem, q, k, v, q_offset, out, lse, *tile)
+    def wrong(problem: Any, q: Any, k: Any, v: Any, beside: Any, out: Any, lse: Any, *tile: int) -> None:
+        forward(problem, q, k, v, beside, out, lse, *tile)
         if broken == "value":
             lse += 0.5
         elif broken == "crash":
