@@ -14,7 +14,7 @@ import numpy as np
 
 from . import _cpu, _tuned
 from ._arrays import Array, address, import_cupy, is_cupy, misaligned, on_device, place, same_place, take
-from ._options import Asked, Shape, read_options, read_seed
+from ._options import PLAIN, Asked, Shape, read_options, read_seed
 from ._plan import DEVICES, Device, Plan
 from ._planner import plan_cpu, plan_gpu
 from ._problem import Problem, read_problem
@@ -106,7 +106,7 @@ class Call:
         """The plan of the forward, or of the backward for the gradients in ``wrt``."""
         if self.device is None:
             return plan_cpu(self.problem, family, tile, wrt)
-        if tile is None:
+        if tile is None and self.problem.options == PLAIN:
             tile = _tuned.tile(self.problem, self.device)
         copies = tuple(f"{name}: {why}" for name, x in self.inputs.items() if (why := misaligned(x)))
         return plan_gpu(self.problem, self.device, family, tile, wrt, copies, self._unmapped(), deterministic)

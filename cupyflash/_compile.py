@@ -60,6 +60,22 @@ class Spec:
     min_blocks: int = 1  # thread blocks that share a multiprocessor, and so its registers
     q_held: int = 0  # of Q's steps of 16 columns, how many stay in registers
     pack_heads: bool = False  # rows of a tile are queries of all heads that share a kv head
+    # what a logit is made of, and who sees whom:
+    window: bool = False
+    lens: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    slope: np.dtype = FLOAT32
+    has_bias: bool = False
+    bias: np.dtype = FLOAT32
+    has_mask: bool = False
+    segments: bool = False
+    sinks: bool = False
+    sink: np.dtype = FLOAT32
+    dropout: bool = False
+    sum_rows: bool = False  # bwd_bias_*: of dbias
+    sum_cols: bool = False
+    sum_heads: bool = False
     # bwd_sm90 and its preparation:
     gradient_q: np.dtype = FLOAT32  # dq as it is stored
     deterministic: bool = True  # dq is added up in a fixed order

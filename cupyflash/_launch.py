@@ -11,6 +11,7 @@ import math
 import threading
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ class Ready:
 
 
 def forward(problem: Problem, plan: Plan, device: int, inputs: Tensors, results: Tensors) -> Ready | None:
-    """Run a forward plan: q, k, v, q_offsets (canonical views, or None) to out and lse, which may be None.
+    """Run a forward plan: q, k, v and what lies beside them (canonical views) to out and lse, which may be None.
 
     Returns what later calls with tensors of the same layout can run; None where such a call needs more than that.
     """
@@ -110,7 +111,7 @@ def forward(problem: Problem, plan: Plan, device: int, inputs: Tensors, results:
 def backward(
     problem: Problem, plan: Plan, device: int, inputs: Tensors, gradients: dict[str, Array]
 ) -> Ready | None:
-    """Run a backward plan: q, k, v, out, lse, dout, dlse, q_offsets to the gradients dq, dk, dv that are given.
+    """Run a backward plan: q, k, v, out, lse, dout and what lies beside them to the gradients that are given.
 
     A gradient whose input several batch entries share is written for each of them first, in the accumulator
     type, and then summed over them in a fixed order. Returns what ``forward`` returns.
@@ -118,7 +119,7 @@ def backward(
     with on_device(device):
         tensors = {name: x for name, x in _readable(plan, inputs).items() if x is not None}
         finished = [step.writes[0] for step in plan.kernels if step.name == "bwd_finish"]
-        partials = {name: Partial(problem, gradients[name]) for name in finished}
+        partials = {name: _partial(problem, name, gradients[name]) for name in finished}
         tensors |= {name: partials[name].by_entry if name in partials else x for name, x in gradients.items()}
         temporaries = tuple((name, (*problem.batch_shape, *tail), dtype) for name, tail, dtype in plan.temporaries)
         steps = tuple(step for step in plan.kernels if step.name != "bwd_finish")
@@ -155,7 +156,7 @@ def _make_ready(
     return Ready(device, tuple(launches), temporaries, zeroed)
 
 
-RESULTS = frozenset({"dq", "dk", "dv"})
+RESULTS = frozenset({"dq", "dk", "dv", "dbias", "dsinks"})
 
 
 def _contiguous(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
@@ -172,15 +173,39 @@ def _launch(problem: Problem, step: KernelPlan, device: int, layouts: tuple[Layo
     )
     numbers = scalars(problem, step.section)
     if not step.boxes:
-        template = make_template(numbers, problem.batch_shape, packed)
+        own, summed = problem.batch_shape, None
+        if step.name.startswith("bwd_bias") and not (step.spec.sum_rows or step.spec.sum_cols):
+            own = problem.bias_shape[:ndim]
+            summed = tuple(n // o if o else 1 for n, o in zip(problem.batch_shape, own, strict=True))
+        template = make_template(numbers, own, packed, summed)
         # The grid counts the tiles of all launches; there are several where leading axes are walked from here.
         return Launch(step, step.grid // len(template.offsets), device, template)
     template = make_template(numbers, problem.batch_shape, packed, axes=MAP_AXES)
     return Launch(step, step.grid, device, map_template(problem, template, problem.dtype, step.boxes))
 
 
+def _partial(problem: Problem, name: str, gradient: Array) -> Partial:
+    """What bwd_finish sums: dq, dk, dv over leading axes, dbias and dsinks over heads too."""
+    shape = problem.batch_shape
+    if name in ("dq", "dk", "dv"):
+        return Partial(problem, shape, gradient, ...)
+    shape = (*shape, problem.num_heads)
+    if name == "dbias":
+        return Partial(problem, shape, gradient[..., None, :, :], (..., 0, slice(None), slice(None)))
+    return Partial(problem, shape, gradient[:, None, None, None], (..., 0, 0, 0))
+
+
 class Partial:
     """A gradient before its sum over the batch entries that share the input, and that sum.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        The axes of what is written, before heads, rows and columns.
+    gradient : array
+        The sum, with these axes too, or fewer, or of length 1.
+    written : index
+        What of (*shape, heads, rows, columns) the kernel walks.
 
     Attributes
     ----------
@@ -189,15 +214,16 @@ class Partial:
         shared axes come after the others, so that the sum walks one axis.
     """
 
-    def __init__(self, problem: Problem, gradient: Array) -> None:
-        shape, ndim = problem.batch_shape, len(problem.batch_shape)
+    def __init__(self, problem: Problem, shape: tuple[int, ...], gradient: Array, written: Any) -> None:
+        ndim = len(shape)
         missing = ndim + 3 - gradient.ndim
         own = (1,) * missing + gradient.shape[:-3]
         kept = [i for i in range(ndim) if own[i] == shape[i]]
         shared = [i for i in range(ndim) if own[i] != shape[i]]
         order, tail = kept + shared, gradient.shape[-3:]
         memory = workspace((*(shape[i] for i in order), *tail), problem.accumulator)
-        self.by_entry = memory.transpose(*(order.index(i) for i in range(ndim)), ndim, ndim + 1, ndim + 2)
+        by_entry = memory.transpose(*(order.index(i) for i in range(ndim)), ndim, ndim + 1, ndim + 2)
+        self.by_entry = by_entry[written]
 
         count = math.prod(shape[i] for i in shared)
         self._partial = memory.reshape(*(shape[i] for i in kept), count, *tail)
@@ -251,7 +277,10 @@ def zeroed_workspace(shape: tuple[int, ...], dtype: np.dtype) -> Array:
 
 
 def _readable(plan: Plan, tensors: Tensors) -> Tensors:
-    """The tensors, with copies of those that the plan says must be copied."""
+    """The tensors as kernels walk them, with copies of those that the plan says must be copied."""
+    for name in ("q_segments", "kv_segments"):
+        if (ids := tensors.get(name)) is not None:
+            tensors = tensors | {name: ids[..., None, :]}  # one head
     if not plan.copies:
         return tensors
     mapped = {name for step in plan.kernels for name, _ in step.boxes}

@@ -84,6 +84,11 @@ class Options:
         return self.softcap is not None or self.alibi_slopes is not None or self.bias is not None
 
     @cached_property
+    def weights_apart(self) -> bool:
+        """Whether dS is a multiple of something else than the weights that dv is made of."""
+        return self.softcap is not None or self.dropout > 0
+
+    @cached_property
     def hides_pairs(self) -> bool:
         """Whether a pair may be hidden by more than where the sequences end and where the diagonal runs."""
         return self.mask is not None or self.segments

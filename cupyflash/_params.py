@@ -20,12 +20,18 @@ from ._problem import Problem
 BATCH_AXES = 4
 TENSORS = (
     "q", "k", "v", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "partial", "exponents", "dq_sums",
-    "semaphores", "q_offsets", "tickets",
+    "semaphores", "q_offsets", "tickets", "bias", "mask", "alibi_slopes", "sinks", "q_segments", "kv_segments",
+    "q_lens", "kv_lens", "seed", "dbias", "dsinks",
 )  # fmt: skip
 _TENSOR = struct.Struct(f"<{1 + BATCH_AXES + 3}q")  # data, batch_stride[], head_stride, row_stride, col_stride
-_SCALARS = struct.Struct(f"<qd{2 * BATCH_AXES + 7}i")  # see Scalars
+_SCALARS = struct.Struct(f"<qdqqqdd{2 * BATCH_AXES + 7}iIi")  # see Scalars
 # Axes after the leading ones, where they are not 3.
-TAIL_AXES = {"lse": 2, "dlse": 2, "delta": 2, "exponents": 2, "semaphores": 2, "q_offsets": 0, "tickets": 0}
+TAIL_AXES = {
+    "lse": 2, "dlse": 2, "delta": 2, "exponents": 2, "semaphores": 2, "q_offsets": 0, "tickets": 0, "alibi_slopes": 1,
+    "sinks": 1, "q_segments": 2, "kv_segments": 2, "q_lens": 0, "kv_lens": 0, "seed": 0, "dsinks": 1,
+}  # fmt: skip
+NO_BOUND = 2**62  # of a window
+_FIRST_BATCH = len(TENSORS) * _TENSOR.size // 8 + 2  # where it lies, in units of 8 bytes
 PARAMS_BYTES = -(-(len(TENSORS) * _TENSOR.size + _SCALARS.size) // 8) * 8
 
 Strides = tuple[int, ...]  # one for each leading axis, then head, row, column
@@ -44,10 +50,18 @@ class Scalars:
     head_dim: int
     head_dim_v: int
     section: int  # persistent kernels: how many heads run side by side
+    window_left: int = NO_BOUND
+    window_right: int = NO_BOUND
+    softcap: float = 0.0
+    undropped: float = 1.0
+    drop_below: int = 0
+    bottom_right: bool = False
 
 
 def scalars(problem: Problem, section: int = 1) -> Scalars:
     """The numbers of a problem as kernels read them."""
+    options = problem.options
+    left, right = (NO_BOUND if bound is None else bound for bound in (options.window_left, options.window_right))
     return Scalars(
         q_offset=0 if problem.q_offset is None else problem.q_offset,
         scale=problem.scale,
@@ -58,6 +72,12 @@ def scalars(problem: Problem, section: int = 1) -> Scalars:
         head_dim=problem.head_dim,
         head_dim_v=problem.head_dim_v,
         section=section,
+        window_left=left,
+        window_right=right,
+        softcap=options.softcap or 0.0,
+        undropped=1 / (1 - options.dropout),
+        drop_below=int(options.dropout * 2**32),
+        bottom_right=problem.bottom_right,
     )
 
 
@@ -81,6 +101,7 @@ class Template:
     offsets: tuple[tuple[int, ...], ...]  # for each launch: bytes to add to each tensor's address
     batch_shape: tuple[int, ...]  # of one launch, collapsed
     strides: tuple[tuple[str, Strides], ...]  # of each tensor, along these axes, heads, rows and columns
+    entries: int  # of one launch, those that it sums over among them
 
     nbytes = PARAMS_BYTES
 
@@ -92,6 +113,8 @@ class Template:
         """Write the addresses of one launch into the struct, as words of 8 bytes."""
         for (name, slot), offset in zip(self.slots, self.offsets[launch], strict=True):
             words[slot] = addresses[name] + offset
+        if len(self.offsets) > 1:
+            words[_FIRST_BATCH] = launch * self.entries
 
 
 @lru_cache(maxsize=4096)
@@ -117,6 +140,8 @@ def make_template(
     reduce_shape = (1,) * len(batch_shape) if reduce_shape is None else reduce_shape
     shape, reduce, strides = collapse(batch_shape, reduce_shape, strides)
     outer = max(0, len(shape) - axes)
+    if any(n != 1 for n in reduce[:outer]):
+        raise ValueError(f"a gradient of leading axes {batch_shape}, summed over {reduce_shape}: {axes} are walked")
     pad = BATCH_AXES - (len(shape) - outer)
     packed = bytearray(PARAMS_BYTES)
     for name, s in strides.items():
@@ -124,9 +149,10 @@ def make_template(
         _TENSOR.pack_into(packed, TENSORS.index(name) * _TENSOR.size, 0, *inner)
     _SCALARS.pack_into(
         packed, len(TENSORS) * _TENSOR.size, numbers.q_offset, numbers.scale,
+        0, numbers.window_left, numbers.window_right, numbers.softcap, numbers.undropped,
         *(1,) * pad, *shape[outer:], *(1,) * pad, *reduce[outer:],
         numbers.num_heads, numbers.num_heads_k, numbers.seqlen_q, numbers.seqlen_k,
-        numbers.head_dim, numbers.head_dim_v, numbers.section,
+        numbers.head_dim, numbers.head_dim_v, numbers.section, numbers.drop_below, numbers.bottom_right,
     )  # fmt: skip
     walks = itertools.product(*(range(n) for n in shape[:outer]))
     offsets = tuple(
@@ -135,7 +161,8 @@ def make_template(
     )
     slots = tuple((name, TENSORS.index(name) * _TENSOR.size // 8) for name, _, _ in tensors)
     inner_strides = tuple((name, s[outer:]) for name, s in strides.items())
-    return Template(bytes(packed), slots, offsets, shape[outer:], inner_strides)
+    entries = math.prod(shape[outer:]) * math.prod(reduce[outer:])
+    return Template(bytes(packed), slots, offsets, shape[outer:], inner_strides, entries)
 
 
 def collapse(
@@ -161,6 +188,6 @@ def _one_walk(
     i: int, j: int, shape: tuple[int, ...], reduce: tuple[int, ...], strides: Mapping[str, Strides]
 ) -> bool:
     """Whether axes i and j = i's successor act as one axis: strides nest, and both are kept or both summed."""
-    if reduce[i] == reduce[j] == 1:
-        return all(s[i] == s[j] * shape[j] for s in strides.values())
+    if (reduce[i] == 1) == (reduce[j] == 1):
+        return all(s[i] == s[j] * shape[j] * reduce[j] for s in strides.values())
     return False

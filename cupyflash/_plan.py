@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _tiles
 from ._arrays import ArraySpec
 from ._compile import Spec
+from ._options import Options, Side
 from ._problem import Problem
 
 if TYPE_CHECKING:
@@ -200,7 +202,8 @@ def spec_of(
 ) -> Spec:
     """A kernel for a problem's types and mask, with a row of a tile table; ``options`` are fields of Spec."""
     fields: dict[str, Any] = {
-        "gradient": problem.dtype, "causal": problem.causal, "scale_sign": sign(problem.scale), **options
+        "gradient": problem.dtype, "causal": problem.causal, "scale_sign": sign(problem.scale),
+        **feature_fields(problem.options), **options,
     }  # fmt: skip
     return Spec(
         kernel=kernel,
@@ -216,6 +219,25 @@ def spec_of(
         num_warps=row.warps,
         **fields,
     )
+
+
+def feature_fields(options: Options) -> dict[str, Any]:
+    """The fields of Spec that options turn on."""
+    fields: dict[str, Any] = {
+        "window": options.window, "lens": options.lens, "softcap": options.softcap is not None,
+        "segments": options.segments, "dropout": options.dropout > 0,
+    }  # fmt: skip
+    if options.changes_logits:
+        fields["scale_sign"] = 1  # the scale is not split
+    sides = (
+        ("alibi", "slope", options.alibi_slopes), ("has_bias", "bias", options.bias), ("sinks", "sink", options.sinks)
+    )  # fmt: skip
+    for flag, dtype, side in sides:
+        if side is not None:
+            fields |= {flag: True, dtype: side.dtype}
+    if options.mask is not None:
+        fields["has_mask"] = True
+    return fields
 
 
 def plan_of(family: str, device: str, problem: Problem, backward: bool, blocks: tuple[int, int], **more: Any) -> Plan:
@@ -243,8 +265,14 @@ def row_kernel(kernel: str, problem: Problem, writes: tuple[str, ...]) -> Kernel
     """A kernel that walks rows: no tile to choose, no shared memory."""
     block_m, warps = _tiles.ROW_KERNELS[kernel]
     name = writes[0]
+    gradient = problem.dtype
     if name == "delta":
         blocks = grid(problem.seqlen_q, block_m, problem.num_heads * problem.batch)
+    elif name == "dsinks":
+        blocks, gradient = problem.num_heads, side(problem.options.sinks).dtype
+    elif name == "dbias":
+        shape = problem.bias_shape
+        blocks, gradient = grid(shape[-2], block_m, math.prod(shape[:-2])), side(problem.options.bias).dtype
     else:
         heads, rows, _ = problem.tail(name[1:])
         blocks = grid(rows, block_m, heads * math.prod(dict(problem.leading)[name[1:]]))
@@ -255,7 +283,7 @@ def row_kernel(kernel: str, problem: Problem, writes: tuple[str, ...]) -> Kernel
             element=problem.dtype,
             output=problem.out_dtype,
             accumulator=problem.accumulator,
-            gradient=problem.dtype,
+            gradient=gradient,
             head_dim=16,
             head_dim_v=16,
             dim_chunk=16,
@@ -264,6 +292,7 @@ def row_kernel(kernel: str, problem: Problem, writes: tuple[str, ...]) -> Kernel
             num_stages=2,
             num_warps=warps,
             causal=False,
+            lens=problem.options.lens and name == "delta",
         ),
         grid=blocks,
         threads=32 * warps,
@@ -272,10 +301,75 @@ def row_kernel(kernel: str, problem: Problem, writes: tuple[str, ...]) -> Kernel
     )
 
 
-def workspace(problem: Problem, temporaries: tuple[ArraySpec, ...], partial: list[str]) -> int:
+def sinks_kernel(problem: Problem) -> KernelPlan:
+    """bwd_sinks: dsinks of each entry."""
+    warps = 8
+    spec = Spec(
+        kernel="bwd_sinks", element=problem.dtype, output=problem.out_dtype, accumulator=problem.accumulator,
+        gradient=problem.accumulator, head_dim=16, head_dim_v=16, dim_chunk=16, block_m=16, block_n=16, num_stages=2,
+        num_warps=warps, causal=False, lens=problem.options.lens, sinks=True, sink=side(problem.options.sinks).dtype,
+    )  # fmt: skip
+    return KernelPlan(
+        spec=spec,
+        grid=problem.num_heads * problem.batch,
+        threads=32 * warps,
+        smem=32 * warps * problem.accumulator.itemsize,
+        writes=("dsinks",),
+    )
+
+
+def bias_sums(problem: Problem) -> tuple[bool, bool, bool]:
+    """Whether dbias is a sum over rows, over columns, and, inside its kernel, over heads.
+
+    What has no rows or no columns of its own is written for each head of each entry first: it is small.
+    """
+    *_, heads, rows, columns = problem.bias_shape
+    sum_rows, sum_cols = rows != problem.seqlen_q, columns != problem.seqlen_k
+    return sum_rows, sum_cols, heads != problem.num_heads and not (sum_rows or sum_cols)
+
+
+def bias_kernel(kernel: str, problem: Problem, spec: Spec, smem: int) -> KernelPlan:
+    """bwd_bias_*, whose tile is the Spec's: dbias, or what it is the sum of."""
+    sum_rows, sum_cols, sum_heads = bias_sums(problem)
+    *lead, heads, _, _ = problem.bias_shape
+    apart = sum_rows or sum_cols
+    tiles = grid(1 if sum_rows else problem.seqlen_q, spec.block_m, 1)
+    tiles *= grid(1 if sum_cols else problem.seqlen_k, spec.block_n, 1)
+    entries = problem.num_heads * problem.batch if apart else heads * math.prod(lead)
+    gradient = problem.accumulator if apart else side(problem.options.bias).dtype
+    spec = replace(
+        spec, kernel=kernel, gradient=gradient, sum_rows=sum_rows, sum_cols=sum_cols, sum_heads=sum_heads
+    )  # fmt: skip
+    return KernelPlan(
+        spec=spec, grid=grid(tiles, 1, entries), threads=32 * spec.num_warps, smem=smem, writes=("dbias",)
+    )
+
+
+def finishing(problem: Problem, wrt: frozenset[str]) -> tuple[KernelPlan, ...]:
+    """The sums of gradients that are written for each batch entry first."""
+    return tuple(row_kernel("bwd_finish", problem, (f"d{name}",)) for name in sorted(partials(problem, wrt)))
+
+
+def partials(problem: Problem, wrt: frozenset[str]) -> frozenset[str]:
+    """Which of the gradients in ``wrt`` are written for each batch entry first."""
+    names: set[str] = {name for name in ("q", "k", "v") if name in wrt and by_entry(problem, wrt, name)}
+    if "bias" in wrt and any(bias_sums(problem)[:2]):
+        names.add("bias")
+    return frozenset(names | ({"sinks"} & wrt))
+
+
+def side(found: Side | None) -> Side:
+    """A Side that the problem has."""
+    assert found is not None
+    return found
+
+
+def workspace(problem: Problem, temporaries: tuple[ArraySpec, ...], partial: Iterable[str]) -> int:
     """Bytes of the temporaries, and of gradients that are written for each batch entry."""
-    numbers = sum(math.prod(problem.tail(name)) for name in partial) * problem.accumulator.itemsize
-    return problem.batch * (numbers + sum(math.prod(tail) * dtype.itemsize for _, tail, dtype in temporaries))
+    sizes = {"sinks": problem.num_heads, "bias": problem.num_heads * math.prod(problem.bias_shape[-2:])}
+    sizes |= {name: math.prod(problem.tail(name)) for name in ("q", "k", "v")}
+    bytes_ = sum(sizes[name] for name in partial) * problem.accumulator.itemsize
+    return problem.batch * (bytes_ + sum(math.prod(tail) * dtype.itemsize for _, tail, dtype in temporaries))
 
 
 def sign(scale: float) -> int:

@@ -6,7 +6,23 @@ from dataclasses import replace
 
 from . import _tiles_simt as _tiles
 from ._arrays import ArraySpec
-from ._plan import Device, KernelPlan, Plan, Tile, by_entry, grid, keyed, plan_of, row_kernel, spec_of, workspace
+from ._plan import (
+    Device,
+    KernelPlan,
+    Plan,
+    Tile,
+    bias_kernel,
+    by_entry,
+    finishing,
+    grid,
+    keyed,
+    partials,
+    plan_of,
+    row_kernel,
+    sinks_kernel,
+    spec_of,
+    workspace,
+)
 from ._problem import Problem
 
 
@@ -23,15 +39,26 @@ def plan_simt(
             kernels.append(_main_kernel("bwd_simt_dkdv", problem, device, tile, keyed(wrt)))
         if "q" in wrt:
             kernels.append(_main_kernel("bwd_simt_dq", problem, device, tile, ("dq",)))
-        partial = [name for name in sorted(wrt) if by_entry(problem, wrt, name)]
-        kernels += [row_kernel("bwd_finish", problem, (f"d{name}",)) for name in partial]
+        if "bias" in wrt:
+            kernels.append(_bias_kernel(problem, device, tile))
+        if "sinks" in wrt:
+            kernels.append(sinks_kernel(problem))
+        kernels += finishing(problem, wrt)
         temporaries = (("delta", (problem.num_heads, problem.seqlen_q), problem.accumulator),)
-        bytes_ = workspace(problem, temporaries, partial)
+        bytes_ = workspace(problem, temporaries, partials(problem, wrt))
     main = kernels[0] if wrt is None else kernels[1]
     return plan_of(
         "simt", device.name, problem, wrt is not None, (main.spec.block_m, main.spec.block_n),
         kernels=tuple(kernels), workspace=bytes_, copies=copies, temporaries=temporaries,
     )  # fmt: skip
+
+
+def _bias_kernel(problem: Problem, device: Device, tile: Tile) -> KernelPlan:
+    """bwd_bias_simt, with a tile of bwd_simt_dq, whose shared memory it has too."""
+    row, head_dim, head_dim_v = _choose_row("bwd_bias_simt", problem, device, tile)
+    spec = spec_of("bwd_bias_simt", problem, row, (head_dim, head_dim_v), row.dim_chunk)
+    smem = _tiles.smem_bytes("bwd_bias_simt", row, head_dim, head_dim_v, problem.accumulator.itemsize)
+    return bias_kernel("bwd_bias_simt", problem, spec, smem)
 
 
 def _main_kernel(kernel: str, problem: Problem, device: Device, tile: Tile, writes: tuple[str, ...]) -> KernelPlan:
@@ -49,7 +76,7 @@ def _main_kernel(kernel: str, problem: Problem, device: Device, tile: Tile, writ
         ),
         grid=grid(rows, block, heads * problem.batch),
         threads=32 * row.warps,
-        smem=_tiles.smem_bytes(kernel, row, head_dim, head_dim_v, accumulator),
+        smem=_tiles.smem_bytes(kernel, row, head_dim, head_dim_v, accumulator, problem.options.weights_apart),
         writes=writes,
     )  # fmt: skip
 
@@ -69,7 +96,9 @@ def _choose_row(
             continue
         row = replace(table_row, **wanted)
         head_dim, head_dim_v = (_tiles.padded_width(d, row.dim_chunk) for d in (problem.head_dim, problem.head_dim_v))
-        why = _tiles.check_row(kernel, row, head_dim, head_dim_v, accumulator, device.smem)
+        why = _tiles.check_row(
+            kernel, row, head_dim, head_dim_v, accumulator, device.smem, problem.options.weights_apart
+        )
         if why is None:
             return row, head_dim, head_dim_v
         refused = why

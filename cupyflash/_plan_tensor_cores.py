@@ -9,6 +9,7 @@ import numpy as np
 
 from ._arrays import ArraySpec
 from ._compile import Spec
+from ._options import PLAIN
 from ._plan import Blocks, Device, KernelPlan, Plan, by_entry, grid, keyed, plan_of, row_kernel, spec_of, workspace
 from ._problem import Problem
 from ._tiles import ROW_KERNELS, padded_widths
@@ -20,6 +21,8 @@ def why_not_tensor_cores(problem: Problem, instruction: str) -> str | None:
         return f"{problem.dtype}: {instruction} multiplies float16 and bfloat16"
     if problem.precision is not None:
         return f"precision={problem.precision!r}: P is rounded once for the tensor cores"
+    if problem.options != PLAIN:
+        return "options: not yet on tensor cores"
     return None
 
 

@@ -99,6 +99,12 @@ class Problem:
         return frozenset(name for name, lead in self.leading if math.prod(lead) != self.batch)
 
     @cached_property
+    def bias_shape(self) -> tuple[int, ...]:
+        """The bias's own shape with all axes of (*batch_shape, heads, seqlen_q, seqlen_k); 1 where it is broadcast."""
+        shape = () if self.options.bias is None else self.options.bias.shape
+        return (1,) * (len(self.batch_shape) + 3 - len(shape)) + shape
+
+    @cached_property
     def out_shape(self) -> tuple[int, ...]:
         """Shape of out and dout, in the user's layout."""
         if self.single_head:

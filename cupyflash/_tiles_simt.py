@@ -103,6 +103,11 @@ TABLE: dict[tuple[str, int], tuple[tuple[int, TileRow], ...]] = {
         (256, TileRow(32, 32, 8, 32, "LDS 250 / 250 %; 44 KB")),
     ),
 }
+# It owns a tile of dbias, not rows: none of these were compared. 48 KB are what every card has.
+TABLE |= {
+    ("bwd_bias_simt", 4): ((256, TileRow(64, 64, 8, 32, "not compared")),),
+    ("bwd_bias_simt", 8): ((256, TileRow(32, 32, 4, 32, "not compared")),),
+}
 
 
 def padded_width(width: int, dim_chunk: int) -> int:
@@ -110,8 +115,13 @@ def padded_width(width: int, dim_chunk: int) -> int:
     return padded(width) if padded(width) <= dim_chunk else -(-width // dim_chunk) * dim_chunk
 
 
-def smem_bytes(kernel: str, row: TileRow, head_dim: int, head_dim_v: int, accumulator: int) -> int:
-    """Shared memory of a thread block: sizeof(Smem) in the kernel, which it calls SMEM_BYTES."""
+def smem_bytes(
+    kernel: str, row: TileRow, head_dim: int, head_dim_v: int, accumulator: int, apart: bool = False
+) -> int:
+    """Shared memory of a thread block: sizeof(Smem) in the kernel, which it calls SMEM_BYTES.
+
+    ``apart``: what dS is a multiple of is not the P that dv is made of.
+    """
     pad, entry = 16 // accumulator, 16
 
     def tile(rows: int, cols: int) -> int:
@@ -122,7 +132,9 @@ def smem_bytes(kernel: str, row: TileRow, head_dim: int, head_dim_v: int, accumu
     if kernel == "fwd_simt":
         chunks_of_q = 1 if chunk == head_dim else 2
         return chunks_of_q * tile(m, chunk) + tile(m, n) + 2 * tile(n, max(chunk, chunk_v)) + entry
-    scores = tile(n, m) if kernel in KEYED else tile(m, n)
+    if kernel == "bwd_bias_simt":
+        return tile(m, n) + 2 * tile(m, max(chunk, chunk_v)) + 2 * tile(n, max(chunk, chunk_v)) + 4 * m * accumulator
+    scores = (2 if apart else 1) * tile(n, m) if kernel in KEYED else tile(m, n)
     return scores + 2 * tile(m, max(chunk, chunk_v)) + 2 * tile(n, max(chunk, chunk_v)) + 2 * m * accumulator + entry
 
 
@@ -131,11 +143,15 @@ def register_words(kernel: str, row: TileRow, head_dim: int, head_dim_v: int, ac
     owned, met = (row.block_n, row.block_m) if kernel in KEYED else (row.block_m, row.block_n)
     rows = owned // (4 * row.warps)
     scores = met // 8
-    outputs = {"fwd_simt": head_dim_v, "bwd_simt_dq": head_dim, "bwd_simt_dkdv": head_dim + head_dim_v}
+    outputs = {
+        "fwd_simt": head_dim_v, "bwd_simt_dq": head_dim, "bwd_simt_dkdv": head_dim + head_dim_v, "bwd_bias_simt": met
+    }  # fmt: skip
     return rows * (scores + outputs[kernel] // 8) * accumulator // 4
 
 
-def check_row(kernel: str, row: TileRow, head_dim: int, head_dim_v: int, accumulator: int, smem: int) -> str | None:
+def check_row(
+    kernel: str, row: TileRow, head_dim: int, head_dim_v: int, accumulator: int, smem: int, apart: bool = False
+) -> str | None:
     """Why a tile can't run with ``smem`` bytes of shared memory a block, or None."""
     threads = 32 * row.warps
     if threads > MAX_THREADS:
@@ -149,7 +165,7 @@ def check_row(kernel: str, row: TileRow, head_dim: int, head_dim_v: int, accumul
         return f"{met}={getattr(row, met)}: it is a multiple of 8"
     if smem < row.card * 1024:
         return f"a thread block has {smem} bytes of shared memory: this row is for cards with {row.card * 1024}"
-    needed = smem_bytes(kernel, row, head_dim, head_dim_v, accumulator)
+    needed = smem_bytes(kernel, row, head_dim, head_dim_v, accumulator, apart)
     if needed > smem:
         return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
     words = register_words(kernel, row, head_dim, head_dim_v, accumulator)

@@ -49,7 +49,7 @@ __device__ __forceinline__ void prepare_dq(const Params& params, const Work& wor
   }
   const int m0 = work.block * BLOCK_M;
   const int m_end = seq.seqlen_q - m0 < BLOCK_M ? seq.seqlen_q : m0 + BLOCK_M;
-  const BlockRange blocks = mask_of(seq).key_blocks(m0, BLOCK_M);
+  const BlockRange blocks = mask_of(params, seq).key_blocks(m0, BLOCK_M);
   if (blocks.begin < blocks.end) return;
   const auto dq = rows_of<Gradient_q>(params.dq, seq.batch_index, work.head);  // (seqlen_q, head_dim)
   for (int m = m0 + thread_index() / 32; m < m_end; m += NUM_WARPS) {

@@ -44,7 +44,22 @@ union Slot {
   Tile<BLOCK_M, CHUNK> q;
   Tile<BLOCK_M, CHUNK_V> dout;
 };
-struct Smem {
+// What dS is a multiple of, where that is not the P that dv is made of. A base, since that takes no room when empty.
+template <bool ON>
+struct ApartOf {
+  __device__ __forceinline__ void keep(int, int, Accumulator) {}
+  __device__ __forceinline__ const Tile<BLOCK_N, BLOCK_M>& or_else(const Tile<BLOCK_N, BLOCK_M>& p) { return p; }
+};
+template <>
+struct ApartOf<true> {
+  Tile<BLOCK_N, BLOCK_M> weights;
+
+  __device__ __forceinline__ void keep(int row, int col, Accumulator weight) {
+    store_shared(&weights.at[row][col], Vector<Accumulator, 1>{{weight}});
+  }
+  __device__ __forceinline__ const Tile<BLOCK_N, BLOCK_M>& or_else(const Tile<BLOCK_N, BLOCK_M>&) { return weights; }
+};
+struct Smem : ApartOf<WEIGHTS_APART> {
   Tile<BLOCK_N, BLOCK_M> tile_p;
   Owned owned[2];  // resident: K, then V; else a chunk lies beside its chunk of Q or dO
   Slot slot[2];
@@ -59,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
   const Work work = scheduled_work(params, num_blocks, params.num_heads_k, Longest::FIRST_BLOCK);
   const Sequence seq = sequence_of(params, work.batch);
   share_batch_index(smem.batch_index, seq);
-  const Mask mask = mask_of(seq);
+  const Mask mask = mask_of(params, seq);
   const Score score = score_of(params);
   const bool want_dk = params.dk.data != nullptr, want_dv = params.dv.data != nullptr;
   const int n0 = work.block * BLOCK_N;
@@ -94,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
     if (portion == 0) {
       const auto lse = rows_of<const Accumulator>(params.lse, smem.batch_index, head);      // (seqlen_q)
       const auto delta = rows_of<const Accumulator>(params.delta, smem.batch_index, head);  // (seqlen_q)
-      load_numbers(smem.lse, lse, m0, seq.seqlen_q);
+      load_numbers(smem.lse, lse, m0, seq.seqlen_q, NO_ROW_BEYOND, math::infinity<Accumulator>());
       load_numbers(smem.delta, delta, m0, seq.seqlen_q);
     }
     if (portion < CHUNKS) {
@@ -135,10 +150,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
       const int here = arrive(head, m_block, chunk);
       multiply_nt(acc, smem.owned[RESIDENT ? 0 : here].k, smem.slot[here].q);
     }
-    const auto visible = [&](int r, int c) {
-      return !masked || mask.visible(m_block * BLOCK_M + acc.col(c), n0 + acc.row(r));
-    };
-    probabilities(acc, score, visible, [&](int, int c) { return smem.lse[acc.col(c)]; });
+    const Features features(params, seq, head);
+    const auto at = [&](int r, int c) { return Pair{m_block * BLOCK_M + acc.col(c), n0 + acc.row(r)}; };
+    const auto visible = [&](int r, int c) { return !masked || features.sees(mask, at(r, c)); };
+    const auto keep = [&](int r, int c, Accumulator p) { smem.keep(acc.row(r), acc.col(c), p); };
+    probabilities(acc, score, features, visible, at, [&](int, int c) { return smem.lse[acc.col(c)]; }, keep);
     store_scores(smem.tile_p, acc);
 
 #pragma unroll 1
@@ -151,7 +167,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
     if (!want_dk) return;
 
     sync_warp();  // P^T is read by all lanes of the warp that owns its rows: they may overwrite it
-    score_gradients(acc, visible, [&](int r, int c) { return smem.tile_p.at[acc.row(r)][acc.col(c)]; },
+    const auto& weights = smem.or_else(smem.tile_p);  // of which each thread reads its own numbers
+    score_gradients(acc, features, visible, at, [&](int r, int c) { return weights.at[acc.row(r)][acc.col(c)]; },
                     [&](int, int c) { return smem.delta[acc.col(c)]; });
     store_scores(smem.tile_p, acc);
 #pragma unroll 1
@@ -183,14 +200,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       multiply(acc_dk[chunk], score_of(params).gradient);
-      store_outputs(dk, row0, entry.seqlen_k, chunk * CHUNK, params.head_dim, acc_dk[chunk]);
+      if constexpr (LENS) clear_rows_beyond(acc_dk[chunk], entry.seqlen_k - row0);
+      store_outputs(dk, row0, keys_to_write(params, entry), chunk * CHUNK, params.head_dim, acc_dk[chunk]);
     }
   }
   if (want_dv) {
     const auto dv = rows_of<Gradient>(params.dv, entry.batch_index, here.head);  // (seqlen_k, head_dim_v)
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS_V; ++chunk) {
-      store_outputs(dv, row0, entry.seqlen_k, chunk * CHUNK_V, params.head_dim_v, acc_dv[chunk]);
+      if constexpr (DROPOUT) multiply(acc_dv[chunk], static_cast<Accumulator>(params.undropped));
+      if constexpr (LENS) clear_rows_beyond(acc_dv[chunk], entry.seqlen_k - row0);
+      store_outputs(dv, row0, keys_to_write(params, entry), chunk * CHUNK_V, params.head_dim_v, acc_dv[chunk]);
     }
   }
 }

@@ -59,8 +59,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
   const Work work = scheduled_work(params, num_blocks, params.num_heads, Longest::LAST_BLOCK);
   const Sequence seq = sequence_of(params, work.batch);
   share_batch_index(smem.batch_index, seq);
-  const Mask mask = mask_of(seq);
+  const Mask mask = mask_of(params, seq);
   const Score score = score_of(params);
+  const Features features(params, seq, work.head);
   const int head_k = work.head / (params.num_heads / params.num_heads_k);
   const int m0 = work.block * BLOCK_M;
 
@@ -121,11 +122,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
       const int here = arrive(n_block, chunk);
       multiply_nt(acc, smem.owned[RESIDENT ? 0 : here].q, smem.slot[here].k);
     }
-    const auto visible = [&](int r, int c) {
-      return !masked || mask.visible(m0 + acc.row(r), n_block * BLOCK_N + acc.col(c));
+    const auto at = [&](int r, int c) { return Pair{m0 + acc.row(r), n_block * BLOCK_N + acc.col(c)}; };
+    const auto visible = [&](int r, int c) { return !masked || features.sees(mask, at(r, c)); };
+    // P, with nothing dropped, waits in tile_p for its own thread, so that acc can be used again.
+    const auto keep = [&](int r, int c, Accumulator p) {
+      store_shared(&smem.tile_p.at[acc.row(r)][acc.col(c)], Vector<Accumulator, 1>{{p}});
     };
-    probabilities(acc, score, visible, [&](int r, int) { return smem.lse[acc.row(r)]; });
-    store_scores(smem.tile_p, acc);  // P waits there for its own thread, so that acc can be used again
+    probabilities(acc, score, features, visible, at, [&](int r, int) { return smem.lse[acc.row(r)]; }, keep);
 
     clear(acc);
 #pragma unroll 1
@@ -133,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
       const int here = arrive(n_block, CHUNKS + chunk);
       multiply_nt(acc, smem.owned[RESIDENT ? 1 : here].dout, smem.slot[here].v);
     }
-    score_gradients(acc, visible, [&](int r, int c) { return smem.tile_p.at[acc.row(r)][acc.col(c)]; },
+    score_gradients(acc, features, visible, at, [&](int r, int c) { return smem.tile_p.at[acc.row(r)][acc.col(c)]; },
                     [&](int r, int) { return smem.delta[acc.row(r)]; });
     store_scores(smem.tile_p, acc);
 
@@ -147,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
   if (blocks.begin < blocks.end) {
     const auto lse = rows_of<const Accumulator>(params.lse, smem.batch_index, work.head);      // (seqlen_q)
     const auto delta = rows_of<const Accumulator>(params.delta, smem.batch_index, work.head);  // (seqlen_q)
-    load_numbers(smem.lse, lse, m0, seq.seqlen_q);
+    load_numbers(smem.lse, lse, m0, seq.seqlen_q, NO_ROW_BEYOND, math::infinity<Accumulator>());
     load_numbers(smem.delta, delta, m0, seq.seqlen_q);
     if (RESIDENT) {
       load_q(0, 0);
@@ -165,7 +168,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
   const auto dq = rows_of<Gradient>(params.dq, entry.batch_index, here.head);  // (seqlen_q, head_dim)
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+    const int row0 = here.block * BLOCK_M;
     multiply(acc_dq[chunk], score_of(params).gradient);
-    store_outputs(dq, here.block * BLOCK_M, entry.seqlen_q, chunk * CHUNK, params.head_dim, acc_dq[chunk]);
+    if constexpr (LENS) clear_rows_beyond(acc_dq[chunk], entry.seqlen_q - row0);
+    store_outputs(dq, row0, rows_to_write(params, entry), chunk * CHUNK, params.head_dim, acc_dq[chunk]);
   }
 }

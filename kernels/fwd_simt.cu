@@ -6,7 +6,7 @@
 //
 //     one turn, key block n:     K(n) arrives, V(n) is sent for     global -> shared, as Accumulator
 //                                acc_s = Q K(n)^T                   (BLOCK_M, BLOCK_N), registers
-//                                to_logits, hide, softmax           acc_s becomes P; row_max, row_sum, acc_o move on
+//                                to_logits, hide, softmax, drop     acc_s becomes P; row_max, row_sum, acc_o move on
 //                                tile_p = acc_s                     registers -> shared
 //                                V(n) arrives, K(n + 1) is sent for
 //                                acc_o += P V(n)                    (BLOCK_M, HEAD_DIM_V), registers
@@ -50,8 +50,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
   const Work work = scheduled_work(params, num_blocks, params.num_heads, Longest::LAST_BLOCK);
   const Sequence seq = sequence_of(params, work.batch);
   share_batch_index(smem.batch_index, seq);
-  const Mask mask = mask_of(seq);
+  const Mask mask = mask_of(params, seq);
   const Score score = score_of(params);
+  const Features features(params, seq, work.head);
   const int head_k = work.head / (params.num_heads / params.num_heads_k);
   const int m0 = work.block * BLOCK_M;
 
@@ -103,10 +104,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
       multiply_nt(acc_s, smem.tile_q[CHUNKS > 1 ? here : 0], smem.slot[here].k);
     }
 
-    to_logits(acc_s, score);
+    const auto at = [&](int r, int c) { return Pair{m0 + acc_s.row(r), n_block * BLOCK_N + acc_s.col(c)}; };
+    to_logits(acc_s, score, features, at);
     if (masked) {
       hide(acc_s, [&](int r, int c) {
-        return mask.visible(m0 + acc_s.row(r), n_block * BLOCK_N + acc_s.col(c));
+        return features.sees(mask, at(r, c));
       });
     }
 #pragma unroll
@@ -116,6 +118,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
       for (int chunk = 0; chunk < CHUNKS_V; ++chunk) multiply_row(acc_o[chunk], r, softmax.shrink[r]);
       softmax.weigh(acc_s, r, score);
     }
+    drop(acc_s, features, at);
     store_scores(smem.tile_p, acc_s);
 
 #pragma unroll 1
@@ -133,20 +136,23 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
   for (int n_block = blocks.full_begin; n_block < blocks.full_end; ++n_block) step(n_block, UNMASKED);
   for (int n_block = blocks.full_end; n_block < blocks.end; ++n_block) step(n_block, MASKED);
 
-  softmax.finish(acc_o);
   // Where the block stands, once more: kept through the loop it would hold registers.
   const Work here = scheduled_work(params, num_blocks, params.num_heads, Longest::LAST_BLOCK);
   const Sequence entry = sequence_of(params, here.batch);
+  finish(params, entry, here.head, softmax, acc_o);
   const int row0 = here.block * BLOCK_M;
   const auto out = rows_of<Output>(params.out, entry.batch_index, here.head);       // (seqlen_q, head_dim_v)
   const auto lse = rows_of<Accumulator>(params.lse, entry.batch_index, here.head);  // (seqlen_q)
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS_V; ++chunk) {
-    store_outputs(out, row0, entry.seqlen_q, chunk * CHUNK_V, params.head_dim_v, acc_o[chunk]);
+    if constexpr (LENS) clear_rows_beyond(acc_o[chunk], entry.seqlen_q - row0);
+    store_outputs(out, row0, rows_to_write(params, entry), chunk * CHUNK_V, params.head_dim_v, acc_o[chunk]);
   }
 #pragma unroll
   for (int r = 0; r < ScoreTile::ROWS; ++r) {
     const int row = ScoreTile::row(r);
-    if (thread_x() == 0 && row < entry.seqlen_q - row0) store_number(lse, row0 + row, softmax.lse(r, score_of(params)));
+    if (thread_x() == 0 && row < rows_to_write(params, entry) - row0) {
+      store_number(lse, row0 + row, lse_of(softmax, r, score_of(params), !LENS || row0 + row < entry.seqlen_q));
+    }
   }
 }

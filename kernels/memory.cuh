@@ -41,7 +41,7 @@ __device__ __forceinline__ int take_ticket(int* counter) { return atomicAdd(coun
   extern __shared__ __align__(alignof(Type) > 16 ? alignof(Type) : 16) unsigned char name##_bytes[]; \
   Type& name = *reinterpret_cast<Type*>(name##_bytes)
 
-// N neighbours, loaded and stored as one: N * sizeof(T) is 2, 4, 8 or 16 bytes, and so is the address's alignment.
+// N neighbours, loaded and stored as one: N * sizeof(T) is 1, 2, 4, 8 or 16 bytes, and so is the address's alignment.
 template <typename T, int N>
 struct alignas(N * sizeof(T)) Vector {
   T at[N];
@@ -49,6 +49,10 @@ struct alignas(N * sizeof(T)) Vector {
 
 template <int BYTES>
 struct Bits;
+template <>
+struct Bits<1> {
+  using Type = unsigned char;
+};
 template <>
 struct Bits<2> {
   using Type = unsigned short;

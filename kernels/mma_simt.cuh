@@ -83,6 +83,15 @@ __device__ __forceinline__ void clear_row(Fragment& fragment, int r) {
   for (int c = 0; c < fragment.COLS; ++c) fragment(r, c) = 0;
 }
 
+// Rows from rows_left of the tile on.
+template <typename Fragment>
+__device__ __forceinline__ void clear_rows_beyond(Fragment& fragment, int rows_left) {
+#pragma unroll
+  for (int r = 0; r < fragment.ROWS; ++r) {
+    if (fragment.row(r) >= rows_left) clear_row(fragment, r);
+  }
+}
+
 template <typename Fragment>
 __device__ __forceinline__ void multiply(Fragment& fragment, Accumulator factor) {
 #pragma unroll

@@ -1,28 +1,94 @@
-// From a raw product q . k to the logit: the one place that will know softcap, biases and score functions.
+// From a raw product q . k to the logit: the one place that knows softcap, ALiBi and biases.
 #pragma once
 #include "params.cuh"
 #include "types.cuh"
+#include "dual.cuh"
+#include "seqlen.cuh"
+
+// Whether a logit is more than a scaled product; and whether its slope, by the scaled product, is other than 1.
+constexpr bool CHANGES_LOGITS = SOFTCAP || ALIBI || HAS_BIAS, SLOPED = SOFTCAP;
+
+// tanh within 4 u of 1, not of itself: what a logit needs, whose error counts beside the softcap.
+__device__ __forceinline__ Accumulator bounded_tanh(Accumulator x) {
+  const Accumulator e = math::exp2(x * static_cast<Accumulator>(2 * math::LOG2E));  // 0 and infinity give -1 and 1
+  return Accumulator(1) - Accumulator(2) / (e + Accumulator(1));
+}
+__device__ __forceinline__ Dual bounded_tanh(Dual x) {
+  const Accumulator t = bounded_tanh(x.value);
+  return {t, x.slope * math::fma(-t, t, Accumulator(1))};
+}
 
 struct Score {
   // What is left to multiply logit() by, for the exponent of 2 and for the gradient of the raw product. With no
   // feature on, the logit is the raw product with the scale's sign, and the scale's size waits for exp2, where it
   // costs nothing. So exponent > 0, whatever the scale: the largest logit has the largest exponent, and a logit of
-  // -inf has the exponent -inf.
+  // -inf has the exponent -inf. With features on, the logit is the natural one.
   Accumulator exponent;
   Accumulator gradient;
+  Accumulator softcap;
 
-  // Generic over the number type, so that a dual number brings the slope for the backward.
-  template <typename Number>
-  __device__ __forceinline__ Number logit(Number product) const {
+  __device__ __forceinline__ Accumulator scaled(Accumulator product) const {
+    if constexpr (CHANGES_LOGITS) return product * gradient;
     if constexpr (SCALE_SIGN < 0) return -product;
     if constexpr (SCALE_SIGN == 0) return product * Accumulator(0);
     return product;
   }
+  // Generic over the number type, so that a dual number brings the slope for the backward.
+  template <typename Number>
+  __device__ __forceinline__ Number capped(Number s) const {
+    if constexpr (SOFTCAP) return bounded_tanh(s * (Accumulator(1) / softcap)) * softcap;
+    return s;
+  }
 };
 
 __device__ __forceinline__ Score score_of(const Params& params) {
+  const Accumulator scale = static_cast<Accumulator>(params.softmax_scale);
+  const Accumulator softcap = static_cast<Accumulator>(params.softcap);
+  if constexpr (CHANGES_LOGITS) return {static_cast<Accumulator>(math::LOG2E), scale, softcap};
   const double size = SCALE_SIGN == 0 ? 1 : params.softmax_scale * SCALE_SIGN;
   const Accumulator exponent = static_cast<Accumulator>(size * math::LOG2E);
   // A scale that rounds to 0 would make the exponent of -inf a NaN.
-  return {math::max(exponent, math::smallest<Accumulator>()), static_cast<Accumulator>(params.softmax_scale)};
+  return {math::max(exponent, math::smallest<Accumulator>()), scale, softcap};
 }
+
+// What is added to a logit, of one head of one entry.
+template <bool ON>
+struct AddedOf {
+  __device__ __forceinline__ AddedOf(const Params&, const Sequence&, int) {}
+  template <typename Number>
+  __device__ __forceinline__ Number to(Number s, int, int) const {
+    return s;
+  }
+};
+template <>
+struct AddedOf<true> {
+  Rows<const Bias> bias;  // (seqlen_q, seqlen_k)
+  Accumulator slope;
+  Offset q_offset;
+  int last_query, last_key;
+
+  __device__ __forceinline__ AddedOf(const Params& params, const Sequence& seq, int head)
+      : bias(rows_of<const Bias>(params.bias, seq.batch_index, head)),
+        slope(0),
+        q_offset(seq.q_offset),
+        last_query(seq.seqlen_q - 1),
+        last_key(seq.seqlen_k - 1) {
+    if constexpr (ALIBI) {
+      const auto slopes = rows_of<const Slope>(params.alibi_slopes, seq.batch_index, head);
+      slope = to_accumulator(load_global<1>(slopes.data).at[0]);
+    }
+  }
+  // Of a pair beyond the end of the sequences it adds that of the last one, which nobody looks at.
+  template <typename Number>
+  __device__ __forceinline__ Number to(Number s, int i, int j) const {
+    if constexpr (ALIBI) {
+      const Offset distance = j - q_offset - i;
+      s = s - slope * static_cast<Accumulator>(distance < 0 ? -distance : distance);
+    }
+    if constexpr (HAS_BIAS) {
+      s = s + to_accumulator(load_global<1>(bias.at(smaller(i, last_query), smaller(j, last_key))).at[0]);
+    }
+    return s;
+  }
+};
+using Added = AddedOf<ALIBI || HAS_BIAS>;

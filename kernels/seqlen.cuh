@@ -5,10 +5,23 @@
 #include "memory.cuh"
 #include "rows.cuh"
 
+// Where distances from the diagonal count, not only its side, an offset is not cut to what 32 bits hold.
+constexpr bool FAR_DIAGONAL = WINDOW || ALIBI;
+template <bool FAR>
+struct OffsetOf {
+  using Type = int;
+};
+template <>
+struct OffsetOf<true> {
+  using Type = long long;
+};
+using Offset = OffsetOf<FAR_DIAGONAL>::Type;
+
 struct Sequence {
   int batch_index[4];  // of the entry, along the leading axes
   int seqlen_q, seqlen_k;
-  int q_offset;  // query row i sits on key i + q_offset; within [-seqlen_q, seqlen_k], beyond which nothing changes
+  // Query row i sits on key i + q_offset; within [-seqlen_q, seqlen_k], beyond which nothing changes, unless FAR.
+  Offset q_offset;
 };
 
 // Elements from the start of a tensor to the start of an entry. All of it in 64 bits: tensors may pass 2**31 elements.
@@ -19,25 +32,72 @@ __device__ __forceinline__ long long entry_offset(const Tensor& tensor, const in
   return offset;
 }
 
-__device__ __forceinline__ Sequence sequence_of(const Params& params, int batch) {
-  Sequence seq;
+// An entry's own length, where it has one; never beyond the tensor, whatever the array says.
+__device__ __forceinline__ int own_length(const Tensor& lens, const int (&batch_index)[4], int length) {
+  if (lens.data == nullptr) return length;
+  const long long* own = static_cast<const long long*>(lens.data) + entry_offset(lens, batch_index);
+  const long long n = load_global<1>(own).at[0];
+  return n < 0 ? 0 : n > length ? length : static_cast<int>(n);
+}
+
+// The index along each of some axes, of the n-th in C order.
+__device__ __forceinline__ void unravel(int (&index)[4], const int (&shape)[4], int n) {
 #pragma unroll
   for (int axis = 3; axis >= 0; --axis) {
-    const int length = params.batch_shape[axis];
-    const int outer = batch < length ? 0 : batch / length;  // most calls have one axis: then no division runs
-    seq.batch_index[axis] = batch - outer * length;
-    batch = outer;
+    const int length = shape[axis];
+    const int outer = n < length ? 0 : n / length;  // most calls have one axis: then no division runs
+    index[axis] = n - outer * length;
+    n = outer;
   }
+}
+
+// The entry at seq.batch_index.
+__device__ __forceinline__ void describe(Sequence& seq, const Params& params) {
   seq.seqlen_q = params.seqlen_q;
   seq.seqlen_k = params.seqlen_k;
   long long q_offset = params.q_offset;
+  if constexpr (LENS) {
+    seq.seqlen_q = own_length(params.q_lens, seq.batch_index, params.seqlen_q);
+    seq.seqlen_k = own_length(params.kv_lens, seq.batch_index, params.seqlen_k);
+    if (params.bottom_right) q_offset = static_cast<long long>(seq.seqlen_k) - seq.seqlen_q;
+  }
   if (params.q_offsets.data != nullptr) {
     const long long* offsets = static_cast<const long long*>(params.q_offsets.data);
     q_offset = load_global<1>(offsets + entry_offset(params.q_offsets, seq.batch_index)).at[0];
   }
-  const long long low = -static_cast<long long>(seq.seqlen_q), high = seq.seqlen_k;
-  seq.q_offset = static_cast<int>(q_offset < low ? low : q_offset > high ? high : q_offset);
+  if constexpr (FAR_DIAGONAL) {
+    constexpr long long FARTHEST = 1ll << 61;  // sums with indices and windows stay within 64 bits
+    seq.q_offset = q_offset < -FARTHEST ? -FARTHEST : q_offset > FARTHEST ? FARTHEST : q_offset;
+  } else {
+    const long long low = -static_cast<long long>(seq.seqlen_q), high = seq.seqlen_k;
+    seq.q_offset = static_cast<int>(q_offset < low ? low : q_offset > high ? high : q_offset);
+  }
+}
+
+__device__ __forceinline__ Sequence sequence_of(const Params& params, int batch) {
+  Sequence seq;
+  unravel(seq.batch_index, params.batch_shape, batch);
+  describe(seq, params);
   return seq;
+}
+
+// The index of an entry among all of a call.
+__device__ __forceinline__ int flat_batch(const Params& params, const int (&batch_index)[4]) {
+  int batch = 0;
+#pragma unroll
+  for (int axis = 0; axis < 4; ++axis) {
+    batch = batch * params.batch_shape[axis] * params.reduce_shape[axis] + batch_index[axis];
+  }
+  return static_cast<int>(params.first_batch) + batch;
+}
+
+// Rows and keys that a tensor has: an entry of its own length leaves some of them without a meaning, and their results
+// are written too.
+__device__ __forceinline__ int rows_to_write(const Params& params, const Sequence& seq) {
+  return LENS ? params.seqlen_q : seq.seqlen_q;
+}
+__device__ __forceinline__ int keys_to_write(const Params& params, const Sequence& seq) {
+  return LENS ? params.seqlen_k : seq.seqlen_k;
 }
 
 // The rows of a head that begins at `data`.

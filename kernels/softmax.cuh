@@ -2,14 +2,26 @@
 // are powers of 2. What a family calls Scores and Outputs, and its row_max_of() and row_sum_of() over the lanes that
 // share a row, stand in the text before this.
 #pragma once
-#include "score.cuh"
+#include "features.cuh"
 
-template <typename Scores>
-__device__ __forceinline__ void to_logits(Scores& acc_s, const Score& score) {
+// at(r, c) is the pair there.
+template <typename Scores, typename At>
+__device__ __forceinline__ void to_logits(Scores& acc_s, const Score& score, const Features& features, At at) {
 #pragma unroll
   for (int r = 0; r < acc_s.ROWS; ++r) {
 #pragma unroll
-    for (int c = 0; c < acc_s.COLS; ++c) acc_s(r, c) = score.logit(acc_s(r, c));
+    for (int c = 0; c < acc_s.COLS; ++c) acc_s(r, c) = features.logit(score, score.scaled(acc_s(r, c)), at(r, c));
+  }
+}
+
+// Weights that dropout does not keep become 0. What is kept is multiplied by finish().
+template <typename Scores, typename At>
+__device__ __forceinline__ void drop(Scores& acc_s, const Features& features, At at) {
+  if constexpr (!DROPOUT) return;
+#pragma unroll
+  for (int r = 0; r < acc_s.ROWS; ++r) {
+#pragma unroll
+    for (int c = 0; c < acc_s.COLS; ++c) acc_s(r, c) = features.keeps(at(r, c)) ? acc_s(r, c) : Accumulator(0);
   }
 }
 
@@ -83,21 +95,44 @@ struct Softmax {
   }
 
   // Completes row_sum over the lanes that share a row, and divides acc_o by it. An empty row is 0, whatever its
-  // acc_o: 0 times an infinite v is NaN.
+  // acc_o: 0 times an infinite v is NaN. `factor` is that of kept weights.
   template <typename Outputs, int PARTS>
-  __device__ __forceinline__ void finish(Outputs (&acc_o)[PARTS]) {
+  __device__ __forceinline__ void finish(Outputs (&acc_o)[PARTS], Accumulator factor = 1) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       row_sum[r] = row_sum_of(row_sum[r]);
-      const Accumulator inverse = Accumulator(1) / row_sum[r];
-#pragma unroll
-      for (int part = 0; part < PARTS; ++part) {
-        multiply_row(acc_o[part], r, inverse);
-        if (warp_any(empty(r)) && empty(r)) clear_row(acc_o[part], r);  // the vote makes it a branch
-      }
+      divide(acc_o, r, factor / row_sum[r], empty(r));
     }
   }
 
+  // The same with a sink of each row, sink(r): one more logit in the sum, which no value belongs to. row_max is an
+  // exponent afterwards.
+  template <typename Outputs, int PARTS, typename Sink>
+  __device__ __forceinline__ void finish(Outputs (&acc_o)[PARTS], Accumulator factor, const Score& score, Sink sink) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      row_sum[r] = row_sum_of(row_sum[r]);
+      const bool nothing = empty(r);
+      const Accumulator exponent = sink(r) * Accumulator(math::LOG2E), before = subtrahend(r, score);
+      row_max[r] = math::max(row_max[r] * score.exponent, exponent);
+      const Accumulator less = row_max[r] == -math::infinity<Accumulator>() ? Accumulator(0) : row_max[r];
+      const Accumulator fall = nothing ? Accumulator(0) : math::exp2(before - less);
+      row_sum[r] = math::fma(row_sum[r], fall, math::exp2(exponent - less));
+      divide(acc_o, r, factor * fall / row_sum[r], nothing);
+    }
+  }
+
+ private:
+  template <typename Outputs, int PARTS>
+  static __device__ __forceinline__ void divide(Outputs (&acc_o)[PARTS], int r, Accumulator inverse, bool nothing) {
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      multiply_row(acc_o[part], r, inverse);
+      if (warp_any(nothing) && nothing) clear_row(acc_o[part], r);  // the vote makes it a branch
+    }
+  }
+
+ public:
   // A row without a visible key: its sum is 0 and nothing was seen. (A sum of 0 alone may be an overflow, and then
   // row_max is +inf; a row of NaN alone has row_max = -inf, and a NaN sum.)
   __device__ __forceinline__ bool empty(int r) const {
@@ -105,10 +140,34 @@ struct Softmax {
   }
 
   __device__ __forceinline__ Accumulator lse(int r, const Score& score) const {
-    return empty(r) ? row_max[r]
-                    : math::fma(row_max[r] * score.exponent, Accumulator(math::LN2), math::log(row_sum[r]));
+    const Accumulator exponent = SINKS ? row_max[r] : row_max[r] * score.exponent;
+    return empty(r) ? row_max[r] : math::fma(exponent, Accumulator(math::LN2), math::log(row_sum[r]));
   }
 };
+
+// Whether rows beyond the end must be given p = 0 by an lse of +inf: their logits, of a bias, say, may be anything.
+// Otherwise they are 0, p is 1, and adds nothing, since such rows of dout are 0.
+constexpr bool NO_ROW_BEYOND = CHANGES_LOGITS || LENS;
+
+// All of a row's keys are in: divides by the sum, into which the head's sink goes, if it has one.
+template <int ROWS, typename Outputs, int PARTS>
+__device__ __forceinline__ void finish(
+    const Params& params, const Sequence& seq, int head, Softmax<ROWS>& softmax, Outputs (&acc_o)[PARTS]) {
+  const Accumulator factor = DROPOUT ? static_cast<Accumulator>(params.undropped) : Accumulator(1);
+  if constexpr (SINKS) {
+    const auto sinks = rows_of<const Sink>(params.sinks, seq.batch_index, head);
+    const Accumulator sink = to_accumulator(load_global<1>(sinks.data).at[0]);
+    softmax.finish(acc_o, factor, score_of(params), [&](int) { return sink; });
+  } else {
+    softmax.finish(acc_o, factor);
+  }
+}
+
+// lse of a row; -inf where it lies beyond the entry's own length.
+template <int ROWS>
+__device__ __forceinline__ Accumulator lse_of(const Softmax<ROWS>& softmax, int r, const Score& score, bool is_own) {
+  return is_own ? softmax.lse(r, score) : -math::infinity<Accumulator>();
+}
 
 // What to subtract from a row's exponents, from its lse. A row without a visible key has lse = -inf and would get
 // p = exp2(s + inf); +inf in its place gives p = 0.
@@ -116,40 +175,57 @@ __device__ __forceinline__ Accumulator lse_exponent(Accumulator lse) {
   return lse == -math::infinity<Accumulator>() ? -lse : lse * Accumulator(math::LOG2E);
 }
 
-// p = exp2(exponent * logit - lse), 0 where invisible; lse as lse_exponent() gives it.
-__device__ __forceinline__ Accumulator probability(
-    const Score& score, Accumulator product, Accumulator lse, bool visible) {
-  const Accumulator p = math::exp2(math::fma(score.logit(product), score.exponent, -lse));
-  return visible ? p : Accumulator(0);
+// The weight of a pair, 0 where invisible: p = exp2(exponent * logit - lse), lse as lse_exponent() gives it; and what
+// dS is a multiple of, p times the logit's slope.
+struct Weight {
+  Accumulator p, sloped;
+};
+__device__ __forceinline__ Weight weight_of(
+    const Score& score, const Features& features, Accumulator product, Accumulator lse, bool visible, Pair pair) {
+  if constexpr (SLOPED) {
+    const Dual logit = features.logit(score, Dual{score.scaled(product), Accumulator(1)}, pair);
+    const Accumulator p = visible ? math::exp2(math::fma(logit.value, score.exponent, -lse)) : Accumulator(0);
+    return {p, p == 0 ? Accumulator(0) : p * logit.slope};
+  } else {
+    const Accumulator logit = features.logit(score, score.scaled(product), pair);
+    const Accumulator p = math::exp2(math::fma(logit, score.exponent, -lse));
+    return visible ? Weight{p, p} : Weight{0, 0};
+  }
 }
 
 // ds = p * (dp - delta), 0 where invisible: there dp may be anything, and 0 times infinity is NaN.
 __device__ __forceinline__ Accumulator score_gradient(
-    Accumulator p, Accumulator dp, Accumulator delta, bool visible) {
+    const Features& features, Accumulator p, Accumulator dp, Accumulator delta, bool visible, Pair pair) {
+  if constexpr (DROPOUT) dp = features.keeps(pair) ? dp * features.kept.factor() : Accumulator(0);
   const Accumulator ds = p * (dp - delta);
   return visible ? ds : Accumulator(0);
 }
 
-// acc becomes p.
-template <typename Scores, typename Visible, typename Lse>
-__device__ __forceinline__ void probabilities(Scores& acc, const Score& score, Visible visible, Lse lse) {
+// acc becomes p, less what is dropped; sloped(r, c, x) takes what dS is a multiple of.
+template <typename Scores, typename Visible, typename At, typename Lse, typename Sloped>
+__device__ __forceinline__ void probabilities(
+    Scores& acc, const Score& score, const Features& features, Visible visible, At at, Lse lse, Sloped sloped) {
 #pragma unroll
   for (int r = 0; r < acc.ROWS; ++r) {
 #pragma unroll
     for (int c = 0; c < acc.COLS; ++c) {
-      acc(r, c) = probability(score, acc(r, c), lse_exponent(lse(r, c)), visible(r, c));
+      const Weight weight =
+          weight_of(score, features, acc(r, c), lse_exponent(lse(r, c)), visible(r, c), at(r, c));
+      sloped(r, c, weight.sloped);
+      acc(r, c) = features.keeps(at(r, c)) ? weight.p : Accumulator(0);
     }
   }
 }
 
-// acc = dp becomes ds.
-template <typename Scores, typename Visible, typename P, typename Delta>
-__device__ __forceinline__ void score_gradients(Scores& acc, Visible visible, P p, Delta delta) {
+// acc = dp becomes ds; p(r, c) is what it is a multiple of.
+template <typename Scores, typename Visible, typename At, typename P, typename Delta>
+__device__ __forceinline__ void score_gradients(
+    Scores& acc, const Features& features, Visible visible, At at, P p, Delta delta) {
 #pragma unroll
   for (int r = 0; r < acc.ROWS; ++r) {
 #pragma unroll
     for (int c = 0; c < acc.COLS; ++c) {
-      acc(r, c) = score_gradient(p(r, c), acc(r, c), delta(r, c), visible(r, c));
+      acc(r, c) = score_gradient(features, p(r, c), acc(r, c), delta(r, c), visible(r, c), at(r, c));
     }
   }
 }

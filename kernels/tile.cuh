@@ -157,12 +157,17 @@ __device__ __forceinline__ void load_tile(
   }
 }
 
-// Numbers [row0, row_end) of a tensor that has rows but no columns, and zeros to the end of N. By the whole block,
-// like load_tile.
+// Numbers [row0, row_end) of a tensor that has rows but no columns, and zeros to the end of N, or whatever `beyond` is,
+// where that is asked for. By the whole block, like load_tile.
 template <int N>
 __device__ __forceinline__ void load_numbers(
-    Accumulator (&numbers)[N], const Rows<const Accumulator>& rows, int row0, int row_end) {
+    Accumulator (&numbers)[N], const Rows<const Accumulator>& rows, int row0, int row_end, bool fill = false,
+    Accumulator beyond = 0) {
   for (int row = thread_index(); row < N; row += NUM_THREADS) {
+    if (fill && row >= row_end - row0) {
+      store_shared(&numbers[row], Vector<Accumulator, 1>{{beyond}});
+      continue;
+    }
     Transfer<Accumulator, 1> number;
     number.begin(&numbers[row], rows.at(row0) + row * rows.row_stride, row < row_end - row0);
     number.finish(&numbers[row]);

@@ -358,8 +358,9 @@ def _cupy(device: Device) -> ModuleType:
         return x
 
     def asarray(values: Any, dtype: Any = None) -> ndarray:
-        if isinstance(values, ndarray):
+        if isinstance(values, ndarray) and dtype in (None, values.dtype):
             return values
+        values = values.get() if isinstance(values, ndarray) else values
         host = np.asarray(values, dtype)
         x = ndarray(host.shape, host.dtype)
         x.host[...] = host
@@ -371,6 +372,9 @@ def _cupy(device: Device) -> ModuleType:
         x = empty(shape, dtype)
         x[...] = 0
         return x
+
+    def broadcast_to(x: ndarray, shape: Any) -> ndarray:
+        return x._view(np.broadcast_to(x.host, shape))
 
     class RawModule:
         def __init__(self, code: str, options: tuple[str, ...] = (), **_: Any) -> None:
@@ -388,6 +392,7 @@ def _cupy(device: Device) -> ModuleType:
         zeros,
         RawModule,
     )
+    module.broadcast_to = broadcast_to
     module.encode_tiled = _encode_tiled
     module.cuda = SimpleNamespace(
         runtime=runtime, get_current_stream=lambda: SimpleNamespace(ptr=0), Device=lambda _: contextlib.nullcontext(),

@@ -1,0 +1,37 @@
+// All that a kernel asks of single pairs of one head of one entry: what is added to the logit, who is hidden, which
+// weights are kept. Without features it is empty, and costs nothing.
+#pragma once
+#include "params.cuh"
+#include "seqlen.cuh"
+#include "mask.cuh"
+#include "score.cuh"
+#include "dropout.cuh"
+
+// A query and a key, counted in their own sequence.
+struct Pair {
+  int i, j;
+};
+
+struct Features {
+  Added added;
+  HiddenPairs hidden;
+  Kept kept;
+
+  __device__ __forceinline__ Features(const Params& params, const Sequence& seq, int head)
+      : added(params, seq, head), hidden(params, seq, head), kept(params, seq, head) {}
+
+  // The logit of a scaled product.
+  template <typename Number>
+  __device__ __forceinline__ Number logit(const Score& score, Number s, const Pair& pair) const {
+    return added.to(score.capped(s), pair.i, pair.j);
+  }
+  // What mask.visible() says, of a query that may lie beyond the end, and of this pair alone.
+  __device__ __forceinline__ bool sees(const Mask& mask, const Pair& pair) const {
+    if ((LENS || HIDES_PAIRS) && pair.i >= mask.seqlen_q) return false;
+    return mask.visible(pair.i, pair.j) && !hidden.hides(pair.i, pair.j);
+  }
+  __device__ __forceinline__ bool keeps(const Pair& pair) const { return kept.keeps(pair.i, pair.j); }
+};
+
+// Whether dS is made of something else than what dV is made of: without its slope, or of weights that are dropped.
+constexpr bool WEIGHTS_APART = SLOPED || DROPOUT;
