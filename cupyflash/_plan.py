@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _tiles
 from ._arrays import ArraySpec
-from ._compile import Spec
+from ._compile import FLOAT32, Spec
 from ._options import Options, Side
 from ._problem import Problem
 
@@ -238,6 +238,13 @@ def feature_fields(options: Options) -> dict[str, Any]:
     if options.mask is not None:
         fields["has_mask"] = True
     return fields
+
+
+# What Spec holds of single pairs, where a kernel does not ask for it.
+FEATURES_OFF: dict[str, Any] = {
+    "softcap": False, "alibi": False, "slope": FLOAT32, "has_bias": False, "bias": FLOAT32, "has_mask": False,
+    "segments": False, "sinks": False, "sink": FLOAT32, "dropout": False,
+}  # fmt: skip
 
 
 def plan_of(family: str, device: str, problem: Problem, backward: bool, blocks: tuple[int, int], **more: Any) -> Plan:

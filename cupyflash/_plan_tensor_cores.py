@@ -9,10 +9,26 @@ import numpy as np
 
 from ._arrays import ArraySpec
 from ._compile import Spec
-from ._options import PLAIN
-from ._plan import Blocks, Device, KernelPlan, Plan, by_entry, grid, keyed, plan_of, row_kernel, spec_of, workspace
+from ._plan import (
+    FEATURES_OFF,
+    Blocks,
+    Device,
+    KernelPlan,
+    Plan,
+    bias_kernel,
+    by_entry,
+    finishing,
+    grid,
+    keyed,
+    partials,
+    plan_of,
+    sinks_kernel,
+    spec_of,
+    workspace,
+)
 from ._problem import Problem
 from ._tiles import ROW_KERNELS, padded_widths
+from ._tiles_sm80 import bias_row, bias_smem_bytes
 
 
 def why_not_tensor_cores(problem: Problem, instruction: str) -> str | None:
@@ -21,8 +37,6 @@ def why_not_tensor_cores(problem: Problem, instruction: str) -> str | None:
         return f"{problem.dtype}: {instruction} multiplies float16 and bfloat16"
     if problem.precision is not None:
         return f"precision={problem.precision!r}: P is rounded once for the tensor cores"
-    if problem.options != PLAIN:
-        return "options: not yet on tensor cores"
     return None
 
 
@@ -68,7 +82,7 @@ def preparation(
     # Less than the main kernel is compiled for: one preparation serves many of them.
     spec = replace(
         by_tile, gradient=problem.dtype, head_dim=16, head_dim_v=16, dim_chunk=16, block_n=16, num_stages=2,
-        num_warps=warps, scale_sign=1, want_dq=True, want_dk=True, want_dv=True,
+        num_warps=warps, scale_sign=1, want_dq=True, want_dk=True, want_dv=True, **FEATURES_OFF,
     )  # fmt: skip
     tiles = grid(problem.seqlen_q, row.block_m, problem.num_heads * problem.batch)
     of_dq = ("semaphores", *(() if rounding else ("dq",)), *(() if deterministic else ("dq_sums",)))
@@ -109,9 +123,19 @@ def backward_plan(
     copies: tuple[str, ...],
 ) -> Plan:
     """The plan that runs these kernels, and then sums what was computed for each batch entry alone."""
-    partial = [name for name in sorted(wrt) if by_entry(problem, wrt, name)]
-    finishing = (row_kernel("bwd_finish", problem, (f"d{name}",)) for name in partial)
+    if "bias" in wrt:
+        kernels += (_bias_kernel(problem),)
+    if "sinks" in wrt:
+        kernels += (sinks_kernel(problem),)
     return tensor_core_plan(
-        family, problem, device, row, (*kernels, *finishing), copies, backward=True,
-        workspace=workspace(problem, temporaries, partial), temporaries=temporaries,
+        family, problem, device, row, (*kernels, *finishing(problem, wrt)), copies, backward=True,
+        workspace=workspace(problem, temporaries, partials(problem, wrt)), temporaries=temporaries,
     )  # fmt: skip
+
+
+def _bias_kernel(problem: Problem) -> KernelPlan:
+    """bwd_bias_sm80: dbias, for both families. Its tile fits every card since Ampere."""
+    widths = padded_widths(problem)
+    row = bias_row(*widths)
+    spec = spec_of("bwd_bias_sm80", problem, row, widths, max(widths))
+    return bias_kernel("bwd_bias_sm80", problem, spec, bias_smem_bytes(row, *widths))

@@ -112,7 +112,10 @@ def ampere_smem_bytes(row: AmpereRow, head_dim: int, head_dim_v: int) -> int:
 
 
 def packs_heads(row: AmpereRow, problem: Problem) -> bool:
-    """Whether the heads that share a kv head share tiles: where that saves a quarter of them."""
+    """Whether the heads that share a kv head share tiles: where that saves a quarter, and no option knows heads."""
+    options = problem.options
+    if options.changes_logits or options.hides_pairs or options.sinks is not None or options.dropout:
+        return False
     group = problem.num_heads // problem.num_heads_k if problem.num_heads_k else 1
     apart, packed = group * -(-problem.seqlen_q // row.block_m), -(-group * problem.seqlen_q // row.block_m)
     return group > 1 and 4 * packed <= 3 * apart
@@ -247,3 +250,18 @@ def ampere_backward_candidates(problem: Problem) -> Iterator[AmpereBackwardRow]:
         for block_n, warps in ((64, 8), (128, 8), (192, 12)):
             for heads in (4, 8, 16, 32, 64):
                 yield AmpereBackwardRow(block_m, block_n, warps, 2, heads, "")
+
+
+# ------------------------------------------------------------------------------------------------------------ dbias
+
+
+def bias_row(head_dim: int, head_dim_v: int) -> AmpereRow:
+    """The tile of bwd_bias_sm80: with 99 KB a thread block has room for Q, dO, K and V of it."""
+    if max(head_dim, head_dim_v) <= 128:
+        return AmpereRow(128, 64, 4, 2, 1, 0, False, "not compared")
+    return AmpereRow(64, 32, 4, 2, 1, 0, False, "not compared")
+
+
+def bias_smem_bytes(row: AmpereRow, head_dim: int, head_dim_v: int) -> int:
+    """Shared memory of bwd_bias_sm80: sizeof(Smem) in the kernel."""
+    return 2 * (row.block_m + row.block_n) * (head_dim + head_dim_v) + 2 * row.block_m * 4

@@ -47,8 +47,8 @@ __device__ __forceinline__ void prepare_dq(const Params& params, const Work& wor
     }
     if (params.dq.data == nullptr) return;  // bwd_dq_sm90 will write all of it
   }
-  const int m0 = work.block * BLOCK_M;
-  const int m_end = seq.seqlen_q - m0 < BLOCK_M ? seq.seqlen_q : m0 + BLOCK_M;
+  const int m0 = work.block * BLOCK_M, rows = rows_to_write(params, seq);
+  const int m_end = rows - m0 < BLOCK_M ? rows : m0 + BLOCK_M;
   const BlockRange blocks = mask_of(params, seq).key_blocks(m0, BLOCK_M);
   if (blocks.begin < blocks.end) return;
   const auto dq = rows_of<Gradient_q>(params.dq, seq.batch_index, work.head);  // (seqlen_q, head_dim)

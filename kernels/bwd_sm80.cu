@@ -67,7 +67,7 @@ struct Job {
   Sequence seq;
   int n_block, head_k;
   int first_head, heads;       // that read head_k
-  int begin, full_begin, end;  // query tiles; unmasked from full_begin on
+  int begin, full_begin, full_end, end;  // query tiles; unmasked from full_begin to full_end
   // Of the first head.
   Rows<const Element> q, dout;
   int q_bytes, dout_bytes;  // that can be copied as one
@@ -85,11 +85,11 @@ struct Job {
     head_k = work.head;
     heads = params.num_heads / params.num_heads_k;
     first_head = work.head * heads;
-    const BlockRange blocks = mask_of(seq).query_blocks(n_block);
+    const BlockRange blocks = mask_of(params, seq).query_blocks(n_block);
     begin = blocks.begin;
     end = blocks.end;
-    // The diagonal cuts the first tiles only: full_end is end. Keys beyond the end are masked in every turn: their
-    // logit of 0 may be far above lse.
+    full_end = blocks.full_end;
+    // Keys beyond the end are masked in every turn: their logit of 0 may be far above lse.
     full_begin = seq.seqlen_k - BLOCK_N < n_block * BLOCK_N ? blocks.end : blocks.full_begin;
     const auto place = [&](const Tensor& tensor) ALWAYS_INLINE {
       return entry_offset(tensor, seq.batch_index) + first_head * tensor.head_stride;
@@ -184,7 +184,8 @@ __device__ __forceinline__ void store_unit(
     for (int r = 0; r < 2; ++r) {
       multiply_row(dq[f], r, factor);
       const int row = turn.m_block * BLOCK_M + row0 + 16 * f + dq[f].warp_row(r);
-      store_row(rows, row, job.seq.seqlen_q, params.head_dim - col0, dq[f], r);
+      if (LENS && row >= job.seq.seqlen_q) clear_row(dq[f], r);
+      store_row(rows, row, rows_to_write(params, job.seq), params.head_dim - col0, dq[f], r);
     }
   }
 }
@@ -208,7 +209,7 @@ __device__ __forceinline__ void await_blocks_below(const Params& params, Smem& s
   if constexpr (!DETERMINISTIC) return;
   if (thread_index_again() != NUM_THREADS / 2) return;
   const Job& job = smem.job;
-  const BlockRange blocks = mask_of(job.seq).key_blocks(turn.m_block * BLOCK_M, BLOCK_M);
+  const BlockRange blocks = mask_of(params, job.seq).key_blocks(turn.m_block * BLOCK_M, BLOCK_M);
   int* semaphore = semaphore_of(params, job, turn);
   smem.added = job.n_block == blocks.end - 1 ? nullptr : semaphore;
   while (load_acquire(semaphore) < job.n_block - blocks.begin) {}
@@ -234,7 +235,7 @@ __device__ __forceinline__ void add_dq(const Params& params, Smem& smem, const T
   constexpr int DOWN = BLOCK_M / UNIT_ROWS;
   const int warp = thread_index_again() / 32;
   const Job& job = smem.job;
-  const BlockRange blocks = mask_of(job.seq).key_blocks(turn.m_block * BLOCK_M, BLOCK_M);
+  const BlockRange blocks = mask_of(params, job.seq).key_blocks(turn.m_block * BLOCK_M, BLOCK_M);
   const bool first = job.n_block == blocks.begin, last = job.n_block == blocks.end - 1;
   float* const sums = job.dq_sums + turn.head * params.dq_sums.head_stride + turn.m_block * params.dq_sums.row_stride +
                       4 * (thread_index_again() % 32);
@@ -278,15 +279,16 @@ __device__ __forceinline__ int fragment_key(int fragment) {
   return (thread_index_again() / 32 % GROUPS * FRAGMENTS + fragment) * 16;
 }
 
-__device__ __forceinline__ Seen seen_by(const Job& job, const TurnOf& turn, int fragment) {
+__device__ __forceinline__ Seen seen_by(const Params& params, const Job& job, const TurnOf& turn, int fragment) {
   const int key = job.n_block * BLOCK_N + fragment_key(fragment) + Fragment<8>::warp_row(0);
-  return {mask_of(job.seq), key, turn.m_block * BLOCK_M};
+  return {params, job.seq, job.first_head + turn.head, key, turn.m_block * BLOCK_M};
 }
 
 // All turns of the job: step(turn, masked), with its tiles in shared memory. LOADS: these warps send for the next ones.
 template <bool LOADS, typename Step>
 __device__ __forceinline__ void for_each_turn(const Params& params, Smem& smem, Step step) {
   const int full_begin = warp_uniform(smem.job.full_begin);
+  const int full_end = CUT_AT_BEGIN ? warp_uniform(smem.job.full_end) : 0;
   TurnOf turn(smem.job);
 #pragma unroll 1
   while (turn.exists(smem.job)) {
@@ -297,7 +299,7 @@ __device__ __forceinline__ void for_each_turn(const Params& params, Smem& smem, 
     next.advance(smem.job);
     if (LOADS && next.exists(smem.job)) load_queries<NUM_THREADS / 2>(params, smem, next);
     cp_async_commit();
-    if (turn.m_block >= full_begin) {
+    if (SOME_WHOLE && turn.m_block >= full_begin && (!CUT_AT_BEGIN || turn.m_block < full_end)) {
       step(turn, UNMASKED);
     } else {
       step(turn, MASKED);
@@ -306,17 +308,20 @@ __device__ __forceinline__ void for_each_turn(const Params& params, Smem& smem, 
   }
 }
 
-// A gradient of keys to its rows.
+// A gradient of keys, times a factor, to its rows.
 template <int N>
 __device__ __forceinline__ void store_keys(
-    const Tensor& tensor, const Job& job, int col_end, const Fragment<N> (&gradient)[FRAGMENTS]) {
+    const Params& params, const Tensor& tensor, const Job& job, int col_end, Accumulator factor,
+    Fragment<N> (&gradient)[FRAGMENTS]) {
   const auto rows = rows_of<Gradient>(tensor, job.seq.batch_index, job.head_k);  // (seqlen_k, columns)
 #pragma unroll
   for (int f = 0; f < FRAGMENTS; ++f) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = job.n_block * BLOCK_N + fragment_key(f) + gradient[f].warp_row(r);
-      store_row(rows, row, job.seq.seqlen_k, col_end, gradient[f], r);
+      multiply_row(gradient[f], r, factor);
+      if (LENS && row >= job.seq.seqlen_k) clear_row(gradient[f], r);
+      store_row(rows, row, keys_to_write(params, job.seq), col_end, gradient[f], r);
     }
   }
 }
@@ -337,7 +342,8 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
     // P^T = exp2(S^T - lse)
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; ++f) {
-      to_probabilities(acc[f], score_of(params), smem.exponents[turn.slot], seen_by(job, turn, f), masked);
+      const Seen seen = seen_by(params, job, turn, f);
+      to_probabilities(acc[f], p[f], score_of(params), smem.exponents[turn.slot], seen, masked);
       if constexpr (WANT_DS) {
 #pragma unroll
         for (int i = 0; i < BLOCK_M / 8; ++i) {
@@ -346,7 +352,7 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
                        Vector<Accumulator, 4>{{at[0], at[1], at[2], at[3]}});
         }
       }
-      round_to(p[f], acc[f]);
+      if constexpr (!WEIGHTS_APART) round_to(p[f], acc[f]);
     }
     if constexpr (WANT_DS) barrier_arrive(HANDED_OVER + group, 64);
     // dV += P^T dO
@@ -359,7 +365,8 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
     }
   });
   barrier_arrive(NEXT_TURN, NUM_THREADS);
-  if constexpr (WANT_DV) store_keys(params.dv, job, params.head_dim_v, acc_dv);
+  const Accumulator factor = DROPOUT ? static_cast<Accumulator>(params.undropped) : Accumulator(1);
+  if constexpr (WANT_DV) store_keys(params, params.dv, job, params.head_dim_v, factor, acc_dv);
 }
 
 // dS^T, and dK.
@@ -387,7 +394,7 @@ __device__ __forceinline__ void make_keys(const Params& params, Smem& smem) {
       const auto p = [&](int c) ALWAYS_INLINE {
         return load_shared<4>(smem.p[group][f * BLOCK_M / 8 + c / 2][lane_index()]);
       };
-      to_score_gradients(acc[f], p, smem.delta[turn.slot], seen_by(job, turn, f), masked);
+      to_score_gradients(acc[f], p, smem.delta[turn.slot], seen_by(params, job, turn, f), masked);
       if constexpr (WANT_DQ) store_rounded(smem.ds, fragment_key(f), 0, acc[f]);
       round_to(ds[f], acc[f]);
     }
@@ -403,15 +410,7 @@ __device__ __forceinline__ void make_keys(const Params& params, Smem& smem) {
   });
   barrier_sync(NEXT_TURN, NUM_THREADS);  // all have added to the last tile
   if constexpr (WANT_DQ) tell_block_above(smem);
-  if constexpr (WANT_DK) {
-    const Accumulator factor = score_of(params).gradient;
-#pragma unroll
-    for (int f = 0; f < FRAGMENTS; ++f) {
-      multiply_row(acc_dk[f], 0, factor);
-      multiply_row(acc_dk[f], 1, factor);
-    }
-    store_keys(params.dk, job, params.head_dim, acc_dk);
-  }
+  if constexpr (WANT_DK) store_keys(params, params.dk, job, params.head_dim, score_of(params).gradient, acc_dk);
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_sm80(const Params params) {

@@ -67,7 +67,7 @@ constexpr int CONSUMER_REGISTERS = 240, SENDER_REGISTERS = 24;  // their sum is 
 struct Job {
   int n_block;  // -1: there are no more
   int head_k, first_head, end_head;
-  int begin, full_begin, end;  // query tiles; unmasked from full_begin on
+  int begin, full_begin, full_end, end;  // query tiles; unmasked from full_begin to full_end
   int keys_parity;             // of the ring of K, and of V
   Sequence seq;
 
@@ -81,11 +81,11 @@ __device__ __forceinline__ void describe(Job& job, const Params& params, const W
   job.first_head = work.head * group;
   job.end_head = job.first_head + group;
   job.seq = sequence_of(params, work.batch);
-  const BlockRange blocks = mask_of(job.seq).query_blocks(work.block);
+  const BlockRange blocks = mask_of(params, job.seq).query_blocks(work.block);
   job.begin = blocks.begin;
   job.end = blocks.end;
-  // The diagonal cuts the first tiles only: full_end is end. Keys beyond the end are masked in every turn: their logit
-  // of 0 may be far above lse.
+  job.full_end = blocks.full_end;
+  // Keys beyond the end are masked in every turn: their logit of 0 may be far above lse.
   job.full_begin = job.seq.seqlen_k - BLOCK_N < work.block * BLOCK_N ? blocks.end : blocks.full_begin;
 }
 
@@ -265,7 +265,7 @@ __device__ __forceinline__ void await_blocks_below(const Params& params, Smem& s
     const Job& job = smem.jobs.await(job_turn);
     if (job.n_block < 0) return;
     for_each_turn(job, [&](int head, int m_block) ALWAYS_INLINE {
-      const BlockRange blocks = mask_of(job.seq).key_blocks(m_block * BLOCK_M, BLOCK_M);
+      const BlockRange blocks = mask_of(params, job.seq).key_blocks(m_block * BLOCK_M, BLOCK_M);
       mbarrier_wait(shared_address(&smem.order.empty[turn.slot]), turn.parity ^ 1);
       smem.order.at[turn.slot].sums = tile_sums(params, job.seq.batch_index, head, m_block);
       smem.order.at[turn.slot].dq = rows_of<Gradient_q>(params.dq, job.seq.batch_index, head).data;
@@ -381,6 +381,7 @@ __device__ __forceinline__ void work_on_jobs(const Params& params, Smem& smem, B
     begin();
     // Read from shared memory: said to be the same in all lanes.
     const int first_block = warp_uniform(job.begin), full_begin = warp_uniform(job.full_begin);
+    const int full_end = CUT_AT_BEGIN ? warp_uniform(job.full_end) : 0;
     if (job.has_turns()) {
       smem.k_ring.await({0, job.keys_parity});
       smem.v_ring.await({0, job.keys_parity});
@@ -388,8 +389,14 @@ __device__ __forceinline__ void work_on_jobs(const Params& params, Smem& smem, B
 #pragma unroll 1
     for (int head = warp_uniform(job.first_head); head < warp_uniform(job.end_head); ++head) {
       int m_block = warp_uniform(job.end) - 1;
+      if (CUT_AT_BEGIN) {
 #pragma unroll 1
-      for (; m_block >= full_begin; --m_block) turn_of(job, head, m_block, UNMASKED);
+        for (; m_block >= first_block && m_block >= full_end; --m_block) turn_of(job, head, m_block, MASKED);
+      }
+      if (SOME_WHOLE) {
+#pragma unroll 1
+        for (; m_block >= full_begin; --m_block) turn_of(job, head, m_block, UNMASKED);
+      }
 #pragma unroll 1
       for (; m_block >= first_block; --m_block) turn_of(job, head, m_block, MASKED);
     }
@@ -426,7 +433,8 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
     Fragment<BLOCK_M> acc_s, acc_dp;  // (64 keys, BLOCK_M)
     Fragment<DQ_COLS> acc_dq;         // (64 columns, DQ_COLS queries)
     unsigned p[BLOCK_M / 16][4], ds[BLOCK_M / 16][4];
-    const Seen seen(mask_of(job.seq), job.n_block * BLOCK_N + 64 * consumer + own_row(), m_block * BLOCK_M);
+    const Seen seen(
+        params, job.seq, head, job.n_block * BLOCK_N + 64 * consumer + own_row(), m_block * BLOCK_M);
 
     // S^T = K Q^T
     smem.q_ring.await(turn);
@@ -445,10 +453,10 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
     // P^T = exp2(S^T - lse)
     wgmma_wait<1>();
     wgmma_hold(acc_s.at);
-    to_probabilities(acc_s, score, smem.exponents[turn.slot], seen, masked);
+    to_probabilities(acc_s, p, score, smem.exponents[turn.slot], seen, masked);
     // dV += P^T dO
     const auto add_dv = [&]() ALWAYS_INLINE {
-      round_to(p, acc_s);
+      if constexpr (!WEIGHTS_APART) round_to(p, acc_s);
       wgmma_fence();
       if constexpr (WANT_DV) multiply_nn(acc_dv, p, operand<Major::MN>(smem.dout[turn.slot]));
       wgmma_commit();
@@ -492,6 +500,7 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
   };
   const auto end = [&](const Job& job) ALWAYS_INLINE {
     const int key0 = job.n_block * BLOCK_N + 64 * consumer;
+    if constexpr (DROPOUT) multiply(acc_dv, static_cast<Accumulator>(params.undropped));
     if constexpr (WANT_DV) store_keys(params.dv, job, key0, 0, params.head_dim_v, acc_dv);
     if constexpr (WANT_DK) {
       multiply(acc_dk, score.gradient);
@@ -521,7 +530,7 @@ __device__ __forceinline__ void consume_wide(const Params& params, Smem& smem, S
     Fragment<(COLS > 0 ? COLS : 8)> acc_dq;  // (64 queries, COLS)
     unsigned rounded[HALF / 16][4];
     const int query0 = HALF * consumer;
-    const Seen seen(mask_of(job.seq), job.n_block * BLOCK_N + own_row(), m_block * BLOCK_M + query0);
+    const Seen seen(params, job.seq, head, job.n_block * BLOCK_N + own_row(), m_block * BLOCK_M + query0);
 
     // S^T = K Q^T
     smem.q_ring.await(turn);
@@ -539,10 +548,10 @@ __device__ __forceinline__ void consume_wide(const Params& params, Smem& smem, S
     // P^T = exp2(S^T - lse)
     wgmma_wait<1>();
     wgmma_hold(acc_s.at);
-    to_probabilities(acc_s, score, smem.exponents[turn.slot] + query0, seen, masked);
+    to_probabilities(acc_s, rounded, score, smem.exponents[turn.slot] + query0, seen, masked);
     // dV += P^T dO
     if constexpr (WANT_DV) {
-      round_to(rounded, acc_s);
+      if constexpr (!WEIGHTS_APART) round_to(rounded, acc_s);
       store_scores(scores.p[turn.slot], query0, rounded);
       meet(1);
     }
@@ -593,6 +602,7 @@ __device__ __forceinline__ void consume_wide(const Params& params, Smem& smem, S
   const auto end = [&](const Job& job) ALWAYS_INLINE {
     const int key0 = job.n_block * BLOCK_N;
     const int col0 = consumer_again() * first_share(HEAD_DIM), col0_v = consumer_again() * first_share(HEAD_DIM_V);
+    if constexpr (DROPOUT) multiply(acc_dv, static_cast<Accumulator>(params.undropped));
     if constexpr (OWN_DV) store_keys(params.dv, job, key0, col0_v, params.head_dim_v, acc_dv);
     if constexpr (OWN_DK) {
       multiply(acc_dk, score.gradient);

@@ -8,6 +8,12 @@
 
 __device__ __forceinline__ int lane_index() { return thread_index() % 32; }
 
+// Said to be the same in all lanes, 32 bits at a time.
+__device__ __forceinline__ long long warp_uniform(long long x) {
+  const unsigned low = warp_uniform(static_cast<unsigned>(x)), high = warp_uniform(static_cast<unsigned>(x >> 32));
+  return static_cast<long long>(static_cast<unsigned long long>(high) << 32 | low);
+}
+
 // A warp's (16, N) accumulators, this thread's part: rows lane / 4 and 8 below, columns in pairs. A warpgroup's (64, N)
 // are those of its four warps.
 template <int N>

@@ -67,6 +67,7 @@ struct QueryTile {
     head_k = PACK_HEADS ? work.head : work.head / group;
     row0 = work.block * BLOCK_M;
     row_end = seq.seqlen_q * heads;
+    static_assert(!PACK_HEADS || !(CHANGES_LOGITS || HIDES_PAIRS || SINKS || DROPOUT), "these are of one head");
   }
   __device__ __forceinline__ int query(int row) const { return PACK_HEADS ? row / heads : row; }
   __device__ __forceinline__ int head_of(int row) const { return PACK_HEADS ? head + row % heads : head; }
@@ -114,9 +115,8 @@ __device__ __forceinline__ void accumulate_pv(
 }
 
 __device__ __forceinline__ void store_results(
-    const Params& params, const Fragment<HEAD_DIM_V> (&acc_o)[FRAGMENTS], const Softmax<2> (&softmax)[FRAGMENTS]) {
-  // Where the block stands, once more: kept through the loop it would hold registers.
-  const QueryTile tile(params);
+    const Params& params, const QueryTile& tile, Fragment<HEAD_DIM_V> (&acc_o)[FRAGMENTS],
+    const Softmax<2> (&softmax)[FRAGMENTS]) {
   // Packed rows go in 16 bytes where those of every head can: lanes of several rows take part in an exchange.
   const bool vectors = !PACK_HEADS || params.out.head_stride * sizeof(Output) % 16 == 0;
 #pragma unroll
@@ -128,9 +128,10 @@ __device__ __forceinline__ void store_results(
       auto out = rows_of<Output>(params.out, tile.seq.batch_index, head);                     // (seqlen_q, head_dim_v)
       const auto lse = rows_of<Accumulator>(params.lse, tile.seq.batch_index, head);          // (seqlen_q)
       out.vectors = rows_of<Output>(params.out, tile.seq.batch_index, tile.head).vectors && vectors;
-      store_row(out, query, tile.seq.seqlen_q, params.head_dim_v, acc_o[f], r);
-      if (lane_index() % 4 == 0 && query < tile.seq.seqlen_q) {
-        store_number(lse, query, softmax[f].lse(r, score_of(params)));
+      if (LENS && query >= tile.seq.seqlen_q) clear_row(acc_o[f], r);
+      store_row(out, query, rows_to_write(params, tile.seq), params.head_dim_v, acc_o[f], r);
+      if (lane_index() % 4 == 0 && query < rows_to_write(params, tile.seq)) {
+        store_number(lse, query, lse_of(softmax[f], r, score_of(params), !LENS || query < tile.seq.seqlen_q));
       }
     }
   }
@@ -139,8 +140,10 @@ __device__ __forceinline__ void store_results(
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(const Params params) {
   DYNAMIC_SHARED(Smem, smem);
   const QueryTile tile(params);
-  const Mask mask = mask_of(tile.seq);
+  const Mask mask = mask_of(params, tile.seq);
   const Score score = score_of(params);
+  const Features features(params, tile.seq, tile.head);
+  const int keys_end = LENS ? tile.seq.seqlen_k : params.seqlen_k;
   const BlockRange blocks = tile.key_blocks(mask);
   if (thread_index() == 0) {
     const auto k = rows_of<const Element>(params.k, tile.seq.batch_index, tile.head_k);  // (seqlen_k, head_dim)
@@ -163,14 +166,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   const auto load_k = [&](int n_block, int to, bool whole) ALWAYS_INLINE {
     if (n_block >= blocks.begin) {
       const auto k = rows_from(params.k, smem.k);
-      load_tile(smem.slot[to].k, k, smem.k_bytes, n_block * BLOCK_N, params.seqlen_k, params.head_dim, whole);
+      load_tile(smem.slot[to].k, k, smem.k_bytes, n_block * BLOCK_N, keys_end, params.head_dim, whole);
     }
     cp_async_commit();
   };
   const auto load_v = [&](int n_block, int to, bool whole) ALWAYS_INLINE {
     if (n_block >= blocks.begin && (!OVERLAP || n_block < blocks.end)) {
       const auto v = rows_from(params.v, smem.v);
-      load_tile(smem.slot[to].v, v, smem.v_bytes, n_block * BLOCK_N, params.seqlen_k, params.head_dim_v, whole);
+      load_tile(smem.slot[to].v, v, smem.v_bytes, n_block * BLOCK_N, keys_end, params.head_dim_v, whole);
     }
     cp_async_commit();
   };
@@ -202,19 +205,37 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   };
   const auto leave = [&]() ALWAYS_INLINE { slot = slot == NUM_STAGES - 1 ? 0 : slot + 1; };
 
+  const auto pair_at = [&](int f, int n_block, int r, int c) ALWAYS_INLINE {
+    using Part = Fragment<BLOCK_N>;
+    const int row = tile.row0 + fragment_row(f) + Part::warp_row(r);
+    return Pair{tile.query(row), n_block * BLOCK_N + Part::first_col() + Part::ahead(c)};
+  };
   const auto hide_invisible = [&](Fragment<BLOCK_N>(&acc)[FRAGMENTS], int n_block) ALWAYS_INLINE {
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; ++f) {
       const int origin = n_block * BLOCK_N + acc[f].first_col(), row0 = tile.row0 + fragment_row(f);
       const MaskRow row[2] = {mask.row(tile.query(row0 + acc[f].warp_row(0)), origin),
                               mask.row(tile.query(row0 + acc[f].warp_row(1)), origin)};
-      hide(acc[f], [&](int r, int c) { return row[r].visible(acc[f].ahead(c)); });
+      hide(acc[f], [&](int r, int c) {
+        const bool visible = row[r].visible(acc[f].ahead(c));
+        return HIDES_PAIRS ? visible && features.sees(mask, pair_at(f, n_block, r, c)) : visible;
+      });
     }
   };
+  const auto become_logits = [&](Fragment<BLOCK_N>& acc, int f, int n_block) ALWAYS_INLINE {
+    to_logits(acc, score, features, [&](int r, int c) { return pair_at(f, n_block, r, c); });
+  };
   // Columns of one step of P's product: logits become P.
-  const auto weigh = [&](int f, int step) ALWAYS_INLINE {
+  const auto weigh = [&](int f, int step, int n_block) ALWAYS_INLINE {
 #pragma unroll
     for (int r = 0; r < 2; ++r) softmax[f].weigh(acc_s[f], r, score, 4 * step, 4 * step + 4);
+    if constexpr (DROPOUT) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int r = i / 4, c = 4 * step + i % 4;
+        acc_s[f](r, c) = features.keeps(pair_at(f, n_block, r, c)) ? acc_s[f](r, c) : 0;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       p[f][step][i] = pack<Element>(acc_s[f].at[8 * step + 2 * i], acc_s[f].at[8 * step + 2 * i + 1]);
@@ -238,13 +259,15 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       constexpr int PARTS = PARTS_OF<STEPS, BLOCK_N>, SLICES = FRAGMENTS * STEPS_V;
       score_tile(next, smem, slot, q_held, [&](int part) ALWAYS_INLINE {
 #pragma unroll
-        for (int i = part * SLICES / PARTS; i < (part + 1) * SLICES / PARTS; ++i) weigh(i % FRAGMENTS, i / FRAGMENTS);
+        for (int i = part * SLICES / PARTS; i < (part + 1) * SLICES / PARTS; ++i) {
+          weigh(i % FRAGMENTS, i / FRAGMENTS, n_block + 1);
+        }
       });
       leave();
       shrink_outputs();
       if (masked) {
 #pragma unroll
-        for (int f = 0; f < FRAGMENTS; ++f) to_logits(next[f], score);
+        for (int f = 0; f < FRAGMENTS; ++f) become_logits(next[f], f, n_block);
         hide_invisible(next, n_block);
       }
       arrive_v(n_block + 1, !masked);
@@ -252,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       accumulate_pv(acc_o, smem, slot, p, [&](int part) ALWAYS_INLINE {
 #pragma unroll
         for (int i = part * ROWS / PARTS_V; i < (part + 1) * ROWS / PARTS_V; ++i) {
-          if (!masked && i % 2 == 0) to_logits(next[i / 2], score);
+          if (!masked && i % 2 == 0) become_logits(next[i / 2], i / 2, n_block);
           softmax[i / 2].raise(next[i / 2], i % 2, score);
         }
       });
@@ -264,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       score_tile(acc_s, smem, slot, q_held, nothing);
       leave();
 #pragma unroll
-      for (int f = 0; f < FRAGMENTS; ++f) to_logits(acc_s[f], score);
+      for (int f = 0; f < FRAGMENTS; ++f) become_logits(acc_s[f], f, n_block);
       if (masked) hide_invisible(acc_s, n_block);
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f) {
@@ -273,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       }
       shrink_outputs();
 #pragma unroll
-      for (int i = 0; i < FRAGMENTS * STEPS_V; ++i) weigh(i / STEPS_V, i % STEPS_V);
+      for (int i = 0; i < FRAGMENTS * STEPS_V; ++i) weigh(i / STEPS_V, i % STEPS_V, n_block);
       arrive_v(n_block, !masked);
       accumulate_pv(acc_o, smem, slot, p, nothing);
       leave();
@@ -314,7 +337,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       score_tile(acc_s, smem, slot, q_held, nothing);
       leave();
 #pragma unroll
-      for (int f = 0; f < FRAGMENTS; ++f) to_logits(acc_s[f], score);
+      for (int f = 0; f < FRAGMENTS; ++f) become_logits(acc_s[f], f, n_block);
       if (n_block >= blocks.full_end || n_block < blocks.full_begin) hide_invisible(acc_s, n_block);
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f) {
@@ -331,19 +354,21 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       leave();
       --n_block;
     }
-    if (!OVERLAP || CUT_ALONG_DIAGONAL) {
+    if (!OVERLAP || CUT_AT_END) {
 #pragma unroll 1
       for (; n_block >= blocks.begin && n_block >= blocks.full_end; --n_block) step(n_block, MASKED);
     }
+    if (SOME_WHOLE) {
 #pragma unroll 1
-    for (; n_block >= blocks.begin && n_block >= blocks.full_begin; --n_block) step(n_block, UNMASKED);
+      for (; n_block >= blocks.begin && n_block >= blocks.full_begin; --n_block) step(n_block, UNMASKED);
+    }
     if (CUT_AT_BEGIN) {
 #pragma unroll 1
       for (; n_block >= blocks.begin; --n_block) step(n_block, MASKED);
     }
     if constexpr (OVERLAP) {
 #pragma unroll
-      for (int i = 0; i < FRAGMENTS * STEPS_V; ++i) weigh(i / STEPS_V, i % STEPS_V);
+      for (int i = 0; i < FRAGMENTS * STEPS_V; ++i) weigh(i / STEPS_V, i % STEPS_V, n_block + 1);
       shrink_outputs();
       arrive_k(n_block, false);  // nor does this tile exist
       leave();
@@ -352,9 +377,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
     }
   }
 
+  // Where the block stands, once more: kept through the loop it would hold registers.
+  const QueryTile here(params);
 #pragma unroll
   for (int f = 0; f < FRAGMENTS; ++f) {
-    softmax[f].finish(reinterpret_cast<Fragment<HEAD_DIM_V>(&)[1]>(acc_o[f]));
+    finish(params, here.seq, here.head, softmax[f], reinterpret_cast<Fragment<HEAD_DIM_V>(&)[1]>(acc_o[f]));
   }
-  store_results(params, acc_o, softmax);
+  store_results(params, here, acc_o, softmax);
 }

@@ -92,7 +92,7 @@ __device__ __forceinline__ void send_keys(
   Turn<NUM_STAGES> turn;
   for (Work work = work_ring.take(work_turn); work.block >= 0; work = work_ring.take(work_turn)) {
     const Sequence seq = sequence_of(params, work.batch);
-    const BlockRange blocks = mask_of(seq).key_blocks(row0_of(seq, work), BLOCK_M);
+    const BlockRange blocks = mask_of(params, seq).key_blocks(row0_of(seq, work), BLOCK_M);
     const MapPlace place = map_place(tensor, seq.batch_index, work.head / group);
 #pragma unroll 1
     for (int n_block = blocks.end - 1; n_block >= blocks.begin; --n_block) {
@@ -110,7 +110,7 @@ __device__ __forceinline__ void send_queries(const Params& params, const TensorM
   for (Work work = smem.work_ring.take(work_turn); work.block >= 0; work = smem.work_ring.take(work_turn)) {
     const Sequence seq = sequence_of(params, work.batch);
     const int row0 = row0_of(seq, work);
-    const BlockRange blocks = mask_of(seq).key_blocks(row0, BLOCK_M);
+    const BlockRange blocks = mask_of(params, seq).key_blocks(row0, BLOCK_M);
     if (blocks.begin == blocks.end) continue;  // rows that see nothing need no Q
     const MapPlace place = map_place(params.q, seq.batch_index, work.head);
 #pragma unroll 1
@@ -135,19 +135,20 @@ __device__ __forceinline__ void pass_turn(int consumer) {
 // One consumer's part of a tile: 64 queries from row0 on.
 struct QueryTile {
   Work work;
+  Features features;  // of its head
   int row0;
   Mask mask;
   int begin, end;  // the key blocks of all consumers
   BlockRange own;  // of this one
 
   __device__ __forceinline__ QueryTile(const Params& params, const Work& taken, int consumer)
-      : work(taken) {
-    const Sequence seq = sequence_of(params, work.batch);
+      : QueryTile(params, taken, sequence_of(params, taken.batch), consumer) {}
+  __device__ __forceinline__ QueryTile(const Params& params, const Work& taken, const Sequence& seq, int consumer)
+      : work(taken), features(params, seq, taken.head), mask(mask_of(params, seq)) {
     const int tile_row0 = row0_of(seq, work);
     row0 = tile_row0 + 64 * consumer;
-    mask = mask_of(seq);
     // Read from memory, maybe: without this no loop's length would be known to be the same in all lanes.
-    if (CAUSAL) mask.q_offset = warp_uniform(mask.q_offset);
+    if (CAUSAL || WINDOW) mask.q_offset = warp_uniform(mask.q_offset);
     const BlockRange blocks = mask.key_blocks(tile_row0, BLOCK_M);
     begin = blocks.begin;
     end = blocks.end;
@@ -162,7 +163,7 @@ struct QueryTile {
   __device__ __forceinline__ bool sees_keys() const { return begin < end; }
 };
 
-// Rows that see no key: out = 0, lse = -inf. By one warpgroup.
+// Rows that see no key: out = 0, lse = -inf, or the head's sink. By one warpgroup.
 __device__ __forceinline__ void store_nothing(const Params& params, const QueryTile& tile) {
   const Sequence seq = sequence_of(params, tile.work.batch);
   const auto out = rows_of<Output>(params.out, seq.batch_index, tile.work.head);       // (seqlen_q, head_dim_v)
@@ -174,7 +175,7 @@ __device__ __forceinline__ void store_nothing(const Params& params, const QueryT
     for (int col = lane_index(); col < params.head_dim_v; col += 32) {
       store_global(out.at(tile.row0 + row, col), Vector<Output, 1>{{from_accumulator<Output>(Accumulator(0))}});
     }
-    if (lane_index() == 0) store_number(lse, tile.row0 + row, -math::infinity<Accumulator>());
+    if (lane_index() == 0) store_number(lse, tile.row0 + row, lse_of_nothing(params, seq, tile.work.head));
   }
 }
 
@@ -242,17 +243,24 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
     smem.k_ring.await(turn);
   };
   const auto soften = [&](const QueryTile& tile, bool masked) ALWAYS_INLINE {
-    to_logits(acc_s, score);
+    const int origin = n_block * BLOCK_N + acc_s.first_col();
+    const auto at = [&](int r, int c) ALWAYS_INLINE {
+      return Pair{tile.row0 + acc_s.row(r), origin + acc_s.ahead(c)};
+    };
+    to_logits(acc_s, score, tile.features, at);
     if (masked) {
-      const int origin = n_block * BLOCK_N + acc_s.first_col();
       const MaskRow row[2] = {
           tile.mask.row(tile.row0 + acc_s.row(0), origin), tile.mask.row(tile.row0 + acc_s.row(1), origin)};
-      hide(acc_s, [&](int r, int c) { return row[r].visible(acc_s.ahead(c)); });
+      hide(acc_s, [&](int r, int c) {
+        const bool visible = row[r].visible(acc_s.ahead(c));
+        return HIDES_PAIRS ? visible && tile.features.sees(tile.mask, at(r, c)) : visible;
+      });
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) softmax.raise(acc_s, r, score);
 #pragma unroll
     for (int r = 0; r < 2; ++r) softmax.weigh(acc_s, r, score);
+    drop(acc_s, tile.features, at);
   };
   const auto shrink_outputs = [&]() ALWAYS_INLINE {
     if (!warp_any(softmax.rose())) return;  // mostly none did
@@ -305,12 +313,14 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
         round_to(p, acc_s);
         --n_block;
       }
-      if (!OVERLAP || CUT_ALONG_DIAGONAL) {
+      if (!OVERLAP || CUT_AT_END) {
 #pragma unroll 1
         while (n_block >= tile.begin && n_block >= tile.own.full_end) step(tile, MASKED);
       }
+      if (SOME_WHOLE) {
 #pragma unroll 1
-      while (n_block >= tile.begin && n_block >= tile.own.full_begin) step(tile, UNMASKED);
+        while (n_block >= tile.begin && n_block >= tile.own.full_begin) step(tile, UNMASKED);
+      }
       if (CUT_AT_BEGIN) {
 #pragma unroll 1
         while (n_block >= tile.begin) step(tile, MASKED);
@@ -337,8 +347,8 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
       }
       score_tile();
     }
-    softmax.finish(acc_o);
     const Sequence seq = sequence_of(params, tile.work.batch);
+    finish(params, seq, tile.work.head, softmax, acc_o);
     const auto out = rows_of<Output>(params.out, seq.batch_index, tile.work.head);       // (seqlen_q, head_dim_v)
     const auto lse = rows_of<Accumulator>(params.lse, seq.batch_index, tile.work.head);  // (seqlen_q)
     store_fragment(out, tile.row0, tile.row_end(), params.head_dim_v, acc_o[0]);

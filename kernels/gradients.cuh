@@ -19,31 +19,53 @@ __device__ __forceinline__ int own_col() {
 }
 
 // Who sees the two keys of this thread's rows, the first of them and the fragment's first query given; queries counted
-// from this thread's first column.
+// from this thread's first column. And what else a kernel asks of their pairs, all in one head.
 struct Seen {
   MaskColumn key[2];
+  Mask mask;
+  Features features;
+  int first_key, query0;
 
-  __device__ __forceinline__ Seen(const Mask& mask, int first_key, int query0)
-      : key{mask.column(first_key, query0 + own_col()), mask.column(first_key + 8, query0 + own_col())} {}
+  __device__ __forceinline__ Seen(const Params& params, const Sequence& seq, int head, int key0, int fragment_query0)
+      : mask(mask_of(params, seq)), features(params, seq, head), first_key(key0), query0(fragment_query0 + own_col()) {
+    key[0] = mask.column(first_key, query0);
+    key[1] = mask.column(first_key + 8, query0);
+  }
+  // The pair of row r and the column that is `ahead` of this thread's first.
+  __device__ __forceinline__ Pair at(int r, int ahead) const { return {query0 + ahead, first_key + 8 * r}; }
+  __device__ __forceinline__ bool visible(int r, int ahead) const {
+    if constexpr (!HIDES_PAIRS) return key[r].visible(ahead);
+    return key[r].visible(ahead) && features.sees(mask, at(r, ahead));
+  }
 };
 
-// S^T becomes P^T; `exponents` of the fragment's queries.
+// S^T becomes P^T; `exponents` of the fragment's queries. WEIGHTS_APART: it becomes what dS^T is a multiple of, and
+// P^T, less what is dropped, comes rounded, as an operand.
 template <int N>
 __device__ __forceinline__ void to_probabilities(
-    Fragment<N>& acc_s, const Score& score, const Accumulator* exponents, const Seen& seen, bool masked) {
+    Fragment<N>& acc_s, unsigned (&operand)[N / 16][4], const Score& score, const Accumulator* exponents,
+    const Seen& seen, bool masked) {
 #pragma unroll
   for (int c = 0; c < acc_s.COLS; c += 2) {
     const Vector<Accumulator, 2> lse = load_shared<2>(exponents + own_col() + acc_s.ahead(c));
+    Accumulator p[2][2];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int r = e / 2, col = c + e % 2;
-      const bool visible = !masked || seen.key[r].visible(acc_s.ahead(col));
-      acc_s(r, col) = probability(score, acc_s(r, col), lse.at[e % 2], visible);
+      const int r = e / 2, col = c + e % 2, ahead = acc_s.ahead(col);
+      const bool visible = !masked || seen.visible(r, ahead);
+      const Pair pair = seen.at(r, ahead);
+      const Weight weight = weight_of(score, seen.features, acc_s(r, col), lse.at[e % 2], visible, pair);
+      acc_s(r, col) = weight.sloped;
+      if constexpr (WEIGHTS_APART) p[r][e % 2] = seen.features.keeps(pair) ? weight.p : Accumulator(0);
+    }
+    if constexpr (WEIGHTS_APART) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) operand[(c + r) / 4][(c + r) % 4] = pack<Element>(p[r][0], p[r][1]);
     }
   }
 }
 
-// dP^T becomes dS^T; p(c) is P^T in columns c and c + 1, of the first row and then of the second.
+// dP^T becomes dS^T; p(c) is what it is a multiple of, in columns c and c + 1, of the first row and then of the second.
 template <int N, typename P>
 __device__ __forceinline__ void to_score_gradients(
     Fragment<N>& acc_dp, const P& p, const Accumulator* delta, const Seen& seen, bool masked) {
@@ -53,9 +75,10 @@ __device__ __forceinline__ void to_score_gradients(
     const Vector<Accumulator, 2> row = load_shared<2>(delta + own_col() + acc_dp.ahead(c));
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int r = e / 2, col = c + e % 2;
-      const bool visible = !masked || seen.key[r].visible(acc_dp.ahead(col));
-      acc_dp(r, col) = score_gradient(four.at[e], acc_dp(r, col), row.at[e % 2], visible);
+      const int r = e / 2, col = c + e % 2, ahead = acc_dp.ahead(col);
+      const bool visible = !masked || seen.visible(r, ahead);
+      acc_dp(r, col) =
+          score_gradient(seen.features, four.at[e], acc_dp(r, col), row.at[e % 2], visible, seen.at(r, ahead));
     }
   }
 }

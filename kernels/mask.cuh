@@ -110,27 +110,30 @@ struct Mask : WindowOf<WINDOW> {
       const int end = ceil_div(keys_seen(last), BLOCK_N);
       return {0, 0, HIDES_PAIRS ? 0 : keys_seen(first) / BLOCK_N, end};
     } else {
-      const int begin = first_key(first) / BLOCK_N, end = ceil_div(keys_seen(last), BLOCK_N);
-      return ordered(begin, ceil_div(first_key(last), BLOCK_N), keys_seen(first) / BLOCK_N, end);
+      const int begin = first_key(first), end = keys_seen(last);
+      if (begin >= end) return {0, 0, 0, 0};
+      const int full_begin = ceil_div(first_key(last), BLOCK_N), full_end = keys_seen(first) / BLOCK_N;
+      return ordered(begin / BLOCK_N, full_begin, full_end, ceil_div(end, BLOCK_N));
     }
   }
 
-  // The transpose: the query blocks that see key block n_block. Its first key is seen by the first rows, its last by
-  // the last. Rows and keys beyond the end count as visible here: the backward gives such rows p = 0 by their lse, and
-  // stores no such key.
+  // The transpose: the query blocks that see key block n_block, exactly those that have it among their key blocks. Its
+  // first key is seen by the first rows, its last by the last. Rows and keys beyond the end count as visible here: the
+  // backward gives such rows p = 0 by their lse, and stores no such key.
   __device__ __forceinline__ BlockRange query_blocks(int n_block) const {
     const int first = n_block * BLOCK_N;
     const int end = ceil_div(seqlen_q, BLOCK_M);
     if (LENS && first >= seqlen_k) return {end, end, end, end};
     const int last = smaller(first, seqlen_k - BLOCK_N) + BLOCK_N - 1;
     const int seen = first_query(first);
-    const int begin = seen < seqlen_q ? seen / BLOCK_M : end;
     if constexpr (!WINDOW) {
+      const int begin = seen < seqlen_q ? seen / BLOCK_M : end;
       return {begin, HIDES_PAIRS ? end : smaller(ceil_div(first_query(last), BLOCK_M), end), end, end};
     } else {
-      const int cut = queries_seeing(last);
-      const int full_end = queries_seeing(first) == seqlen_q ? end : queries_seeing(first) / BLOCK_M;
-      return ordered(begin, ceil_div(first_query(last), BLOCK_M), full_end, ceil_div(cut, BLOCK_M));
+      const int cut = queries_seeing(last), cut_first = queries_seeing(first);
+      if (seen >= cut) return {end, end, end, end};
+      const int full_end = cut_first == seqlen_q ? end : cut_first / BLOCK_M;
+      return ordered(seen / BLOCK_M, ceil_div(first_query(last), BLOCK_M), full_end, ceil_div(cut, BLOCK_M));
     }
   }
 
@@ -140,7 +143,6 @@ struct Mask : WindowOf<WINDOW> {
   }
   // Three loops that follow one another, whatever lies where; HIDES_PAIRS: no block is whole.
   static __device__ __forceinline__ BlockRange ordered(int begin, int full_begin, int full_end, int end) {
-    if (begin >= end) return {end, end, end, end};
     full_begin = smaller(full_begin, end);
     full_end = smaller(full_end, end);
     if (HIDES_PAIRS || full_end < full_begin) full_begin = full_end = end;

@@ -149,14 +149,19 @@ struct Softmax {
 // Otherwise they are 0, p is 1, and adds nothing, since such rows of dout are 0.
 constexpr bool NO_ROW_BEYOND = CHANGES_LOGITS || LENS;
 
+// lse of rows that see no key: the head's sink, if it has one.
+__device__ __forceinline__ Accumulator lse_of_nothing(const Params& params, const Sequence& seq, int head) {
+  if constexpr (!SINKS) return -math::infinity<Accumulator>();
+  return to_accumulator(load_global<1>(rows_of<const Sink>(params.sinks, seq.batch_index, head).data).at[0]);
+}
+
 // All of a row's keys are in: divides by the sum, into which the head's sink goes, if it has one.
 template <int ROWS, typename Outputs, int PARTS>
 __device__ __forceinline__ void finish(
     const Params& params, const Sequence& seq, int head, Softmax<ROWS>& softmax, Outputs (&acc_o)[PARTS]) {
   const Accumulator factor = DROPOUT ? static_cast<Accumulator>(params.undropped) : Accumulator(1);
   if constexpr (SINKS) {
-    const auto sinks = rows_of<const Sink>(params.sinks, seq.batch_index, head);
-    const Accumulator sink = to_accumulator(load_global<1>(sinks.data).at[0]);
+    const Accumulator sink = lse_of_nothing(params, seq, head);
     softmax.finish(acc_o, factor, score_of(params), [&](int) { return sink; });
   } else {
     softmax.finish(acc_o, factor);

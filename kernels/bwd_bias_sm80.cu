@@ -1,0 +1,214 @@
+// Backward, bias, on tensor cores since Ampere: dbias, for both families that have them. Which tile a thread block owns
+// and what it adds up there is what bias_turns.cuh says: no atomics, the same bits every time.
+//
+// A warp owns 16 * FRAGMENTS queries of the tile; what it has of S, dP and dbias stays in its registers. Two thread
+// blocks on a multiprocessor fill each other's gaps.
+//
+//     one turn:   S    = Q K^T                     dO, V of this turn are on their way
+//                 P    = exp2(S - lse)             Q, K of the next turn are sent for
+//                 dP   = dO V^T
+//                 acc += P * (dP - delta)          dO, V of the next turn are sent for
+//
+//     shared memory:   q (BLOCK_M, HEAD_DIM)   k (BLOCK_N, HEAD_DIM)   dout (BLOCK_M, HEAD_DIM_V)
+//                      v (BLOCK_N, HEAD_DIM_V)   lse and delta of the rows
+#include "basics.cuh"
+#include "params.cuh"
+#include "types.cuh"
+#include "memory.cuh"
+#include "seqlen.cuh"
+#include "schedule.cuh"
+#include "mask.cuh"
+#include "score.cuh"
+#include "tile_sm80.cuh"
+#include "softmax.cuh"
+#include "bias_turns.cuh"
+
+constexpr int FRAGMENTS = BLOCK_M / (16 * NUM_WARPS);
+static_assert(BLOCK_M == 16 * NUM_WARPS * FRAGMENTS && BLOCK_N % 16 == 0, "products are dealt out in steps of 16");
+static_assert(BLOCK_M <= NUM_THREADS, "a thread for the numbers of each row");
+static_assert(BLOCK_N <= NUM_THREADS && 2 * NUM_WARPS * BLOCK_N <= BLOCK_M * HEAD_DIM, "sums over rows end in q");
+
+struct Smem {
+  SwizzledTile<BLOCK_M, HEAD_DIM> q;
+  SwizzledTile<BLOCK_N, HEAD_DIM> k;
+  SwizzledTile<BLOCK_M, HEAD_DIM_V> dout;
+  SwizzledTile<BLOCK_N, HEAD_DIM_V> v;
+  Accumulator exponents[BLOCK_M], delta[BLOCK_M];
+};
+constexpr int SMEM_BYTES = sizeof(Smem);
+
+// ---- loads, by the whole block
+
+__device__ __forceinline__ void load_q_k(const Params& params, Smem& smem, const BiasTurn& turn) {
+  const Sequence seq = turn.sequence(params);
+  const auto q = rows_of<const Element>(params.q, seq.batch_index, turn.head);  // (seqlen_q, head_dim)
+  const auto k = rows_of<const Element>(params.k, seq.batch_index, turn.head / (params.num_heads / params.num_heads_k));
+  load_tile(smem.q, q, bytes_at_a_time(q), turn.m_block * BLOCK_M, seq.seqlen_q, params.head_dim);
+  load_tile(smem.k, k, bytes_at_a_time(k), turn.n_block * BLOCK_N, seq.seqlen_k, params.head_dim);
+}
+__device__ __forceinline__ void load_do_v(const Params& params, Smem& smem, const BiasTurn& turn) {
+  const Sequence seq = turn.sequence(params);
+  const auto dout = rows_of<const Element>(params.dout, seq.batch_index, turn.head);  // (seqlen_q, head_dim_v)
+  const auto v = rows_of<const Element>(params.v, seq.batch_index, turn.head / (params.num_heads / params.num_heads_k));
+  load_tile(smem.dout, dout, bytes_at_a_time(dout), turn.m_block * BLOCK_M, seq.seqlen_q, params.head_dim_v);
+  load_tile(smem.v, v, bytes_at_a_time(v), turn.n_block * BLOCK_N, seq.seqlen_k, params.head_dim_v);
+}
+// The numbers of a turn's rows; p of rows beyond the end is 0 by an lse of +inf.
+__device__ __forceinline__ void load_numbers(const Params& params, Smem& smem, const BiasTurn& turn) {
+  const Sequence seq = turn.sequence(params);
+  const int row = turn.m_block * BLOCK_M + thread_index_again();
+  if (thread_index_again() >= BLOCK_M) return;
+  Accumulator exponent = math::infinity<Accumulator>(), delta = 0;
+  if (row < seq.seqlen_q) {
+    exponent = load_number(rows_of<const Accumulator>(params.exponents, seq.batch_index, turn.head), row);
+    delta = load_number(rows_of<const Accumulator>(params.delta, seq.batch_index, turn.head), row);
+  }
+  store_shared(&smem.exponents[thread_index_again()], Vector<Accumulator, 1>{{exponent}});
+  store_shared(&smem.delta[thread_index_again()], Vector<Accumulator, 1>{{delta}});
+}
+
+// ---- results
+
+// The sums of each column over all rows of the tile, in the order of the warps, to threads 0 to BLOCK_N - 1. Q has been
+// read for the last time.
+__device__ __forceinline__ Accumulator sum_rows(Smem& smem, const Fragment<BLOCK_N> (&acc)[FRAGMENTS]) {
+  Accumulator* sums = reinterpret_cast<Accumulator*>(&smem.q);  // (NUM_WARPS, BLOCK_N)
+  sync_block();                                                 // all have read Q
+#pragma unroll
+  for (int c = 0; c < acc[0].COLS; ++c) {
+    Accumulator sum = 0;
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f) sum += acc[f](0, c) + acc[f](1, c);
+    // The eight lanes that hold other rows of this column.
+    sum += shuffle_xor(sum, 4);
+    sum += shuffle_xor(sum, 8);
+    sum += shuffle_xor(sum, 16);
+    const int col = acc[0].first_col() + acc[0].ahead(c);
+    if (lane_index() < 4) store_shared(sums + thread_index() / 32 * BLOCK_N + col, Vector<Accumulator, 1>{{sum}});
+  }
+  sync_block();  // they are there
+  Accumulator whole = 0;
+  if (thread_index() < BLOCK_N) {
+#pragma unroll 1
+    for (int warp = 0; warp < NUM_WARPS; ++warp) whole += load_shared<1>(sums + warp * BLOCK_N + thread_index()).at[0];
+  }
+  return whole;
+}
+
+__device__ __forceinline__ void store_results(
+    const Params& params, Smem& smem, Fragment<BLOCK_N> (&acc)[FRAGMENTS], int first_row) {
+  const BiasTile tile(params);
+  const auto dbias = tile.rows(params);  // (seqlen_q or 1, seqlen_k or 1)
+  const int m0 = tile.m_block * BLOCK_M + first_row, n0 = tile.n_block * BLOCK_N;
+  if constexpr (SUM_COLS) {
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        Accumulator sum = 0;
+#pragma unroll
+        for (int c = 0; c < acc[f].COLS; ++c) sum += acc[f](r, c);
+        sum = row_sum_of(sum);
+        const int row = m0 + 16 * f + acc[f].warp_row(r);
+        if (!SUM_ROWS && lane_index() % 4 == 0 && row < params.seqlen_q) store_gradient(dbias, row, 0, sum);
+        clear_row(acc[f], r);
+        acc[f](r, 0) = sum;  // in the first column of each of four lanes
+      }
+    }
+  }
+  if constexpr (SUM_ROWS) {
+    const Accumulator sum = sum_rows(smem, acc);
+    const int col = thread_index();
+    if (col < (SUM_COLS ? 1 : BLOCK_N) && (SUM_COLS || n0 + col < params.seqlen_k)) {
+      store_gradient(dbias, 0, SUM_COLS ? 0 : n0 + col, sum);
+    }
+  }
+  if constexpr (!SUM_ROWS && !SUM_COLS) {
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        auto rows = dbias;
+        rows.data = rows.at(0, n0);  // a multiple of 16 bytes behind column 0: vectors stay what they are
+        store_row(rows, m0 + 16 * f + acc[f].warp_row(r), params.seqlen_q, params.seqlen_k - n0, acc[f], r);
+      }
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Params params) {
+  DYNAMIC_SHARED(Smem, smem);
+  const Score score = score_of(params);
+  Fragment<BLOCK_N> acc_ds[FRAGMENTS];  // (16 FRAGMENTS, BLOCK_N) of this warp
+  clear(acc_ds);
+  BiasTurn turn(params);
+  const int first_row = warp_uniform(thread_index() / 32) * 16 * FRAGMENTS;
+  if (turn.exists(params)) {
+    load_q_k(params, smem, turn);
+    cp_async_commit();
+    load_do_v(params, smem, turn);
+  }
+  cp_async_commit();
+#pragma unroll 1
+  while (turn.exists(params)) {
+    Fragment<BLOCK_N> acc_s[FRAGMENTS], acc_dp[FRAGMENTS];
+    const Sequence seq = turn.sequence(params);
+    const Mask mask = mask_of(params, seq);
+    const Features features(params, seq, turn.head);
+    const BlockRange blocks = mask.key_blocks(turn.m_block * BLOCK_M, BLOCK_M);
+    const bool masked = turn.n_block < blocks.full_begin || turn.n_block >= blocks.full_end;
+    const auto at = [&](int f, int r, int c) ALWAYS_INLINE {
+      using Part = Fragment<BLOCK_N>;
+      return Pair{turn.m_block * BLOCK_M + first_row + 16 * f + Part::warp_row(r),
+                  turn.n_block * BLOCK_N + Part::first_col() + Part::ahead(c)};
+    };
+    const auto sees = [&](int f, int r, int c) ALWAYS_INLINE { return !masked || features.sees(mask, at(f, r, c)); };
+    BiasTurn next = turn;
+    next.advance(params);
+
+    load_numbers(params, smem, turn);
+    cp_async_wait<1>();
+    sync_block();  // Q and K are written, by all threads, and the rows' numbers
+    clear(acc_s);
+    add_product<HEAD_DIM / 16>(
+        acc_s, operand<Side::LEFT, Major::K>(smem.q, first_row), operand<Side::RIGHT, Major::K>(smem.k));
+    sync_block();  // they are read: send for the next ones
+    if (next.exists(params)) load_q_k(params, smem, next);
+    cp_async_commit();
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = first_row + 16 * f + acc_s[f].warp_row(r);
+        const Accumulator lse = load_shared<1>(&smem.exponents[row]).at[0];
+#pragma unroll
+        for (int c = 0; c < acc_s[f].COLS; ++c) {
+          acc_s[f](r, c) = weight_of(score, features, acc_s[f](r, c), lse, sees(f, r, c), at(f, r, c)).p;
+        }
+      }
+    }
+    cp_async_wait<1>();
+    sync_block();  // dO and V are written, by all threads
+    clear(acc_dp);
+    add_product<HEAD_DIM_V / 16>(
+        acc_dp, operand<Side::LEFT, Major::K>(smem.dout, first_row), operand<Side::RIGHT, Major::K>(smem.v));
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = first_row + 16 * f + acc_s[f].warp_row(r);
+        const Accumulator delta = load_shared<1>(&smem.delta[row]).at[0];
+#pragma unroll
+        for (int c = 0; c < acc_s[f].COLS; ++c) {
+          acc_ds[f](r, c) += score_gradient(
+              features, acc_s[f](r, c), acc_dp[f](r, c), delta, sees(f, r, c), at(f, r, c));
+        }
+      }
+    }
+    sync_block();  // dO, V and the rows' numbers are read: send for the next ones
+    if (next.exists(params)) load_do_v(params, smem, next);
+    cp_async_commit();
+    turn = next;
+  }
+  store_results(params, smem, acc_ds, first_row);
+}
