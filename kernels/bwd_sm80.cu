@@ -63,11 +63,11 @@ static_assert(HANDED_OVER + GROUPS <= 16, "there are 16 named barriers");
 
 // What this thread block works on: worked out once, by one thread, and read from shared memory, since what all turns
 // have in common would fill the registers.
-struct Job {
+struct Job : FullEndOf<CUT_AT_BEGIN> {
   Sequence seq;
   int n_block, head_k;
   int first_head, heads;       // that read head_k
-  int begin, full_begin, full_end, end;  // query tiles; unmasked from full_begin to full_end
+  int begin, full_begin, end;  // query tiles; unmasked from full_begin on
   // Of the first head.
   Rows<const Element> q, dout;
   int q_bytes, dout_bytes;  // that can be copied as one
@@ -88,7 +88,7 @@ struct Job {
     const BlockRange blocks = mask_of(params, seq).query_blocks(n_block);
     begin = blocks.begin;
     end = blocks.end;
-    full_end = blocks.full_end;
+    end_whole_tiles(blocks.full_end);
     // Keys beyond the end are masked in every turn: their logit of 0 may be far above lse.
     full_begin = seq.seqlen_k - BLOCK_N < n_block * BLOCK_N ? blocks.end : blocks.full_begin;
     const auto place = [&](const Tensor& tensor) ALWAYS_INLINE {
@@ -288,7 +288,7 @@ __device__ __forceinline__ Seen seen_by(const Params& params, const Job& job, co
 template <bool LOADS, typename Step>
 __device__ __forceinline__ void for_each_turn(const Params& params, Smem& smem, Step step) {
   const int full_begin = warp_uniform(smem.job.full_begin);
-  const int full_end = CUT_AT_BEGIN ? warp_uniform(smem.job.full_end) : 0;
+  const int full_end = CUT_AT_BEGIN ? warp_uniform(smem.job.whole_tiles_end()) : 0;
   TurnOf turn(smem.job);
 #pragma unroll 1
   while (turn.exists(smem.job)) {

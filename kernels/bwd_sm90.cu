@@ -64,10 +64,10 @@ constexpr int CONSUMER_REGISTERS = 240, SENDER_REGISTERS = 24;  // their sum is 
 // ---- jobs: from the thread that takes tickets to everyone else
 
 // What is the same for all turns is worked out once, by the thread that takes the ticket.
-struct Job {
+struct Job : FullEndOf<CUT_AT_BEGIN> {
   int n_block;  // -1: there are no more
   int head_k, first_head, end_head;
-  int begin, full_begin, full_end, end;  // query tiles; unmasked from full_begin to full_end
+  int begin, full_begin, end;  // query tiles; unmasked from full_begin on
   int keys_parity;             // of the ring of K, and of V
   Sequence seq;
 
@@ -84,7 +84,7 @@ __device__ __forceinline__ void describe(Job& job, const Params& params, const W
   const BlockRange blocks = mask_of(params, job.seq).query_blocks(work.block);
   job.begin = blocks.begin;
   job.end = blocks.end;
-  job.full_end = blocks.full_end;
+  job.end_whole_tiles(blocks.full_end);
   // Keys beyond the end are masked in every turn: their logit of 0 may be far above lse.
   job.full_begin = job.seq.seqlen_k - BLOCK_N < work.block * BLOCK_N ? blocks.end : blocks.full_begin;
 }
@@ -381,7 +381,7 @@ __device__ __forceinline__ void work_on_jobs(const Params& params, Smem& smem, B
     begin();
     // Read from shared memory: said to be the same in all lanes.
     const int first_block = warp_uniform(job.begin), full_begin = warp_uniform(job.full_begin);
-    const int full_end = CUT_AT_BEGIN ? warp_uniform(job.full_end) : 0;
+    const int full_end = CUT_AT_BEGIN ? warp_uniform(job.whole_tiles_end()) : 0;
     if (job.has_turns()) {
       smem.k_ring.await({0, job.keys_parity});
       smem.v_ring.await({0, job.keys_parity});

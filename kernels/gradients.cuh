@@ -18,6 +18,21 @@ __device__ __forceinline__ int own_col() {
   return static_cast<int>(thread % 4 * 2);
 }
 
+// Where a job's unmasked query tiles end: at its last one, unless a window ends too. A base, since it takes no room when
+// empty: what else lies in shared memory keeps its place, and registers are scarce.
+template <bool ON>
+struct FullEndOf {
+  __device__ __forceinline__ void end_whole_tiles(int) {}
+  __device__ __forceinline__ int whole_tiles_end() const { return 0; }
+};
+template <>
+struct FullEndOf<true> {
+  int full_end;
+
+  __device__ __forceinline__ void end_whole_tiles(int end) { full_end = end; }
+  __device__ __forceinline__ int whole_tiles_end() const { return full_end; }
+};
+
 // Who sees the two keys of this thread's rows, the first of them and the fragment's first query given; queries counted
 // from this thread's first column. And what else a kernel asks of their pairs, all in one head.
 struct Seen {
