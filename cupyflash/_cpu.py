@@ -35,6 +35,8 @@ import numpy as np
 from ._cpu_backward import BackwardCall, BackwardWorker
 from ._cpu_blocks import Array, Cells, chunks, is_packed
 from ._cpu_forward import ForwardCall, ForwardWorker, OneBlockForward, Small
+from ._cpu_logits import Logits
+from ._options import PLAIN
 from ._problem import Problem
 from ._workers import check_variable, run
 
@@ -101,8 +103,8 @@ def forward(
         if lse is not None:
             lse[...] = -np.inf
         return None
-    if problem.q_offset is None:
-        cells = Cells(problem, beside["q_offsets"])
+    if beside:
+        cells = Cells(problem, beside)
     if cells.group > 1:
         q, k, v, out = cells.rows(q), cells.keys(k), cells.keys(v), cells.rows(out)
         lse = None if lse is None else cells.row_values(lse)
@@ -114,7 +116,8 @@ def forward(
         if cells.group > 1 or not problem.comes_canonical or problem.q_offset is None:
             return None
         return Small(compute, problem.q_offset)
-    call = ForwardCall(cells, q, k, v, out, lse, block_m, block_n)
+    logits = None if cells.is_plain else Logits(cells, beside)
+    call = ForwardCall(cells, q, k, v, out, lse, block_m, block_n, logits)
     if size is _Size.BLOCKED:
         run(lambda: ForwardWorker(call), call.tasks())
     elif size is _Size.FEW_CHUNKS:
@@ -147,7 +150,7 @@ def backward(
         for gradient in gradients.values():
             gradient[...] = 0
         return
-    cells = Cells(problem, beside.get("q_offsets"))
+    cells = Cells(problem, beside)
     call = BackwardCall(
         cells,
         *(cells.rows(dout), cells.rows(q), cells.keys(k), cells.keys(v), cells.rows(out), cells.row_values(lse)),
@@ -185,16 +188,16 @@ def _prepared(problem: Problem, block_m: int, block_n: int) -> tuple[Cells, _Siz
     """What a forward need not find out again; the cells lack the offsets of an array."""
     seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
     logits = problem.batch * problem.num_heads * seqlen_q * seqlen_k
-    if 0 in (seqlen_q, seqlen_k, problem.batch):
+    if 0 in (seqlen_q, problem.batch) or (seqlen_k == 0 and problem.options.sinks is None):
         size = _Size.EMPTY
-    elif seqlen_q > block_m or seqlen_k > block_n:
+    elif problem.options != PLAIN or seqlen_q > block_m or seqlen_k > block_n:
         size = _Size.BLOCKED
     else:
         weight = problem.batch * problem.num_heads * _weight(problem)
         size = _Size.ONE_CHUNK if weight <= CHUNK else _Size.FEW_CHUNKS
         if logits > FEW or not _is_single_threaded(problem):
             size = _Size.CHUNKS
-    return Cells(problem, None), size
+    return Cells(problem, {}), size
 
 
 def _weight(problem: Problem) -> int:

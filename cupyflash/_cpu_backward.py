@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._cpu_blocks import (
-    EXPONENTIALS,
     Array,
     Cells,
     Index,
@@ -21,6 +20,7 @@ from ._cpu_blocks import (
     beyond_diagonal,
     chunks,
     even,
+    exponential,
     exponentiate,
     front,
     key_blocks,
@@ -55,7 +55,7 @@ class BackwardCall:
         self.cells, self.problem = cells, cells.problem
         self.dout, self.q, self.k, self.v, self.out, self.lse, self.dlse = dout, q, k, v, out, lse, dlse
         self.gradients, self.block_m, self.block_n = gradients, block_m, block_n
-        self.base = EXPONENTIALS[self.problem.accumulator]
+        self.base = exponential(self.problem)
         self.moved, self.failed = threading.Condition(), False
         self.summed = [  # axes along which some gradient is a sum
             axis for axis, n in enumerate(cells.shape) if n > 1 and any(map(self._lacks(axis), gradients.values()))
@@ -247,11 +247,11 @@ class BackwardWorker(Workspace):
         k, v = at(call.k, cell, 2), at(call.v, cell, 2)
         self.load_rows(cell, slice(m_begin, m_end))
         sums: dict[str, Array] = {x: chain.sum(x, cell) for x in ("dk", "dv") if x in call.gradients}
-        offset = call.cells.offset(cell) if call.problem.causal else None
-        for block in key_blocks(m_begin, m_end, offset, call.problem.seqlen_k, call.block_n):
+        sight = call.cells.sight(cell)
+        for block in key_blocks(m_begin, m_end, sight, call.block_n):
             keys = slice(block.n_begin, block.n_end)
             self.load_keys(k[keys], v[keys])
-            parts = self.differentiate(block.first, self.hidden(block, m_begin, offset))
+            parts = self.differentiate(block.first, self.hidden(block, m_begin, sight))
             if parts:
                 chain.wait(turn, block.n_end)
                 for name, part in parts.items():

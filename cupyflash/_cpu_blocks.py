@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._options import PLAIN
 from ._problem import Problem
 
 Array = Any  # numpy.ndarray
@@ -28,10 +29,9 @@ class Exponential(NamedTuple):
 
 def _exponential(dtype: type) -> Exponential:
     """Base 2, unless NumPy has vector code on this machine for exp and none for exp2 (x86 without AVX-512)."""
-    octaves = float(np.finfo(dtype).minexp)
     if _vectorised("exp", dtype) and not _vectorised("exp2", dtype):
-        return Exponential(np.exp, np.log, 1.0, np.asarray(math.ceil(octaves * math.log(2)), dtype))
-    return Exponential(np.exp2, np.log2, math.log2(math.e), np.asarray(octaves, dtype))
+        return _natural(dtype)
+    return Exponential(np.exp2, np.log2, math.log2(math.e), np.asarray(float(np.finfo(dtype).minexp), dtype))
 
 
 def _vectorised(name: str, dtype: type) -> bool:
@@ -46,7 +46,21 @@ def _vectorised(name: str, dtype: type) -> bool:
     return any("baseline" not in kind["current"] for kinds in targets.values() for kind in kinds.values())
 
 
+def _natural(dtype: type) -> Exponential:
+    return Exponential(np.exp, np.log, 1.0, np.asarray(math.ceil(float(np.finfo(dtype).minexp) * math.log(2)), dtype))
+
+
 EXPONENTIALS = {np.dtype(t): _exponential(t) for t in (np.float32, np.float64)}
+NATURAL = {np.dtype(t): _natural(t) for t in (np.float32, np.float64)}
+
+
+def exponential(problem: Problem) -> Exponential:
+    """The exponential of a problem's logits.
+
+    Base e where something is added to them: the lowest float32, which often stands for minus infinity in a bias,
+    would overflow in other units, and rows that see nothing else would become empty.
+    """
+    return (NATURAL if problem.options.changes_logits else EXPONENTIALS)[problem.accumulator]
 
 
 def exponentiate(base: Exponential, x: Array) -> None:
@@ -87,14 +101,16 @@ class Cells:
     With groups, k and v broadcast along the last axis, exactly as they may along leading axes.
     """
 
-    def __init__(self, problem: Problem, q_offset: Array | None) -> None:
+    def __init__(self, problem: Problem, beside: dict[str, Array]) -> None:
         self.problem = problem
+        self.is_plain = problem.options == PLAIN
         self.group = problem.num_heads // problem.num_heads_k
         heads = (problem.num_heads,) if self.group == 1 else (problem.num_heads_k, self.group)
         self.shape = problem.batch_shape + heads
         self.q_offset: Any = problem.q_offset
-        if problem.q_offset is None and q_offset is not None:
-            self.q_offset = q_offset.reshape(q_offset.shape + (1,) * len(heads))
+        if problem.q_offset is None and "q_offsets" in beside:
+            self.q_offset = beside["q_offsets"].reshape(beside["q_offsets"].shape + (1,) * len(heads))
+        self.q_lens, self.kv_lens = beside.get("q_lens"), beside.get("kv_lens")
 
     def rows(self, x: Array) -> Array:
         """(..., heads, rows, columns) as (cells, rows, columns), for q, out, dout, dq."""
@@ -116,6 +132,29 @@ class Cells:
             return self.problem.q_offset
         part = at(self.q_offset, index, 0)
         return int(part) if part.ndim == 0 else part
+
+    def entry(self, cell: Index) -> tuple[Index, int]:
+        """A cell's batch entry, an index into batch_shape, and its query head."""
+        lead, (head, *member) = cell[: len(self.problem.batch_shape)], cell[len(self.problem.batch_shape) :]
+        return lead, head * self.group + sum(member)
+
+    def sight(self, cell: Index) -> Sight:
+        """What the lengths and the diagonal of a cell let its rows see."""
+        problem, options, offset = self.problem, self.problem.options, self.offset(cell)
+        high = offset if problem.causal else None
+        if self.is_plain:
+            return Sight(problem.seqlen_q, problem.seqlen_k, offset, None, high)
+        entry, _ = self.entry(cell)
+        rows = problem.seqlen_q if self.q_lens is None else int(self.q_lens[entry])
+        keys = problem.seqlen_k if self.kv_lens is None else int(self.kv_lens[entry])
+        if problem.bottom_right:
+            offset = keys - rows
+        low = None if options.window_left is None else offset - options.window_left
+        if problem.causal:
+            high = offset
+        elif options.window_right is not None:
+            high = offset + options.window_right
+        return Sight(rows, keys, offset, low, high)
 
 
 def at(x: Array, index: Index, core: int) -> Array:
@@ -162,11 +201,32 @@ def behind_diagonal(keys: int, rows: int, offset: int) -> Array:
     return np.greater.outer(np.arange(keys), np.arange(offset, rows + offset))
 
 
+def _hidden_by_place(keys: int, rows: int, low: int | None, high: int | None) -> Array:
+    """(keys, rows): key j lies outside i + low to i + high."""
+    hidden = np.zeros((keys, rows), bool) if high is None else behind_diagonal(keys, rows, high)
+    if low is not None:
+        hidden |= np.less.outer(np.arange(keys), np.arange(low, rows + low))
+    return hidden
+
+
 # ------------------------------------------------------------------------------------------------ blocks of a tile
 
 
+class Sight(NamedTuple):
+    """A cell's rows and keys, and which of these row i sees by its place: from i + low to i + high, None: no bound.
+
+    Its diagonal meets key i + offset.
+    """
+
+    rows: int
+    keys: int
+    offset: int
+    low: int | None
+    high: int | None
+
+
 class KeyBlock(NamedTuple):
-    """Keys n_begin to n_end of a tile; rows before `first` see none of them, the next `cut` rows not all.
+    """Keys n_begin to n_end of a tile. Of its rows only those from `first` to `last` see some, the first `cut` not all.
 
     They are packed together with what else begins at `panel`.
     """
@@ -174,30 +234,44 @@ class KeyBlock(NamedTuple):
     panel: int
     n_begin: int
     n_end: int
-    first: int = 0
-    cut: int = 0
+    first: int
+    last: int
+    cut: int
 
 
-def key_blocks(m_begin: int, m_end: int, offset: int | None, seqlen_k: int, block_n: int) -> list[KeyBlock]:
-    """The key blocks that rows m_begin to m_end see: whole ones, then half blocks along the diagonal.
+def key_blocks(m_begin: int, m_end: int, sight: Sight, block_n: int) -> list[KeyBlock]:
+    """The key blocks that rows m_begin to m_end see: whole ones, and half blocks along the diagonals.
 
-    Causal ones lie on a grid of block_n, so that tiles of a cell have them in common.
+    Where there are diagonals, blocks lie on a grid of block_n, so that tiles of a cell have them in common.
     """
-    if offset is None:
-        return [KeyBlock(begin, begin, end) for begin, end in even(seqlen_k, block_n)]
-    end = max(0, min(seqlen_k, m_end + offset))  # row m_end - 1 sees keys up to m_end - 1 + offset
-    full = max(0, min(end, m_begin + offset + 1))
-    whole = full if full == seqlen_k else full // block_n * block_n
-    blocks = [KeyBlock(n, n, min(n + block_n, whole)) for n in range(0, whole, block_n)]
-    half = -(-block_n // 2)
-    for panel, shift in product(range(whole, end, block_n), (0, half)):
-        n_begin, n_end = panel + shift, min(panel + (shift + half if shift == 0 else block_n), end)
-        if n_begin >= n_end:
-            continue
-        first = max(0, n_begin - offset - m_begin)
-        last_cut = min(m_end, n_end - 1 - offset)  # the first row that sees the whole block
-        blocks.append(KeyBlock(panel, n_begin, n_end, first, max(0, last_cut - m_begin - first)))
-    return blocks
+    _, keys, _, low, high = sight
+    if low is None and high is None:
+        return [KeyBlock(begin, begin, end, 0, m_end - m_begin, 0) for begin, end in even(keys, block_n)]
+    begin = 0 if low is None else max(0, m_begin + low)
+    end = keys if high is None else min(keys, m_end + high)  # row m_end - 1 sees keys up to m_end - 1 + high
+    half, blocks = -(-block_n // 2), []
+    for panel in range(begin // block_n * block_n, end, block_n):
+        panel_end = min(panel + block_n, end)
+        pieces: tuple[tuple[int, int], ...] = ((panel, panel_end),)
+        is_end = panel_end in (panel + block_n, keys)
+        if not is_end or _key_block(panel, panel, panel_end, m_begin, m_end, sight)[3:] != (0, m_end - m_begin, 0):
+            pieces = (max(panel, begin), min(panel + half, end)), (max(panel + half, begin), panel_end)
+        blocks += [_key_block(panel, *piece, m_begin, m_end, sight) for piece in pieces if piece[0] < piece[1]]
+    return [block for block in blocks if block.first < block.last]
+
+
+def _key_block(panel: int, n_begin: int, n_end: int, m_begin: int, m_end: int, sight: Sight) -> KeyBlock:
+    """Which rows of a tile see which of some keys."""
+    first, last, cut = 0, m_end - m_begin, 0
+    if sight.high is not None:
+        first = max(0, n_begin - sight.high - m_begin)
+    if sight.low is not None:
+        last = min(last, n_end - sight.low - m_begin)
+    if sight.high is not None:  # the first row that sees the last key ends them
+        cut = max(0, min(last, n_end - 1 - sight.high - m_begin) - first)
+    if sight.low is not None and m_begin + last - 1 + sight.low > n_begin:
+        cut = last - first  # the last rows are
+    return KeyBlock(panel, n_begin, n_end, first, last, cut)
 
 
 def even(length: int, block: int) -> list[tuple[int, int]]:
@@ -218,11 +292,11 @@ class Workspace:
 
     def __init__(self, problem: Problem, block_n: int, one_more: int) -> None:
         accumulator = problem.accumulator
-        self.base = EXPONENTIALS[accumulator]
+        self.base = exponential(problem)
         self.k_buffer = np.ones((block_n, problem.head_dim + 1), accumulator)
         self.v_buffer = np.ones((block_n, problem.head_dim_v + one_more), accumulator)
         self.head_dim, self.head_dim_v = problem.head_dim, problem.head_dim_v
-        self.masks: dict[tuple[int, int, int], Array] = {}
+        self.masks: dict[tuple[int, int, int | None, int | None], Array] = {}
 
     def load_keys(self, k: Array, v: Array) -> None:
         """Pack one block."""
@@ -232,15 +306,17 @@ class Workspace:
         self.v[:, : self.head_dim_v] = v
         self.longest = longest(packed)
 
-    def hidden(self, block: KeyBlock, m_begin: int, offset: int | None) -> Array | None:
-        """(keys, cut): which pairs of a block's cut rows the diagonal hides; mostly the same as some time ago."""
-        if not block.cut or offset is None:
+    def hidden(self, block: KeyBlock, m_begin: int, sight: Sight) -> Array | None:
+        """(keys, cut): which pairs of a block's cut rows their place hides; mostly the same as some time ago."""
+        if not block.cut:
             return None
-        shape = (block.n_end - block.n_begin, block.cut, m_begin + block.first + offset - block.n_begin)
+        step = m_begin + block.first - block.n_begin
+        low, high = (None if bound is None else bound + step for bound in (sight.low, sight.high))
+        shape = block.n_end - block.n_begin, block.cut, low, high
         if shape not in self.masks:
             if len(self.masks) == 4:
                 self.masks.clear()
-            self.masks[shape] = behind_diagonal(*shape)
+            self.masks[shape] = _hidden_by_place(*shape)
         return self.masks[shape]
 
     def exponentiate(self, x: Array, below: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
@@ -17,10 +17,12 @@ from ._cpu_blocks import (
     Cells,
     Index,
     KeyBlock,
+    Sight,
     Workspace,
     at,
     beyond_diagonal,
     even,
+    exponential,
     exponentiate,
     front,
     is_packed,
@@ -29,7 +31,8 @@ from ._cpu_blocks import (
     ones_row,
     pack,
     transpose,
-)  # fmt: skip
+)
+from ._cpu_logits import CellArrays, Logits, Pairs
 from ._problem import Problem
 from ._workers import worker_count
 
@@ -170,6 +173,7 @@ class ForwardCall(NamedTuple):
     lse: Array | None
     block_m: int
     block_n: int
+    logits: Logits | None = None  # where there are options
 
     def chunk_worker(self) -> Callable[[Index], None]:
         """A worker for slices of the grid of cells, each of which takes one block."""
@@ -208,11 +212,13 @@ class ForwardCall(NamedTuple):
 
 
 class _Rows:
-    """One tile's query rows: [q -row_max]^T, acc_o, row_sum."""
+    """One tile's query rows: [q -row_max]^T, acc_o, row_sum; and what its cell reads of the options' arrays."""
+
+    cell: CellArrays
 
     def __init__(self, problem: Problem, block_m: int) -> None:
         accumulator = problem.accumulator
-        self.base = EXPONENTIALS[accumulator]
+        self.base = exponential(problem)
         self.scale = problem.scale * self.base.per_nat
         self.packed_buffer = np.empty((block_m, problem.head_dim), accumulator)
         self.q_buffer = np.empty((problem.head_dim + 1) * block_m, accumulator)
@@ -221,7 +227,8 @@ class _Rows:
 
     def load(self, q: Array) -> None:
         """Begin with rows that have seen no key."""
-        count, head_dim = q.shape
+        self.count, head_dim = q.shape
+        count = self.count
         packed = self.packed_buffer[:count]
         np.multiply(q, self.scale, out=packed, dtype=packed.dtype)
         self.longest = longest(packed)
@@ -242,37 +249,46 @@ class _Rows:
         np.negative(top, out=self.q_t[-1])
         self.highest = float(np.abs(top).max())
 
-    def raise_maximum(self, s_t: Array, first: int, rising: Array) -> Array | None:
+    def raise_maximum(self, s_t: Array, part: slice, rising: Array) -> Array | None:
         """Move row_max of the rows marked `rising` to where this block has it, and rescale their sums.
 
         Returns which rows have no logit but -inf here, None if there are none: their weights are 0, not exp(floor).
         """
         top = np.maximum.reduce(s_t, axis=0)
         step = np.where(rising & (top > -np.inf), top, 0)  # a row that sees nothing finite stays at 0
+        if self.unseen is None:
+            np.maximum(step, 0, out=step)
+        else:  # only the first maximum may lie below 0
+            np.maximum(step, 0, out=step, where=~self.unseen[part])
         s_t -= step
-        self.q_t[-1, first:] -= step
+        self.q_t[-1, part] -= step
         fall = self.base.exp(-np.maximum(step, 0))  # sums of rows whose maximum falls are 0
-        self.row_sum[first:] *= fall
-        self.acc_o[first:] *= fall[:, None]
+        self.row_sum[part] *= fall
+        self.acc_o[part] *= fall[:, None]
         self.highest = float(np.abs(self.q_t[-1]).max())
         nothing = top == -np.inf
         return nothing if nothing.any() else None
 
-    def add(self, first: int, block_sum: Array, values: Array) -> None:
-        """Add a block's sums to the rows from `first` on; rows with a sum have seen a key."""
-        row_sum, acc_o = (self.row_sum[first:], self.acc_o[first:]) if first else (self.row_sum, self.acc_o)
+    def add(self, part: slice, block_sum: Array, values: Array) -> None:
+        """Add a block's sums to some of the rows; rows with a sum have seen a key."""
+        row_sum, acc_o = self.row_sum[part], self.acc_o[part]
         np.add(row_sum, block_sum, out=row_sum)
         np.add(acc_o, values, out=acc_o)
         if self.unseen is not None:
-            self.unseen[first:] &= block_sum == 0
+            self.unseen[part] &= block_sum == 0
             if not self.unseen.any():
                 self.unseen = None
 
-    def store(self, out: Array, lse: Array | None) -> None:
-        """Divide once, round once."""
+    def store(self, out: Array, lse: Array | None, sink: float | None = None, kept: float = 1.0) -> None:
+        """Divide once, round once; ``kept`` is the probability that dropout keeps a weight."""
         if lse is not None:
             log_sum = self.base.log(self.row_sum, dtype=np.float64) - self.q_t[-1]
-            lse[...] = log_sum / self.base.per_nat
+            log_sum /= self.base.per_nat
+            lse[...] = log_sum if sink is None else np.logaddexp(log_sum, sink)
+        if sink is not None:  # one more term, which has no value
+            self.row_sum += self.base.exp(sink * self.base.per_nat + self.q_t[-1].astype(np.float64))
+        if kept != 1:
+            self.row_sum *= kept
         self.row_sum[self.row_sum == 0] = 1  # rows that see no key
         row_sum = self.row_sum[:, None]
         if out.dtype == self.acc_o.dtype:
@@ -292,49 +308,85 @@ class ForwardWorker(Workspace):
         self.values = np.empty((block_m, problem.head_dim_v), problem.accumulator)
         self.rows: list[_Rows] = []
         self.block_m = block_m
+        self.pairs = None if call.logits is None else Pairs(call.logits, block_m, block_n)
+        options = problem.options
+        self.adds, self.kept = options.changes_logits, 1 - options.dropout
+        self.guesses = not options.changes_logits and not options.hides_pairs
 
     def __call__(self, task: _ForwardTask) -> None:
-        call, problem = self.call, self.call.cells.problem
-        while len(self.rows) < len(task.tiles):
-            self.rows.append(_Rows(problem, self.block_m))
+        call = self.call
         first_cell = (*task.lead, task.tiles[0].last)
         k, v = at(call.k, first_cell, 2), at(call.v, first_cell, 2)
-        offset = call.cells.offset(first_cell) if problem.causal else None
+        sight = call.cells.sight(first_cell)
         steps: dict[int, list[tuple[_Rows, int, KeyBlock]]] = {}
-        for rows, (last, m_begin, m_end) in zip(self.rows, task.tiles, strict=False):
-            rows.load(at(call.q, (*task.lead, last), 2)[m_begin:m_end])
-            for block in key_blocks(m_begin, m_end, offset, problem.seqlen_k, call.block_n):
-                steps.setdefault(block.panel, []).append((rows, m_begin, block))
+        for rows, m_begin, block in self.load_rows(task, sight):
+            steps.setdefault(block.panel, []).append((rows, m_begin, block))
         for panel, tiles in sorted(steps.items()):
-            end = max(block.n_end for _, _, block in tiles)
-            self.load_keys(k[panel:end], v[panel:end])
+            end, loaded = max(block.n_end for _, _, block in tiles), False
             for rows, m_begin, block in tiles:
-                if block.n_begin == block.first == block.cut == 0:
-                    rows.guess_maximum(self.k[:PROBE])
+                hidden = self.hidden(block, m_begin, sight)
+                if self.pairs is not None:
+                    seen = slice(m_begin + block.first, m_begin + block.last)
+                    if not self.pairs.look(rows.cell, seen, slice(block.n_begin, block.n_end), hidden):
+                        continue
+                    hidden = self.pairs.hidden
+                if not loaded:
+                    self.load_keys(k[panel:end], v[panel:end])
+                    loaded = True
                 keys = slice(block.n_begin - panel, block.n_end - panel)
-                self.absorb(rows, keys, block.first, self.hidden(block, m_begin, offset))
-        for rows, (last, m_begin, m_end) in zip(self.rows, task.tiles, strict=False):
-            cell = (*task.lead, last)
-            lse = None if call.lse is None else at(call.lse, cell, 1)[m_begin:m_end]
-            rows.store(at(call.out, cell, 2)[m_begin:m_end], lse)
+                if self.guesses and block.n_begin == block.first == block.cut == 0 and block.last == rows.count:
+                    rows.guess_maximum(self.k[keys][:PROBE])
+                self.absorb(rows, keys, slice(block.first, block.last), hidden)
+        self.store_rows(task, sight)
 
-    def absorb(self, rows: _Rows, keys: slice, first: int, hidden: Array | None) -> None:
-        """Take some of the loaded keys into the sums of the rows from `first` on.
+    def load_rows(self, task: _ForwardTask, sight: Sight) -> Iterator[tuple[_Rows, int, KeyBlock]]:
+        """Begin with the rows of a task's tiles; yield the key blocks that each tile sees."""
+        call = self.call
+        while len(self.rows) < len(task.tiles):
+            self.rows.append(_Rows(call.cells.problem, self.block_m))
+        for rows, (last, m_begin, m_end) in zip(self.rows, task.tiles, strict=False):
+            cell, m_end = (*task.lead, last), min(m_end, sight.rows)
+            if m_end <= m_begin:
+                continue
+            rows.load(at(call.q, cell, 2)[m_begin:m_end])
+            if call.logits is not None:
+                rows.cell = call.logits.cell(cell)
+            for block in key_blocks(m_begin, m_end, sight, call.block_n):
+                yield rows, m_begin, block
+
+    def store_rows(self, task: _ForwardTask, sight: Sight) -> None:
+        """Write out and lse, also of rows that the cell has not."""
+        call = self.call
+        for rows, (last, m_begin, m_end) in zip(self.rows, task.tiles, strict=False):
+            cell, end = (*task.lead, last), max(m_begin, min(m_end, sight.rows))
+            out, lse = at(call.out, cell, 2), None if call.lse is None else at(call.lse, cell, 1)
+            if end > m_begin:
+                sink = None if call.logits is None else rows.cell.sink
+                rows.store(out[m_begin:end], None if lse is None else lse[m_begin:end], sink, self.kept)
+            if end < m_end:
+                out[end:m_end] = 0
+                if lse is not None:
+                    lse[end:m_end] = -np.inf
+
+    def absorb(self, rows: _Rows, keys: slice, part: slice, hidden: Array | None) -> None:
+        """Take some of the loaded keys into the sums of some of the rows.
 
         A row whose sum exceeds LIMIT begins the block again with its maximum raised; what the others do does not
         depend on it.
         """
-        k, v, q_t = self.k[keys], self.v[keys], rows.q_t[:, first:]
+        k, v, q_t = self.k[keys], self.v[keys], rows.q_t[:, part]
         count = q_t.shape[1]
         p_t = self.scores[: len(k) * count].reshape(-1, count)
-        rising = None if rows.unseen is None else rows.unseen[first:]
+        rising = None if rows.unseen is None else rows.unseen[part]
+        if self.adds:  # what is added to logits may rise from block to block
+            rising = np.ones(count, bool)
         nothing = None
         while True:
-            np.matmul(k, q_t, out=p_t)  # logits less row_max
+            self.score(k, q_t, p_t)
             if rising is not None:
                 if hidden is not None:
                     np.copyto(p_t[:, : hidden.shape[1]], -np.inf, where=hidden)
-                nothing = rows.raise_maximum(p_t, first, rising)
+                nothing = rows.raise_maximum(p_t, part, rising)
             block_sum = self.weigh(rows, p_t, hidden, nothing)
             if block_sum.item(block_sum.argmax()) <= LIMIT:  # NaN would be the one that is found
                 break
@@ -344,11 +396,22 @@ class ForwardWorker(Workspace):
             if not over.any():  # NaN and inf stay what they are
                 break
             rising = over if rising is None else rising | over
-        rows.add(first, block_sum, np.matmul(p_t.T, v, out=self.values[:count]))
+        if self.pairs is not None and (dropped := self.pairs.dropped()) is not None:
+            np.copyto(p_t, 0, where=dropped)
+        rows.add(part, block_sum, np.matmul(p_t.T, v, out=self.values[:count]))
+
+    def score(self, k: Array, q_t: Array, p_t: Array) -> None:
+        """Logits less row_max, which the product carries unless something is done to it first."""
+        if not self.adds or self.pairs is None:
+            np.matmul(k, q_t, out=p_t)
+            return
+        np.matmul(k[:, :-1], q_t[:-1], out=p_t)
+        self.pairs.finish(p_t)
+        p_t += q_t[-1]
 
     def weigh(self, rows: _Rows, p_t: Array, hidden: Array | None, nothing: Array | None) -> Array:
         """p^T in place of its logarithm; its sums over keys."""
-        self.exponentiate(p_t, rows.longest * self.longest + rows.highest)
+        self.exponentiate(p_t, math.inf if self.adds else rows.longest * self.longest + rows.highest)
         if hidden is not None:
             np.copyto(p_t[:, : hidden.shape[1]], 0, where=hidden)
         if nothing is not None:
