@@ -144,33 +144,44 @@ def backward(
     block_m: int,
     block_n: int,
 ) -> None:
-    """Write the gradients that are given: "dq", "dk", "dv"; canonical, in their inputs' own shapes."""
+    """Write the gradients that are given, of dq, dk, dv, dbias and dsinks: canonical, in their inputs' own shapes."""
     check_variable()
-    if 0 in (problem.seqlen_k, problem.seqlen_q, problem.batch):
+    if 0 in (problem.seqlen_q, problem.batch) or (problem.seqlen_k == 0 and "dsinks" not in gradients):
         for gradient in gradients.values():
             gradient[...] = 0
         return
     cells = Cells(problem, beside)
+    sides = {"dq": cells.rows, "dk": cells.keys, "dv": cells.keys, "dbias": cells.pairs}
     call = BackwardCall(
         cells,
         *(cells.rows(dout), cells.rows(q), cells.keys(k), cells.keys(v), cells.rows(out), cells.row_values(lse)),
         dlse=None if dlse is None else cells.row_values(dlse),
-        gradients={
-            name: side(gradients[name])
-            for name, side in (("dq", cells.rows), ("dk", cells.keys), ("dv", cells.keys)) if name in gradients
-        },
+        gradients={name: side(gradients[name]) for name, side in sides.items() if name in gradients},
         block_m=min(block_m, problem.seqlen_q),
-        block_n=min(block_n, problem.seqlen_k),
-    )  # fmt: skip
-    if problem.seqlen_q > block_m or problem.seqlen_k > block_n:
+        block_n=max(1, min(block_n, problem.seqlen_k)),
+        logits=None if cells.is_plain else Logits(cells, beside),
+    )
+    if not cells.is_plain:
+        _backward_with_options(call, gradients)
+    elif problem.seqlen_q > block_m or problem.seqlen_k > block_n:
         run(lambda: BackwardWorker(call), call.tasks(), call.fail)
-        return
-    chunks = call.chunks()
-    if len(chunks) == 1 and _is_single_threaded(problem):
+    elif len(parts := call.chunks()) == 1 and _is_single_threaded(problem):
         with np.errstate(all="ignore"):
-            call.one_block(chunks[0])
+            call.one_block(parts[0])
     else:
-        run(lambda: call.one_block, chunks)
+        run(lambda: call.one_block, parts)
+
+
+def _backward_with_options(call: BackwardCall, gradients: dict[str, Array]) -> None:
+    """The same, block by block, with the gradients of bias and sinks."""
+    if "dbias" in gradients:
+        gradients["dbias"][...] = 0  # no tile writes pairs that no row sees
+    if "dsinks" in gradients:
+        call.sink_terms = np.zeros((*call.cells.shape, call.problem.seqlen_q), call.problem.accumulator)
+    run(lambda: BackwardWorker(call), call.tasks(), call.fail)
+    if call.sink_terms is not None:
+        by_head = call.sink_terms.reshape(-1, call.problem.num_heads, call.problem.seqlen_q)
+        gradients["dsinks"][...] = np.add.reduce(by_head, axis=(0, 2), dtype=np.float64)
 
 
 class _Size(Enum):

@@ -15,6 +15,7 @@ from ._cpu_blocks import (
     Array,
     Cells,
     Index,
+    Sight,
     Workspace,
     at,
     beyond_diagonal,
@@ -28,7 +29,8 @@ from ._cpu_blocks import (
     own_index,
     pack,
     transpose,
-)  # fmt: skip
+)
+from ._cpu_logits import CellArrays, Logits, Pairs
 
 MANY = 2**18  # the logits and their gradients that the backward makes at a time: 1 MiB of float32, half of a common L2
 
@@ -51,10 +53,12 @@ class BackwardCall:
         gradients: dict[str, Array],
         block_m: int,
         block_n: int,
+        logits: Logits | None = None,
     ) -> None:
         self.cells, self.problem = cells, cells.problem
         self.dout, self.q, self.k, self.v, self.out, self.lse, self.dlse = dout, q, k, v, out, lse, dlse
-        self.gradients, self.block_m, self.block_n = gradients, block_m, block_n
+        self.gradients, self.block_m, self.block_n, self.logits = gradients, block_m, block_n, logits
+        self.sink_terms: Array | None = None  # (cells, rows), where dsinks is asked for
         self.base = exponential(self.problem)
         self.moved, self.failed = threading.Condition(), False
         self.summed = [  # axes along which some gradient is a sum
@@ -203,19 +207,21 @@ class _Chain:
             self.store()
 
     def sum(self, name: str, cell: Index) -> Array:
-        """The sums of one gradient array that a cell adds to."""
+        """The sums of one gradient array that a cell adds to; those of bias lie as tiles do, rows along memory."""
         gradient = self.call.gradients[name]
         key = name, own_index(gradient, cell, 2)
         with self.call.moved:
             if key not in self.sums:
-                self.sums[key] = np.zeros(gradient.shape[-2:], self.call.problem.accumulator)
+                shape, accumulator = gradient.shape[-2:], self.call.problem.accumulator
+                as_tiles = name == "dbias"
+                self.sums[key] = np.zeros(shape[::-1], accumulator).T if as_tiles else np.zeros(shape, accumulator)
             return self.sums[key]
 
     def store(self) -> None:
         """Round the sums once, and let go of them."""
-        factors = {"dq": self.call.problem.scale, "dk": 1 / self.call.base.per_nat, "dv": 1.0}
+        factors = {"dq": self.call.problem.scale, "dk": 1 / self.call.base.per_nat}
         for (name, own), total in self.sums.items():
-            total *= factors[name]
+            total *= factors.get(name, 1.0)
             self.call.gradients[name][own] = total
         self.sums.clear()
 
@@ -230,6 +236,8 @@ class _Abandoned(Exception):
 class BackwardWorker(Workspace):
     """One thread's workspace and loop."""
 
+    cell: CellArrays  # where there are options
+
     def __init__(self, call: BackwardCall) -> None:
         problem, self.call = call.problem, call
         super().__init__(problem, call.block_n, one_more=1)
@@ -242,23 +250,48 @@ class BackwardWorker(Workspace):
         self.dk_buffer, self.dv_buffer = np.empty((block_n, d), accumulator), np.empty((block_n, dv), accumulator)
         self.dq_buffer, self.dq_part = (np.empty((block_m, d), accumulator) for _ in range(2))
 
+        self.pairs = None if call.logits is None else Pairs(call.logits, block_m, block_n)
+        self.adds, self.kept = problem.options.changes_logits, 1 - problem.options.dropout
+        self.dbias = _BiasGradient(call) if "dbias" in call.gradients else None
+
     def __call__(self, task: _BackwardTask) -> None:
         call, (chain, turn, cell, m_begin, m_end) = self.call, task
-        k, v = at(call.k, cell, 2), at(call.v, cell, 2)
-        self.load_rows(cell, slice(m_begin, m_end))
-        sums: dict[str, Array] = {x: chain.sum(x, cell) for x in ("dk", "dv") if x in call.gradients}
         sight = call.cells.sight(cell)
-        for block in key_blocks(m_begin, m_end, sight, call.block_n):
-            keys = slice(block.n_begin, block.n_end)
+        self.count = max(0, min(m_end, sight.rows) - m_begin)
+        sums: dict[str, Array] = {x: chain.sum(x, cell) for x in ("dk", "dv") if x in call.gradients}
+        if self.dbias is not None:
+            self.dbias.begin(task, self.count)
+        if self.count:
+            self.load_rows(cell, slice(m_begin, m_begin + self.count))
+        if self.count and call.gradients:
+            self.add_keys(task, sight, sums)
+        self.store_rows(task)
+        chain.advance(turn, _END)
+
+    def add_keys(self, task: _BackwardTask, sight: Sight, sums: dict[str, Array]) -> None:
+        """Go through the keys that the loaded rows see, and add to the chain's sums in turn."""
+        call, (chain, turn, cell, m_begin, _) = self.call, task
+        k, v = at(call.k, cell, 2), at(call.v, cell, 2)
+        blocks = key_blocks(m_begin, m_begin + self.count, sight, call.block_n)
+        if blocks and blocks[0].n_begin > 0:
+            chain.advance(turn, blocks[0].n_begin)
+        for block in blocks:
+            keys, rows = slice(block.n_begin, block.n_end), slice(m_begin + block.first, m_begin + block.last)
+            hidden = self.hidden(block, m_begin, sight)
+            if self.pairs is not None:
+                if not self.pairs.look(self.cell, rows, keys, hidden):
+                    continue
+                hidden = self.pairs.hidden
             self.load_keys(k[keys], v[keys])
-            parts = self.differentiate(block.first, self.hidden(block, m_begin, sight))
+            parts = self.differentiate(slice(block.first, block.last), hidden)
             if parts:
                 chain.wait(turn, block.n_end)
                 for name, part in parts.items():
-                    sums[name][keys] += part
+                    if name == "dbias" and self.dbias is not None:
+                        self.dbias.add(part, rows, keys)
+                    else:
+                        sums[name][keys] += part
                 chain.advance(turn, block.n_end)
-        self.store_rows(task)
-        chain.advance(turn, _END)
 
     def load_rows(self, cell: Index, rows: slice) -> None:
         """Pack [q -lse]^T and [dout -delta]^T, and both once more as they are; rows that see no key become 0."""
@@ -268,6 +301,8 @@ class BackwardWorker(Workspace):
         np.multiply(at(call.q, cell, 2)[rows], scale, out=self.q, dtype=self.q.dtype)
         self.dout[...] = at(call.dout, cell, 2)[rows]
         lse, delta, self.empty = call.row_values(cell, rows, self.dout)
+        if call.logits is not None:
+            self.load_options(call.logits, cell, rows, lse, delta)
         if self.empty is not None:
             self.q[self.empty], self.dout[self.empty] = 0, 0
         self.q_t = front(self.q_t_buffer, self.head_dim + 1, count)
@@ -279,39 +314,123 @@ class BackwardWorker(Workspace):
         self.dq = self.dq_buffer[:count]
         self.dq[...] = 0
 
-    def differentiate(self, first: int, hidden: Array | None) -> dict[str, Array]:
-        """What the rows from `first` on and the loaded keys add to dk and dv; dq is added to at once."""
-        names, q_t = self.call.gradients.keys(), self.q_t[:, first:]
-        keys, rows = len(self.k), q_t.shape[1]
-        parts = {}
-        p_t = np.matmul(self.k, q_t, out=front(self.p_buffer, keys, rows))
-        self.exponentiate(p_t, self.longest_q * self.longest + self.highest)
+    def load_options(self, logits: Logits, cell: Index, rows: slice, lse: Array, delta: Array) -> None:
+        """What a cell reads; the sink's part of its gradient; the weights that dropout keeps grow by 1 / kept."""
+        self.cell = logits.cell(cell)
+        if self.call.sink_terms is not None and self.cell.sink is not None:
+            weight = self.base.exp(self.cell.sink * self.base.per_nat - lse)
+            np.multiply(weight, -delta, out=self.call.sink_terms[cell][rows])
+        if self.kept != 1:
+            self.dout *= 1 / self.kept
+
+    def weigh(self, part: slice, hidden: Array | None, slope: bool) -> tuple[Array, Array | None]:
+        """p^T of some rows and the loaded keys; and, if asked for, the slope of their logits where it is not 1."""
+        q_t, slopes = self.q_t[:, part], None
+        p_t = front(self.p_buffer, len(self.k), q_t.shape[1])
+        if self.adds and self.pairs is not None:
+            np.matmul(self.k[:, :-1], q_t[:-1], out=p_t)
+            slopes = self.pairs.finish(p_t, slope)
+            p_t += q_t[-1]
+            exponentiate(self.base, p_t)
+        else:
+            np.matmul(self.k, q_t, out=p_t)
+            self.exponentiate(p_t, self.longest_q * self.longest + self.highest)
         if hidden is not None:
             np.copyto(p_t[:, : hidden.shape[1]], 0, where=hidden)
+        return p_t, slopes
+
+    def differentiate(self, part: slice, hidden: Array | None) -> dict[str, Array]:
+        """What some of the rows and the loaded keys add to dk, dv and dbias; dq is added to at once."""
+        names, parts = self.call.gradients.keys(), {}
+        p_t, slopes = self.weigh(part, hidden, slope="dq" in names or "dk" in names)
+        keys, rows = p_t.shape
+        dropped = None if self.pairs is None else self.pairs.dropped()
         if "dv" in names:
-            parts["dv"] = np.matmul(p_t, self.dout[first:], out=self.dv_buffer[:keys])
+            kept = p_t if dropped is None else np.where(dropped, p_t.dtype.type(0), p_t)
+            parts["dv"] = np.matmul(kept, self.dout[part], out=self.dv_buffer[:keys])
         if names == {"dv"}:
             return parts
-        ds_t = np.matmul(self.v, self.dout_t[:, first:], out=front(self.ds_buffer, keys, rows))
+        ds_t = np.matmul(self.v, self.dout_t[:, part], out=front(self.ds_buffer, keys, rows))
+        if dropped is not None:  # only -delta is left of them
+            np.copyto(ds_t, self.dout_t[-1, part], where=dropped)
         ds_t *= p_t
         if hidden is not None:
             np.copyto(ds_t[:, : hidden.shape[1]], 0, where=hidden)
+        if self.dbias is not None and (dbias := self.dbias.part(ds_t, part)) is not None:
+            parts["dbias"] = dbias
+        if slopes is not None:
+            ds_t = np.multiply(ds_t, slopes, out=slopes)
         if "dk" in names:
-            parts["dk"] = np.matmul(ds_t, self.q[first:], out=self.dk_buffer[:keys])
+            parts["dk"] = np.matmul(ds_t, self.q[part], out=self.dk_buffer[:keys])
         if "dq" in names:
-            self.dq[first:] += np.matmul(ds_t.T, self.k[:, :-1], out=self.dq_part[:rows])
+            self.dq[part] += np.matmul(ds_t.T, self.k[:, :-1], out=self.dq_part[:rows])
         return parts
 
     def store_rows(self, task: _BackwardTask) -> None:
-        """Write dq, or add it up in turn where q is broadcast."""
-        call, rows = self.call, slice(task.m_begin, task.m_end)
-        if "dq" not in call.gradients:
+        """Write dq, or add it up in turn where q is broadcast; the same with what bias has for each row."""
+        if self.dbias is not None:
+            self.dbias.end(task)
+        if "dq" not in self.call.gradients:
             return
-        if self.empty is not None:
+        chain, end = task.chain, task.m_begin + self.count
+        if self.count and self.empty is not None:
             self.dq[self.empty] = 0
-        if "dq" in call.sums:
-            task.chain.wait(task.turn, _END)
-            task.chain.sum("dq", task.cell)[rows] += self.dq
+        if "dq" in self.call.sums:
+            total = chain.sum("dq", task.cell)
+            if self.count:
+                chain.wait(task.turn, _END)
+                total[task.m_begin : end] += self.dq
             return
-        self.dq *= call.problem.scale
-        at(call.gradients["dq"], task.cell, 2)[rows] = self.dq
+        dq = at(self.call.gradients["dq"], task.cell, 2)
+        dq[end : task.m_end] = 0
+        if self.count:
+            self.dq *= self.call.problem.scale
+            dq[task.m_begin : end] = self.dq
+
+
+class _BiasGradient:
+    """What one tile after another adds to dbias, each element being a sum along all axes along which bias is broadcast.
+
+    Rows that share their bias are summed up in each block. Keys that do are first summed up over the tile, as tiles
+    take turns at keys; the tile adds them when it ends.
+    """
+
+    def __init__(self, call: BackwardCall) -> None:
+        self.gradient = call.gradients["dbias"]
+        self.one_row, self.one_key = (n == 1 for n in self.gradient.shape[-2:])
+        self.alone = "dbias" not in call.sums and not self.one_row  # no two tiles add to the same element
+        self.buffer = np.empty(call.block_m, call.problem.accumulator)
+
+    def begin(self, task: _BackwardTask, count: int) -> None:
+        """Begin with the first rows of a tile."""
+        self.total = at(self.gradient, task.cell, 2) if self.alone else task.chain.sum("dbias", task.cell)
+        self.row_sums = self.buffer[:count]
+        self.row_sums[...] = 0
+
+    def part(self, ds_t: Array, part: slice) -> Array | None:
+        """What a block has for `add`, (keys, rows or 1); None where it waits for the tile's end."""
+        if self.one_key:
+            self.row_sums[part] += np.add.reduce(ds_t, axis=0)
+            return None
+        return np.add.reduce(ds_t, axis=1, keepdims=True) if self.one_row else ds_t
+
+    def add(self, part: Array, rows: slice, keys: slice) -> None:
+        """Add a block's part, in turn."""
+        total = self.total.T[keys, slice(None) if self.one_row else rows]
+        if self.alone:
+            total[...] = part  # over 0
+        else:
+            total += part
+
+    def end(self, task: _BackwardTask) -> None:
+        """Add what the tile has for each row, in turn."""
+        if not self.one_key or not len(self.row_sums):
+            return
+        rows = slice(task.m_begin, task.m_begin + len(self.row_sums))
+        if self.alone:
+            self.total[rows, 0] = self.row_sums
+            return
+        task.chain.wait(task.turn, _END)
+        self.total[slice(None) if self.one_row else rows, 0] += (
+            np.add.reduce(self.row_sums) if self.one_row else self.row_sums
+        )

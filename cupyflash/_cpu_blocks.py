@@ -126,6 +126,10 @@ class Cells:
         """(..., heads, keys, columns) as (cells, keys, columns), for k, v, dk, dv."""
         return x if self.group == 1 else x[..., None, :, :]
 
+    def pairs(self, x: Array) -> Array:
+        """(..., heads or 1, rows, keys) as (cells, rows, keys), for dbias."""
+        return x[..., None, :, :] if x.shape[-3] == 1 and self.group > 1 else self.rows(x)
+
     def offset(self, index: Index) -> Any:
         """The diagonal's offset in a cell (an int), or in a slice of cells (an array)."""
         if self.problem.q_offset is not None:
