@@ -28,6 +28,7 @@ from ._cpu_blocks import (
     longest,
     own_index,
     pack,
+    select,
     transpose,
 )
 from ._cpu_logits import CellArrays, Logits, Pairs
@@ -251,7 +252,7 @@ class BackwardWorker(Workspace):
         self.dq_buffer, self.dq_part = (np.empty((block_m, d), accumulator) for _ in range(2))
 
         self.pairs = None if call.logits is None else Pairs(call.logits, block_m, block_n)
-        self.adds, self.kept = problem.options.changes_logits, 1 - problem.options.dropout
+        self.adds, self.keep_probability = problem.options.changes_logits, 1 - problem.options.dropout
         self.dbias = _BiasGradient(call) if "dbias" in call.gradients else None
 
     def __call__(self, task: _BackwardTask) -> None:
@@ -276,21 +277,22 @@ class BackwardWorker(Workspace):
         if blocks and blocks[0].n_begin > 0:
             chain.advance(turn, blocks[0].n_begin)
         for block in blocks:
-            keys, rows = slice(block.n_begin, block.n_end), slice(m_begin + block.first, m_begin + block.last)
-            hidden = self.hidden(block, m_begin, sight)
+            keys, part = slice(block.n_begin, block.n_end), slice(block.first, block.last)
+            kept = self.kept_by_place(block, m_begin, sight)
             if self.pairs is not None:
-                if not self.pairs.look(self.cell, rows, keys, hidden):
+                seen = self.pairs.look(self.cell, m_begin, part, keys, kept)
+                if seen is None:
                     continue
-                hidden = self.pairs.hidden
+                kept, part = self.pairs.kept, seen
             self.load_keys(k[keys], v[keys])
-            parts = self.differentiate(slice(block.first, block.last), hidden)
+            parts = self.differentiate(part, kept)
             if parts:
                 chain.wait(turn, block.n_end)
-                for name, part in parts.items():
+                for name, term in parts.items():
                     if name == "dbias" and self.dbias is not None:
-                        self.dbias.add(part, rows, keys)
+                        self.dbias.add(term, slice(m_begin + part.start, m_begin + part.stop), keys)
                     else:
-                        sums[name][keys] += part
+                        sums[name][keys] += term
                 chain.advance(turn, block.n_end)
 
     def load_rows(self, cell: Index, rows: slice) -> None:
@@ -320,10 +322,10 @@ class BackwardWorker(Workspace):
         if self.call.sink_terms is not None and self.cell.sink is not None:
             weight = self.base.exp(self.cell.sink * self.base.per_nat - lse)
             np.multiply(weight, -delta, out=self.call.sink_terms[cell][rows])
-        if self.kept != 1:
-            self.dout *= 1 / self.kept
+        if self.keep_probability != 1:
+            self.dout *= 1 / self.keep_probability
 
-    def weigh(self, part: slice, hidden: Array | None, slope: bool) -> tuple[Array, Array | None]:
+    def weigh(self, part: slice, kept: Array | None, slope: bool) -> tuple[Array, Array | None]:
         """p^T of some rows and the loaded keys; and, if asked for, the slope of their logits where it is not 1."""
         q_t, slopes = self.q_t[:, part], None
         p_t = front(self.p_buffer, len(self.k), q_t.shape[1])
@@ -335,27 +337,29 @@ class BackwardWorker(Workspace):
         else:
             np.matmul(self.k, q_t, out=p_t)
             self.exponentiate(p_t, self.longest_q * self.longest + self.highest)
-        if hidden is not None:
-            np.copyto(p_t[:, : hidden.shape[1]], 0, where=hidden)
+        select(p_t, kept)
         return p_t, slopes
 
-    def differentiate(self, part: slice, hidden: Array | None) -> dict[str, Array]:
+    def differentiate(self, part: slice, kept: Array | None) -> dict[str, Array]:
         """What some of the rows and the loaded keys add to dk, dv and dbias; dq is added to at once."""
         names, parts = self.call.gradients.keys(), {}
-        p_t, slopes = self.weigh(part, hidden, slope="dq" in names or "dk" in names)
+        p_t, slopes = self.weigh(part, kept, slope="dq" in names or "dk" in names)
         keys, rows = p_t.shape
-        dropped = None if self.pairs is None else self.pairs.dropped()
+        undropped = None if self.pairs is None else self.pairs.undropped()
         if "dv" in names:
-            kept = p_t if dropped is None else np.where(dropped, p_t.dtype.type(0), p_t)
-            parts["dv"] = np.matmul(kept, self.dout[part], out=self.dv_buffer[:keys])
+            weights = p_t if undropped is None else np.bitwise_and(p_t.view(undropped.dtype), undropped).view(p_t.dtype)
+            parts["dv"] = np.matmul(weights, self.dout[part], out=self.dv_buffer[:keys])
         if names == {"dv"}:
             return parts
-        ds_t = np.matmul(self.v, self.dout_t[:, part], out=front(self.ds_buffer, keys, rows))
-        if dropped is not None:  # only -delta is left of them
-            np.copyto(ds_t, self.dout_t[-1, part], where=dropped)
+        ds_t, dout_t = front(self.ds_buffer, keys, rows), self.dout_t[:, part]
+        if undropped is None:
+            np.matmul(self.v, dout_t, out=ds_t)
+        else:
+            np.matmul(self.v[:, :-1], dout_t[:-1], out=ds_t)
+            select(ds_t, undropped)
+            ds_t += dout_t[-1]
         ds_t *= p_t
-        if hidden is not None:
-            np.copyto(ds_t[:, : hidden.shape[1]], 0, where=hidden)
+        select(ds_t, kept)
         if self.dbias is not None and (dbias := self.dbias.part(ds_t, part)) is not None:
             parts["dbias"] = dbias
         if slopes is not None:

@@ -310,8 +310,8 @@ class Workspace:
         self.v[:, : self.head_dim_v] = v
         self.longest = longest(packed)
 
-    def hidden(self, block: KeyBlock, m_begin: int, sight: Sight) -> Array | None:
-        """(keys, cut): which pairs of a block's cut rows their place hides; mostly the same as some time ago."""
+    def kept_by_place(self, block: KeyBlock, m_begin: int, sight: Sight) -> Array | None:
+        """(keys, cut): which pairs of a block's cut rows their place keeps; mostly the same as some time ago."""
         if not block.cut:
             return None
         step = m_begin + block.first - block.n_begin
@@ -320,7 +320,7 @@ class Workspace:
         if shape not in self.masks:
             if len(self.masks) == 4:
                 self.masks.clear()
-            self.masks[shape] = _hidden_by_place(*shape)
+            self.masks[shape] = kept_bits(~_hidden_by_place(*shape), self.base.floor.dtype)
         return self.masks[shape]
 
     def exponentiate(self, x: Array, below: float) -> None:
@@ -329,6 +329,33 @@ class Workspace:
             self.base.exp(x, out=x)
         else:
             exponentiate(self.base, x)
+
+
+def kept_bits(seen: Array, dtype: np.dtype) -> Array:
+    """All bits set where a pair is seen, none elsewhere, in integers as wide as the accumulator.
+
+    They select without a branch for each pair, whatever it holds: 2 to 40 times as fast as copyto with ``where``.
+    """
+    return np.negative(seen.view(np.int8), dtype=BITS[dtype])
+
+
+BITS: dict[np.dtype, Any] = {np.dtype(np.float32): np.dtype(np.int32), np.dtype(np.float64): np.dtype(np.int64)}
+
+
+def select(x: Array, kept: Array | None) -> None:
+    """0 in place of what is not kept in the first columns of x, as many as there are of ``kept``."""
+    if kept is not None:
+        bits = x.view(kept.dtype)[:, : kept.shape[1]]
+        np.bitwise_and(bits, kept, out=bits)
+
+
+def bury(x: Array, kept: Array | None) -> None:
+    """-inf in place of what `select` would clear."""
+    if kept is not None:
+        select(x, kept)
+        lowest = np.asarray(-np.inf, x.dtype).view(kept.dtype)
+        bits = x.view(kept.dtype)[:, : kept.shape[1]]
+        np.bitwise_or(bits, np.bitwise_and(~kept, lowest), out=bits)
 
 
 def longest(x: Array) -> float:

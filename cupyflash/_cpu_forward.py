@@ -21,6 +21,7 @@ from ._cpu_blocks import (
     Workspace,
     at,
     beyond_diagonal,
+    bury,
     even,
     exponential,
     exponentiate,
@@ -30,6 +31,7 @@ from ._cpu_blocks import (
     longest,
     ones_row,
     pack,
+    select,
     transpose,
 )
 from ._cpu_logits import CellArrays, Logits, Pairs
@@ -279,16 +281,16 @@ class _Rows:
             if not self.unseen.any():
                 self.unseen = None
 
-    def store(self, out: Array, lse: Array | None, sink: float | None = None, kept: float = 1.0) -> None:
-        """Divide once, round once; ``kept`` is the probability that dropout keeps a weight."""
+    def store(self, out: Array, lse: Array | None, sink: float | None = None, keep_probability: float = 1.0) -> None:
+        """Divide once, round once; ``keep_probability`` is that dropout keeps a weight."""
         if lse is not None:
             log_sum = self.base.log(self.row_sum, dtype=np.float64) - self.q_t[-1]
             log_sum /= self.base.per_nat
             lse[...] = log_sum if sink is None else np.logaddexp(log_sum, sink)
         if sink is not None:  # one more term, which has no value
             self.row_sum += self.base.exp(sink * self.base.per_nat + self.q_t[-1].astype(np.float64))
-        if kept != 1:
-            self.row_sum *= kept
+        if keep_probability != 1:
+            self.row_sum *= keep_probability
         self.row_sum[self.row_sum == 0] = 1  # rows that see no key
         row_sum = self.row_sum[:, None]
         if out.dtype == self.acc_o.dtype:
@@ -310,7 +312,7 @@ class ForwardWorker(Workspace):
         self.block_m = block_m
         self.pairs = None if call.logits is None else Pairs(call.logits, block_m, block_n)
         options = problem.options
-        self.adds, self.kept = options.changes_logits, 1 - options.dropout
+        self.adds, self.keep_probability = options.changes_logits, 1 - options.dropout
         self.guesses = not options.changes_logits and not options.hides_pairs
 
     def __call__(self, task: _ForwardTask) -> None:
@@ -324,19 +326,19 @@ class ForwardWorker(Workspace):
         for panel, tiles in sorted(steps.items()):
             end, loaded = max(block.n_end for _, _, block in tiles), False
             for rows, m_begin, block in tiles:
-                hidden = self.hidden(block, m_begin, sight)
+                kept, part = self.kept_by_place(block, m_begin, sight), slice(block.first, block.last)
                 if self.pairs is not None:
-                    seen = slice(m_begin + block.first, m_begin + block.last)
-                    if not self.pairs.look(rows.cell, seen, slice(block.n_begin, block.n_end), hidden):
+                    seen = self.pairs.look(rows.cell, m_begin, part, slice(block.n_begin, block.n_end), kept)
+                    if seen is None:
                         continue
-                    hidden = self.pairs.hidden
+                    kept, part = self.pairs.kept, seen
                 if not loaded:
                     self.load_keys(k[panel:end], v[panel:end])
                     loaded = True
                 keys = slice(block.n_begin - panel, block.n_end - panel)
                 if self.guesses and block.n_begin == block.first == block.cut == 0 and block.last == rows.count:
                     rows.guess_maximum(self.k[keys][:PROBE])
-                self.absorb(rows, keys, slice(block.first, block.last), hidden)
+                self.absorb(rows, keys, part, kept)
         self.store_rows(task, sight)
 
     def load_rows(self, task: _ForwardTask, sight: Sight) -> Iterator[tuple[_Rows, int, KeyBlock]]:
@@ -362,13 +364,13 @@ class ForwardWorker(Workspace):
             out, lse = at(call.out, cell, 2), None if call.lse is None else at(call.lse, cell, 1)
             if end > m_begin:
                 sink = None if call.logits is None else rows.cell.sink
-                rows.store(out[m_begin:end], None if lse is None else lse[m_begin:end], sink, self.kept)
+                rows.store(out[m_begin:end], None if lse is None else lse[m_begin:end], sink, self.keep_probability)
             if end < m_end:
                 out[end:m_end] = 0
                 if lse is not None:
                     lse[end:m_end] = -np.inf
 
-    def absorb(self, rows: _Rows, keys: slice, part: slice, hidden: Array | None) -> None:
+    def absorb(self, rows: _Rows, keys: slice, part: slice, kept: Array | None) -> None:
         """Take some of the loaded keys into the sums of some of the rows.
 
         A row whose sum exceeds LIMIT begins the block again with its maximum raised; what the others do does not
@@ -384,10 +386,9 @@ class ForwardWorker(Workspace):
         while True:
             self.score(k, q_t, p_t)
             if rising is not None:
-                if hidden is not None:
-                    np.copyto(p_t[:, : hidden.shape[1]], -np.inf, where=hidden)
+                bury(p_t, kept)
                 nothing = rows.raise_maximum(p_t, part, rising)
-            block_sum = self.weigh(rows, p_t, hidden, nothing)
+            block_sum = self.weigh(rows, p_t, kept, nothing)
             if block_sum.item(block_sum.argmax()) <= LIMIT:  # NaN would be the one that is found
                 break
             over = block_sum > LIMIT
@@ -396,8 +397,8 @@ class ForwardWorker(Workspace):
             if not over.any():  # NaN and inf stay what they are
                 break
             rising = over if rising is None else rising | over
-        if self.pairs is not None and (dropped := self.pairs.dropped()) is not None:
-            np.copyto(p_t, 0, where=dropped)
+        if self.pairs is not None:
+            select(p_t, self.pairs.undropped())
         rows.add(part, block_sum, np.matmul(p_t.T, v, out=self.values[:count]))
 
     def score(self, k: Array, q_t: Array, p_t: Array) -> None:
@@ -409,11 +410,10 @@ class ForwardWorker(Workspace):
         self.pairs.finish(p_t)
         p_t += q_t[-1]
 
-    def weigh(self, rows: _Rows, p_t: Array, hidden: Array | None, nothing: Array | None) -> Array:
+    def weigh(self, rows: _Rows, p_t: Array, kept: Array | None, nothing: Array | None) -> Array:
         """p^T in place of its logarithm; its sums over keys."""
         self.exponentiate(p_t, math.inf if self.adds else rows.longest * self.longest + rows.highest)
-        if hidden is not None:
-            np.copyto(p_t[:, : hidden.shape[1]], 0, where=hidden)
+        select(p_t, kept)
         if nothing is not None:
             np.copyto(p_t, 0, where=nothing)
         return np.matmul(ones_row(len(p_t), p_t.dtype), p_t)[0]

@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ._cpu_blocks import Array, Cells, Index, Sight, front, transpose
+from ._cpu_blocks import Array, Cells, Index, Sight, front, kept_bits
 from ._philox import dropped
+
+PIECE = 32  # rows of bias and mask that are turned at a time
 
 
 class CellArrays(NamedTuple):
@@ -75,8 +77,8 @@ class Pairs:
 
     Attributes
     ----------
-    hidden : array (keys, count) of bool, or None
-        Which pairs of the block's first `count` rows are hidden; None: none of any row.
+    kept : integer array (keys, count), or None
+        The pairs of the block's first `count` rows that are visible, as `_cpu_blocks.select` wants them; None: all.
     """
 
     def __init__(self, logits: Logits, block_m: int, block_n: int) -> None:
@@ -86,49 +88,78 @@ class Pairs:
         self.mask_buffer = np.empty(size if options.mask is not None else 0, bool)
         self.distances = np.empty(size if options.alibi_slopes is not None else 0, self.accumulator)
         self.slopes = np.empty(size if logits.softcap is not None else 0, self.accumulator)
-        self.hidden: Array | None = None
+        self.kept: Array | None = None
         self.bias_t: Array | None = None  # (keys or 1, rows or 1)
 
-    def look(self, cell: CellArrays, rows: slice, keys: slice, by_place: Array | None) -> bool:
-        """Whether any pair of these ranges is visible; ``by_place`` (keys, count) is what the diagonals hide."""
-        self.cell, self.rows, self.keys = cell, rows, keys
-        hidden: Array | None = None  # (keys or 1, rows or 1)
-        for part in (self._outside_mask(), self._other_segment(), self._bias_of_nothing()):
-            if part is not None:
-                hidden = part if hidden is None else hidden | part
-        self.hidden = by_place
-        if hidden is None:
-            return True
-        shape = keys.stop - keys.start, rows.stop - rows.start
-        if by_place is None:
-            self.hidden = np.broadcast_to(hidden, shape)
-        else:
-            self.hidden = np.array(np.broadcast_to(hidden, shape))
-            self.hidden[:, : by_place.shape[1]] |= by_place
-        return not self.hidden.all()
+    def look(self, cell: CellArrays, m_begin: int, part: slice, keys: slice, by_place: Array | None) -> slice | None:
+        """The part of a tile's rows, from the first to the last, that see any of these keys; None if no row does.
 
-    def _outside_mask(self) -> Array | None:
-        if self.cell.mask is None:
+        The tile begins at m_begin; ``by_place`` (keys, count) is what the diagonals keep of the part's first rows.
+        """
+        self.cell, self.keys, self.kept, self.bias_t = cell, keys, None, None
+        rows = self._rows_of_segments(slice(m_begin + part.start, m_begin + part.stop))
+        self.rows = rows
+        seen: Array | None = None  # (keys or 1, rows or 1)
+        for visible in (self._inside_mask(), self._same_segment(), self._bias_of_something()):
+            if visible is not None:
+                seen = visible if seen is None else seen & visible
+        if seen is not None:
+            found = np.flatnonzero(np.logical_or.reduce(seen, axis=0))
+            if not found.size:
+                return None
+            if seen.shape[1] > 1:
+                seen = self._narrow(seen, int(found[0]), int(found[-1]) + 1)
+        elif rows.start == rows.stop:
             return None
-        seen = _block(self.cell.mask, self.rows, self.keys, self.mask_buffer)
-        return None if seen.all() else ~seen
+        shift = self.rows.start - m_begin - part.start
+        return self._keep(seen, None if by_place is None else by_place[:, shift:], m_begin)
 
-    def _other_segment(self) -> Array | None:
+    def _narrow(self, seen: Array, first: int, last: int) -> Array:
+        """Look at some of the rows only."""
+        self.rows = slice(self.rows.start + first, self.rows.start + last)
+        if self.bias_t is not None and self.bias_t.shape[1] > 1:
+            self.bias_t = self.bias_t[:, first:last]
+        return seen[:, first:last]
+
+    def _keep(self, seen: Array | None, by_place: Array | None, m_begin: int) -> slice | None:
+        """Set `kept`; return the rows' part of the tile."""
+        keys, rows = self.keys.stop - self.keys.start, self.rows.stop - self.rows.start
+        if by_place is not None:
+            by_place = by_place[:, :rows]
+        self.kept = by_place
+        if seen is not None and not seen.all():
+            self.kept = kept_bits(np.broadcast_to(seen, (keys, rows)), self.accumulator)
+            if by_place is not None:
+                self.kept[:, : by_place.shape[1]] &= by_place
+                if not self.kept.any():
+                    return None
+        return slice(self.rows.start - m_begin, self.rows.stop - m_begin)
+
+    def _rows_of_segments(self, rows: slice) -> slice:
+        """The rows whose segments lie between the lowest and the highest of the keys, from the first to the last."""
+        if self.cell.q_segments is None or self.cell.kv_segments is None:
+            return rows
+        q_ids, kv_ids = self.cell.q_segments[rows], self.cell.kv_segments[self.keys]
+        found = np.flatnonzero((q_ids >= kv_ids.min()) & (q_ids <= kv_ids.max()))
+        return slice(rows.start + int(found[0]), rows.start + int(found[-1]) + 1) if found.size else slice(0, 0)
+
+    def _same_segment(self) -> Array | None:
         if self.cell.q_segments is None or self.cell.kv_segments is None:
             return None
-        q_ids, kv_ids = self.cell.q_segments[self.rows], self.cell.kv_segments[self.keys]
-        q_range, kv_range = ((int(ids.min()), int(ids.max())) for ids in (q_ids, kv_ids))
-        if q_range[1] < kv_range[0] or kv_range[1] < q_range[0]:
-            return np.ones((1, 1), bool)
-        return np.not_equal.outer(kv_ids, q_ids) if q_range != kv_range or q_range[0] != q_range[1] else None
+        return np.equal.outer(self.cell.kv_segments[self.keys], self.cell.q_segments[self.rows])
 
-    def _bias_of_nothing(self) -> Array | None:
+    def _inside_mask(self) -> Array | None:
+        if self.cell.mask is None:
+            return None
+        return _block(self.cell.mask, self.rows, self.keys, self.mask_buffer)
+
+    def _bias_of_something(self) -> Array | None:
         """Load the block of bias; where it is -inf, pairs are hidden."""
         if self.cell.bias is None:
             return None
         self.bias_t = _block(self.cell.bias, self.rows, self.keys, self.bias_buffer)
-        nothing = self.bias_t == -np.inf
-        return nothing if nothing.any() else None
+        something = self.bias_t != -np.inf
+        return None if something.all() else something
 
     def finish(self, s_t: Array, differentiate: bool = False) -> Array | None:
         """Make logits of scaled products, in place; return the slope of the softcap if asked for and if there is one.
@@ -157,12 +188,13 @@ class Pairs:
         np.abs(distances, out=distances)
         return np.multiply(distances, self.accumulator.type(-self.cell.slope), out=distances)
 
-    def dropped(self) -> Array | None:
-        """(keys, rows): which weights dropout takes away; None: none."""
+    def undropped(self) -> Array | None:
+        """(keys, rows): the pairs whose weights dropout leaves, in the form of `kept`; None: all."""
         if not self.logits.options.dropout:
             return None
         cell, logits = self.cell, self.logits
-        return dropped(self.keys, self.rows, cell.head, cell.batch, logits.seed, logits.options.dropout)
+        lost = dropped(self.keys, self.rows, cell.head, cell.batch, logits.seed, logits.options.dropout)
+        return kept_bits(~lost, self.accumulator)
 
 
 def _lean(x: Array) -> Array:
@@ -174,5 +206,6 @@ def _block(x: Array, rows: slice, keys: slice, buffer: Array) -> Array:
     """The transpose of a block of pairs, (keys or 1, rows or 1), packed into a buffer of any type."""
     part = x[rows if x.shape[0] > 1 else slice(None), keys if x.shape[1] > 1 else slice(None)]
     packed = front(buffer, *part.shape[::-1])
-    transpose(part, packed)
+    for i in range(0, len(part), PIECE):  # packed rows first: rows of large powers of 2 share few cache sets
+        packed[:, i : i + PIECE] = part[i : i + PIECE].astype(packed.dtype, order="C").T
     return packed
