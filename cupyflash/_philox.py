@@ -13,6 +13,7 @@ import numpy as np
 Array = Any  # numpy.ndarray
 
 ROUNDS = 10
+PIECE = 2**13  # counters at a time: half the time for each pair that arrays beyond the second cache take
 MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 WEYL = 0x9E3779B9, 0xBB67AE85  # what the key words are raised by from round to round
 _LOW, _BITS = np.uint64(2**32 - 1), np.uint64(32)
@@ -47,10 +48,12 @@ def dropped(keys: slice, rows: slice, head: int, batch: int, seed: int, dropout:
     keys, rows : slice
         Ranges of j and i.
     """
-    begin, end = keys.start // 4, -(-keys.stop // 4)
-    counter = np.arange(begin, end)[:, None], np.arange(rows.start, rows.stop), head, batch
-    below = np.empty((end - begin, 4, rows.stop - rows.start), bool)
+    begin, end, count = keys.start // 4, -(-keys.stop // 4), rows.stop - rows.start
+    below = np.empty((end - begin, 4, count), bool)
     threshold = np.uint64(int(dropout * 2**32))
-    for i, word in enumerate(philox(counter, seed)):
-        np.less(word, threshold, out=below[:, i])
-    return below.reshape(-1, below.shape[-1])[keys.start - 4 * begin : keys.stop - 4 * begin]
+    i, step = np.arange(rows.start, rows.stop), max(1, PIECE // max(1, count))
+    for first in range(begin, end, step):
+        groups = np.arange(first, min(first + step, end))
+        for word, words in enumerate(philox((groups[:, None], i, head, batch), seed)):
+            np.less(words, threshold, out=below[first - begin : first - begin + len(groups), word])
+    return below.reshape(-1, count)[keys.start - 4 * begin : keys.stop - 4 * begin]
