@@ -22,13 +22,22 @@ exp(0) where the maximum was found. Hidden logits are discarded by selection.
 
 Laws of the backward. dk and dv of one kv head are summed in float32 (float64) in one order: batch entries and heads
 in C order, query tiles within them, whatever the number of workers. Tiles run at the same time, but a tile adds to
-a range of keys only after every tile before it in that order is through with it.
+a range of keys only after every tile before it in that order is through with it. dbias is summed in the same order,
+where it is a sum; dsinks has a term for each row, and these are added up at the end.
+
+Laws of the options. `_cpu_logits` alone knows what makes a logit and who sees whom; it is asked before a block's
+product, so that what no row sees costs none, and after it. Where something is done to the products, they can't carry
+-row_max or -lse, which are added afterwards, and each block's maxima are looked for. Sinks join when a tile is
+stored; dropout takes weights away after they are summed. Only blocks know options; the paths that take whole cells
+at once are for plain problems.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -118,7 +127,9 @@ def forward(
         return Small(compute, problem.q_offset)
     logits = None if cells.is_plain else Logits(cells, beside)
     call = ForwardCall(cells, q, k, v, out, lse, block_m, block_n, logits)
-    if size is _Size.BLOCKED:
+    if size is _Size.FEW_BLOCKS:
+        _run_here(ForwardWorker(call), call.tasks())
+    elif size is _Size.BLOCKED:
         run(lambda: ForwardWorker(call), call.tasks())
     elif size is _Size.FEW_CHUNKS:
         worker = call.chunk_worker()
@@ -178,7 +189,10 @@ def _backward_with_options(call: BackwardCall, gradients: dict[str, Array]) -> N
         gradients["dbias"][...] = 0  # no tile writes pairs that no row sees
     if "dsinks" in gradients:
         call.sink_terms = np.zeros((*call.cells.shape, call.problem.seqlen_q), call.problem.accumulator)
-    run(lambda: BackwardWorker(call), call.tasks(), call.fail)
+    if _is_small(call.problem):
+        _run_here(BackwardWorker(call), call.tasks())
+    else:
+        run(lambda: BackwardWorker(call), call.tasks(), call.fail)
     if call.sink_terms is not None:
         by_head = call.sink_terms.reshape(-1, call.problem.num_heads, call.problem.seqlen_q)
         gradients["dsinks"][...] = np.add.reduce(by_head, axis=(0, 2), dtype=np.float64)
@@ -192,21 +206,23 @@ class _Size(Enum):
     FEW_CHUNKS = auto()  # too few for threads to pay
     CHUNKS = auto()  # one block holds each cell
     BLOCKED = auto()
+    FEW_BLOCKS = auto()  # the same, where threads would not pay
 
 
 @lru_cache(maxsize=4096)
 def _prepared(problem: Problem, block_m: int, block_n: int) -> tuple[Cells, _Size]:
     """What a forward need not find out again; the cells lack the offsets of an array."""
     seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
-    logits = problem.batch * problem.num_heads * seqlen_q * seqlen_k
     if 0 in (seqlen_q, problem.batch) or (seqlen_k == 0 and problem.options.sinks is None):
         size = _Size.EMPTY
-    elif problem.options != PLAIN or seqlen_q > block_m or seqlen_k > block_n:
+    elif problem.options != PLAIN:
+        size = _Size.FEW_BLOCKS if _is_small(problem) else _Size.BLOCKED
+    elif seqlen_q > block_m or seqlen_k > block_n:
         size = _Size.BLOCKED
     else:
         weight = problem.batch * problem.num_heads * _weight(problem)
         size = _Size.ONE_CHUNK if weight <= CHUNK else _Size.FEW_CHUNKS
-        if logits > FEW or not _is_single_threaded(problem):
+        if not _is_small(problem):
             size = _Size.CHUNKS
     return Cells(problem, {}), size
 
@@ -214,6 +230,19 @@ def _prepared(problem: Problem, block_m: int, block_n: int) -> tuple[Cells, _Siz
 def _weight(problem: Problem) -> int:
     """Numbers of a cell in the larger one of the arrays that the one-block forward makes: scaled q, and logits."""
     return problem.seqlen_q * max(problem.seqlen_k, problem.head_dim)
+
+
+def _is_small(problem: Problem) -> bool:
+    """Whether threads cost more than they bring, and BLAS needs no limit."""
+    logits = problem.batch * problem.num_heads * problem.seqlen_q * problem.seqlen_k
+    return logits <= FEW and _is_single_threaded(problem)
+
+
+def _run_here(worker: Callable[[Any], None], tasks: Sequence[Any]) -> None:
+    """Do all tasks in this thread."""
+    with np.errstate(all="ignore"):
+        for task in tasks:
+            worker(task)
 
 
 def _is_single_threaded(problem: Problem) -> bool:

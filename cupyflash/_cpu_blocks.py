@@ -320,7 +320,7 @@ class Workspace:
         if shape not in self.masks:
             if len(self.masks) == 4:
                 self.masks.clear()
-            self.masks[shape] = kept_bits(~_hidden_by_place(*shape), self.base.floor.dtype)
+            self.masks[shape] = kept_bits(~_hidden_by_place(*shape), self.k_buffer.dtype)
         return self.masks[shape]
 
     def exponentiate(self, x: Array, below: float) -> None:

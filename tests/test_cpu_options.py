@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 import time
 import tracemalloc
 
@@ -597,12 +598,15 @@ def test_any_number_of_workers_gives_the_same_bits(monkeypatch, shape):
             results += attention_backward(x.dout, x.q, x.k, x.v, out, lse, dlse=x.dlse, wrt=wrt, **options)
         return [a.tobytes() for a in results if a is not None]
 
+    monkeypatch.setattr(_cpu, "_is_small", lambda problem: False)
+    _cpu._prepared.cache_clear()
     monkeypatch.setenv(VARIABLE, "1")
-    want = bits()
+    want, threads = bits(), set()
     real = _cpu.BackwardWorker.__call__, _cpu.BackwardWorker.store_rows
     late = itertools.cycle(np.random.default_rng(0).choice((0, 0, 0, 1e-3, 3e-3), 1000).tolist())
 
     def call(self, task):
+        threads.add(threading.get_ident())
         time.sleep(next(late))
         real[0](self, task)
 
@@ -615,6 +619,18 @@ def test_any_number_of_workers_gives_the_same_bits(monkeypatch, shape):
     for workers in ("2", "4"):
         monkeypatch.setenv(VARIABLE, workers)
         assert bits() == want
+    assert len(threads) > 1
+
+
+def test_small_calls_start_no_threads(monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("a small call went the long way")
+
+    monkeypatch.setattr(_cpu, "run", never)
+    both(Inputs(), **OPTIONS["all"])
+    large = Inputs(sq=100, sk=100)
+    with pytest.raises(AssertionError, match="the long way"):
+        attention(large.q, large.k, large.v, window=(3, 3))
 
 
 def test_batch_mates_and_strides_change_no_bit():
