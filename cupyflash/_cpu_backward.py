@@ -250,7 +250,6 @@ class BackwardWorker(Workspace):
         self.p_buffer, self.ds_buffer = (np.empty(block_n * block_m, accumulator) for _ in range(2))
         self.dk_buffer, self.dv_buffer = np.empty((block_n, d), accumulator), np.empty((block_n, dv), accumulator)
         self.dq_buffer, self.dq_part = (np.empty((block_m, d), accumulator) for _ in range(2))
-
         self.pairs = None if call.logits is None else Pairs(call.logits, block_m, block_n)
         self.adds, self.keep_probability = problem.options.changes_logits, 1 - problem.options.dropout
         self.dbias = _BiasGradient(call) if "dbias" in call.gradients else None
@@ -317,7 +316,7 @@ class BackwardWorker(Workspace):
         self.dq[...] = 0
 
     def load_options(self, logits: Logits, cell: Index, rows: slice, lse: Array, delta: Array) -> None:
-        """What a cell reads; the sink's part of its gradient; the weights that dropout keeps grow by 1 / kept."""
+        """What a cell reads; the sink's part of its gradient; weights that dropout keeps grow, in dout."""
         self.cell = logits.cell(cell)
         if self.call.sink_terms is not None and self.cell.sink is not None:
             weight = self.base.exp(self.cell.sink * self.base.per_nat - lse)

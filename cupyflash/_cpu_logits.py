@@ -97,8 +97,9 @@ class Pairs:
         The tile begins at m_begin; ``by_place`` (keys, count) is what the diagonals keep of the part's first rows.
         """
         self.cell, self.keys, self.kept, self.bias_t = cell, keys, None, None
-        rows = self._rows_of_segments(slice(m_begin + part.start, m_begin + part.stop))
-        self.rows = rows
+        self.rows = self._rows_of_segments(slice(m_begin + part.start, m_begin + part.stop))
+        if self.rows.start == self.rows.stop:
+            return None
         seen: Array | None = None  # (keys or 1, rows or 1)
         for visible in (self._inside_mask(), self._same_segment(), self._bias_of_something()):
             if visible is not None:
@@ -109,8 +110,6 @@ class Pairs:
                 return None
             if seen.shape[1] > 1:
                 seen = self._narrow(seen, int(found[0]), int(found[-1]) + 1)
-        elif rows.start == rows.stop:
-            return None
         shift = self.rows.start - m_begin - part.start
         return self._keep(seen, None if by_place is None else by_place[:, shift:], m_begin)
 

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 import tracemalloc
+from functools import cache
 
 import ml_dtypes
 import numpy as np
@@ -27,14 +28,20 @@ GRADIENT_LIMITS = {1e-12: 1e-12, 5e-6: 5e-6, 1e-3: 4e-3, 8e-3: 3.2e-2}
 # ---------------------------------------------------------------------------------------------------- dense formula
 
 
-def keep_word(i, j, head, batch, seed):
-    """The word of Philox 4x32-10 that decides on a pair, in Python's integers."""
-    counter, key, low = [j // 4, i, head, batch], [seed % 2**32, seed // 2**32], 2**32 - 1
+@cache
+def four_words(counter, seed):
+    """Philox 4x32-10 in Python's integers."""
+    key, low = [seed % 2**32, seed // 2**32], 2**32 - 1
     for _ in range(10):
         a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
-        counter = [b >> 32 ^ counter[1] ^ key[0], b & low, a >> 32 ^ counter[3] ^ key[1], a & low]
+        counter = b >> 32 ^ counter[1] ^ key[0], b & low, a >> 32 ^ counter[3] ^ key[1], a & low
         key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
-    return counter[j % 4]
+    return counter
+
+
+def keep_word(i, j, head, batch, seed):
+    """The word that decides on a pair."""
+    return four_words((j // 4, i, head, batch), seed)[j % 4]
 
 
 def unbroadcast(x, shape):
