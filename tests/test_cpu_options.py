@@ -200,6 +200,11 @@ OPTIONS = {
     "mask of rows": {"mask": RNG.random((HQ, SQ, 1)) < 0.5},
     "sinks": {"sinks": np.array([1.0, -4.0, 3.0, -np.inf])},
     "sinks alone": {"sinks": np.array([1.0, 0.0, 9.0, -np.inf], np.float32), "mask": RNG.random((SQ, SK)) < 0.02},
+    "16-bit sinks and slopes": {
+        "sinks": np.array([1.0, -4.0, 3.0, 0.5], np.float16),
+        "alibi_slopes": np.array([0.5, 0.125, 0.0, -0.25], ml_dtypes.bfloat16),
+    },
+    "bfloat16 sinks": {"sinks": np.array([1.0, -4.0, 3.0, 0.5], ml_dtypes.bfloat16), "window": (20, 20)},
     "documents": {"segment_ids": (np.arange(SQ) // 9, np.arange(SK) // 14)},
     "scattered segments": {"segment_ids": (RNG.integers(0, 4, (2, SQ)), RNG.integers(0, 4, SK).astype(np.uint8))},
     "lens": {"q_lens": np.array([20, SQ]), "kv_lens": np.array([SK, 33])},
