@@ -16,7 +16,17 @@ import numpy as np
 import pytest
 import threadpoolctl
 
-from cupyflash import AttentionGradients, Tile, _cpu, _ready, _workers, attention, attention_backward, explain
+from cupyflash import (
+    AttentionGradients,
+    Tile,
+    _cpu,
+    _cpu_blocks,
+    _ready,
+    _workers,
+    attention,
+    attention_backward,
+    explain,
+)
 from cupyflash.testing import bounds, data, reference
 from cupyflash.testing.data import Case
 
@@ -44,7 +54,8 @@ def two_blas_threads():
 def both(x, dlse=True, **options):
     """out, lse, dq, dk, dv."""
     result = attention(x.q, x.k, x.v, return_lse=True, **options)
-    return [*result, *attention_backward(x.dout, x.q, x.k, x.v, *result, dlse=x.dlse if dlse else None, **options)]
+    grads = attention_backward(x.dout, x.q, x.k, x.v, *result, dlse=x.dlse if dlse else None, **options)
+    return [*result, *(a for a in grads if a is not None)]
 
 
 def bits(arrays):
@@ -72,8 +83,8 @@ def test_every_data_set_at_the_tiles_own_size(name, dtype):
 def test_base_e(monkeypatch, name, dtype):
     """Machines whose NumPy has vector code for exp only compute in base e."""
     octaves = float(np.finfo(dtype).minexp)
-    natural = _cpu.Exponential(np.exp, np.log, 1.0, np.ceil(octaves * np.log(2)))
-    monkeypatch.setitem(_cpu.EXPONENTIALS, dtype, natural)
+    natural = _cpu_blocks.Exponential(np.exp, np.log, 1.0, np.ceil(octaves * np.log(2)))
+    monkeypatch.setitem(_cpu_blocks.EXPONENTIALS, dtype, natural)
     x = dataclasses.replace(CASE, data=name, dtype=dtype.name).inputs()
     check(x, causal=True)
     check(x, causal=True, tile=SMALL)
@@ -205,7 +216,7 @@ def test_sums_are_in_order_when_early_tiles_are_late(monkeypatch, batch):
 
     monkeypatch.setenv(VARIABLE, "1")
     want = gradients()
-    real = _cpu._BackwardWorker.__call__, _cpu._BackwardWorker.store_rows
+    real = _cpu.BackwardWorker.__call__, _cpu.BackwardWorker.store_rows
 
     def late(self, task):
         time.sleep(0.004 if task.turn % 3 == 0 else 0)
@@ -215,8 +226,8 @@ def test_sums_are_in_order_when_early_tiles_are_late(monkeypatch, batch):
         time.sleep(0.004 if task.turn % 4 == 0 else 0)
         real[1](self, task)
 
-    monkeypatch.setattr(_cpu._BackwardWorker, "__call__", late)
-    monkeypatch.setattr(_cpu._BackwardWorker, "store_rows", store_rows)
+    monkeypatch.setattr(_cpu.BackwardWorker, "__call__", late)
+    monkeypatch.setattr(_cpu.BackwardWorker, "store_rows", store_rows)
     monkeypatch.setenv(VARIABLE, "4")
     for _ in range(3):
         assert gradients() == want
@@ -327,7 +338,7 @@ def test_one_worker_for_each_thread(monkeypatch):
     assert len(set(made)) == len(made) == 2
 
 
-@pytest.mark.parametrize("fails", [_cpu._ForwardWorker, _cpu._BackwardWorker])
+@pytest.mark.parametrize("fails", [_cpu.ForwardWorker, _cpu.BackwardWorker])
 @pytest.mark.parametrize("workers", ["1", "4"])
 def test_an_exception_in_a_worker_reaches_the_caller(monkeypatch, two_blas_threads, fails, workers):
     """Also where other tiles wait for the one that failed."""
@@ -353,13 +364,13 @@ def test_an_exception_in_a_worker_reaches_the_caller(monkeypatch, two_blas_threa
 
 def test_blas_is_limited_while_workers_run_and_restored_afterwards(monkeypatch, two_blas_threads):
     seen = []
-    real = _cpu._ForwardWorker.load_keys
+    real = _cpu.ForwardWorker.load_keys
 
     def load_keys(self, k, v):
         seen.append({n for _, n in blas()})
         real(self, k, v)
 
-    monkeypatch.setattr(_cpu._ForwardWorker, "load_keys", load_keys)
+    monkeypatch.setattr(_cpu.ForwardWorker, "load_keys", load_keys)
     x = CASE.inputs()
     attention(x.q, x.k, x.v, tile=Tile(75, 217))
     assert seen
