@@ -76,12 +76,12 @@ VALUES: dict[str, tuple[dict[str, Any], ...]] = {
     "batch": (
         {"batch": ((2,), (2,), (2,))},
         {"batch": ((), (), ())},
-        {"batch": ((2, 1), (3,), ())},
+        {"batch": ((2, 1), (2,), ())},
     ),
     "sizes": (
         {"seqlen_q": 37, "seqlen_k": 70, "head_dim": 8, "head_dim_v": 8},
         {"seqlen_q": 1, "seqlen_k": 90, "head_dim": 16, "head_dim_v": 3},
-        {"seqlen_q": 130, "seqlen_k": 150, "head_dim": 5, "head_dim_v": 16},
+        {"seqlen_q": 70, "seqlen_k": 140, "head_dim": 5, "head_dim_v": 8},
         {"seqlen_q": 65, "seqlen_k": 33, "head_dim": 24, "head_dim_v": 17},
     ),
 }
@@ -97,11 +97,16 @@ def options_table() -> tuple[Case, ...]:
 
 def _seeded(case: Case) -> Case:
     """The case with a seed whose masks, lengths and segments together leave a third of its rows a key, if one does."""
-    candidates = [replace(case, seed=case.seed + 1000 * n) for n in range(TRIES)]
-    return next((c for c in candidates if _share(c) > 1 / 3), max(candidates, key=_share))
+    best, most = case, 0.0
+    for n in range(TRIES):
+        candidate = replace(case, seed=case.seed + 1000 * n)
+        if (share := _share(candidate)) > most:
+            best, most = candidate, share
+        if most > 1 / 3:
+            break
+    return best
 
 
-@cache
 def _share(case: Case) -> float:
     """The share of rows that see a key."""
     q, k, v, *_ = case.inputs()
