@@ -467,7 +467,7 @@ def honest_gradients(case, x, this, arrays, forward, base, p_dtype, wrong):
             p_sink = np.where((lse == -np.inf)[..., None], acc(0), exp((sink - finite) * base))
             dsinks = reference.sum_to((-p_sink * delta).sum(axis=(-2, -1)), sinks.shape).astype(sinks.dtype)
             dsinks = dsinks * sinks.dtype.type(0 if wrong == "dsinks" else 1)
-    return (*(g.astype(x.q.dtype) for g in (dq, dk, dv)), dbias, dsinks)
+        return (*(g.astype(x.q.dtype) for g in (dq, dk, dv)), dbias, dsinks)
 
 
 def judge(case, result, **limits):
