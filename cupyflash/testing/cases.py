@@ -48,14 +48,13 @@ def run(case: Case, xp: Any = np, **options: Any) -> bounds.Report:
     outputs = _outputs(case, placed, xp)
     out, lse = _forward(case, (q, k, v), outputs, options)
     plan = explain(q, k, v, **options)
-    p_dtype = values.q.dtype if plan.rounds_p else None
     report = bounds.check_forward(
         values.q, values.k, values.v, to_numpy(out), to_numpy(lse),
         chain_d=plan.chain_d, chain_k=plan.chain_k, block_n=min(plan.block_n, max(case.seqlen_k, 1)),
-        p_dtype=p_dtype, **meaning,
+        p_dtype=values.q.dtype if plan.rounds_p else None, **meaning,
     )  # fmt: skip
 
-    _poison_padding(case, out, lse, xp)
+    _poison_padding(case, out, lse)
     dlse = placed["dlse"].array if case.dlse else None
     grads = _backward(case, placed, out, lse, dlse, outputs, options)
     plan = explain(q, k, v, backward=True, wrt=case.wrt, **options)
@@ -63,7 +62,7 @@ def run(case: Case, xp: Any = np, **options: Any) -> bounds.Report:
         values.dout, values.q, values.k, values.v, to_numpy(out), to_numpy(lse),
         tuple(None if g is None else to_numpy(g) for g in grads), dlse=values.dlse if case.dlse else None,
         chain_d=plan.chain_d, chain_k=plan.chain_k, chain_q=plan.chain_q,
-        p_dtype=p_dtype, **meaning,
+        p_dtype=values.q.dtype if plan.rounds_p else None, **meaning,
     )  # fmt: skip
     for name, p in placed.items():
         _promise(p.unwritten(), f"{name} or the bytes around it were written")
@@ -77,9 +76,10 @@ def _place(case: Case, xp: Any) -> tuple[dict[str, Placed], dict[str, Any], dict
     styles = dict(zip(("q", "k", "v", "dout"), case.styles, strict=False))
     styles |= {"bias": case.styles_beside[0], "mask": case.styles_beside[1]}
     meaning = case.options()
-    arrays = case.inputs()._asdict() | {name: x for name, x in meaning.items() if isinstance(x, np.ndarray)}
+    beside = {name: x for name, x in meaning.items() if isinstance(x, np.ndarray) and name != "q_offset"}
     pair = meaning.get("segment_ids", ())
-    arrays |= {f"segment_ids[{i}]": ids for i, ids in enumerate(pair)}
+    beside |= {f"segment_ids[{i}]": ids for i, ids in enumerate(pair)}
+    arrays = case.inputs()._asdict() | beside  # offsets stay with the host, which may hold them for any device
     placed = {name: place(x, styles.get(name, "plain"), xp) for name, x in arrays.items()}
     options = {name: placed[name].array if name in placed else value for name, value in meaning.items()}
     if pair:
@@ -87,14 +87,17 @@ def _place(case: Case, xp: Any) -> tuple[dict[str, Placed], dict[str, Any], dict
     return placed, options, {name: placed[name].values if name in placed else value for name, value in meaning.items()}
 
 
-def _poison_padding(case: Case, out: Any, lse: Any, xp: Any) -> None:
+def _poison_padding(case: Case, out: Any, lse: Any) -> None:
     """NaN in the rows of out and lse that an entry does not have: the backward may not use them."""
-    if case.q_lens is None:
+    lens = case.lens("q")
+    if lens is None:
         return
-    absent = np.broadcast_to(~case.used()[0], (*np.broadcast_shapes(*case.batch), *case.heads_and_rows))
-    by_row = absent[0] if case.single_head else absent
-    lse[xp.asarray(by_row)] = np.nan
-    out[xp.asarray(by_row.swapaxes(-1, -2) if case.layout == "shd" and not case.single_head else by_row)] = np.nan
+    batch = np.broadcast_shapes(*case.batch)
+    columns = (slice(None),) * (1 if case.layout == "hsd" or case.single_head else 2)
+    for entry in np.ndindex(*batch):
+        beyond = slice(int(np.broadcast_to(lens, batch)[entry]), None)
+        lse[(*entry, ..., beyond)] = np.nan
+        out[(*entry, ..., beyond, *columns)] = np.nan
 
 
 def _outputs(case: Case, placed: dict[str, Placed], xp: Any) -> dict[str, Placed]:
