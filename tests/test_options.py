@@ -13,6 +13,7 @@ import pytest
 
 import cupyflash
 from cupyflash import AttentionGradients, Tile, attention, attention_backward, attention_vjp, explain, prepare
+from cupyflash._options import check_lens
 from cupyflash.testing import cases, data, reference
 from cupyflash.testing.data import Case
 
@@ -344,6 +345,25 @@ def test_single_heads_have_one_head(nothing_runs):
     expect(ValueError, ["sinks.shape=(2,)", "(1,)"], attention, q, k, v, sinks=ones(2))
     expect(ValueError, ["bias.shape=(2, 5, 6)", "(1, 5, 6)"], attention, q, k, v, bias=ones(2, 5, 6))
     expect(ValueError, ["q_lens.shape=(1,)", "()"], attention, q, k, v, q_lens=np.array([5]))
+
+
+class OnDevice:
+    """Lengths that lie on a device: reading them would wait for it."""
+
+    dtype, shape, size = np.dtype(np.int64), (3,), 3
+
+    def min(self):
+        return np.int64(0)
+
+    def max(self):
+        return np.int64(9)
+
+
+def test_lengths_of_a_device_are_read_only_if_asked_for(monkeypatch):
+    monkeypatch.delenv("CUPYFLASH_CHECK", raising=False)
+    check_lens("kv_lens", OnDevice(), 6, (3,))
+    monkeypatch.setenv("CUPYFLASH_CHECK", "1")
+    expect(ValueError, ["kv_lens", "from 0 to 9", "6 rows"], check_lens, "kv_lens", OnDevice(), 6, (3,))
 
 
 def test_explain_takes_options():

@@ -95,9 +95,9 @@ def _poison_padding(case: Case, out: Any, lse: Any) -> None:
     batch = np.broadcast_shapes(*case.batch)
     columns = (slice(None),) * (1 if case.layout == "hsd" or case.single_head else 2)
     for entry in np.ndindex(*batch):
-        beyond = slice(int(np.broadcast_to(lens, batch)[entry]), None)
-        lse[(*entry, ..., beyond)] = np.nan
-        out[(*entry, ..., beyond, *columns)] = np.nan
+        beyond = (*entry, ..., slice(int(np.broadcast_to(lens, batch)[entry]), None))
+        lse[beyond] = np.nan
+        out[beyond + columns] = np.nan
 
 
 def _outputs(case: Case, placed: dict[str, Placed], xp: Any) -> dict[str, Placed]:
