@@ -27,6 +27,8 @@ from ._arrays import Array, take
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64))
 MAX_SEED = 2**64
+# No diagonal is further from a key, as q_offset lies within 2**62; with q_offset added it still fits 64 bits.
+MAX_BOUND = 2**62
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Options:
     ----------
     window_left, window_right : int or None
         Query row i on diagonal d_i sees keys from d_i - window_left to d_i + window_right; None: no such bound.
+        As large as MAX_BOUND: where diagonals may be far, 32 bits don't hold a bound.
     softcap : float or None
         s = softcap * tanh(s / softcap).
     dropout : float
@@ -171,7 +174,7 @@ def read_window(window: object) -> tuple[int | None, int | None]:
             raise TypeError(f"window={window!r}: left and right are integers of at least 0, or None")
         if bound is not None and bound < 0:
             raise ValueError(f"window={window!r}: left and right count keys to either side, at least 0; or None")
-    left, right = (None if bound is None else min(int(bound), 2**31 - 1) for bound in window)
+    left, right = (None if bound is None else min(int(bound), MAX_BOUND) for bound in window)
     return left, right
 
 
@@ -280,9 +283,13 @@ def check_lens(name: str, x: object, length: int, batch: tuple[int, ...]) -> Non
 
 
 def _real(name: str, x: object) -> float:
+    """A float, infinite for an integer or a fraction that is larger than all of them."""
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, numbers.Real):
         raise TypeError(f"{name}={x!r}: {name} is a real number")
-    return float(x)
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf if abs(x) == x else -math.inf
 
 
 def read_options(asked: Asked, arrays: dict[str, Array], shape: Shape) -> Options:

@@ -32,7 +32,7 @@ def both(backend, x, grads_out=None, out=None, **options):
     )
     result = attention(q, k, v, out=out, return_lse=True, **options)
     grads = attention_backward(dout, q, k, v, *result, dlse=dlse, grads_out=grads_out, **options)
-    return [backend.numpy(a) for a in (*result, *grads)]
+    return [backend.numpy(a) for a in (*result, *grads[:3])]
 
 
 def assert_same_bits(got, want):
@@ -207,7 +207,7 @@ def test_number_of_workers(monkeypatch):
         "from cupyflash import attention, attention_backward\n"
         "x = np.random.default_rng(0).standard_normal((4, 2, 4, 300, 32)).astype(np.float32)\n"
         "r = attention(*x[:3], causal=True, return_lse=True)\n"
-        "g = attention_backward(x[3], *x[:3], *r, causal=True)\n"
+        "g = attention_backward(x[3], *x[:3], *r, causal=True)[:3]\n"
         "print(hashlib.sha256(b''.join(a.tobytes() for a in (*r, *g))).hexdigest())\n"
     )
     import os
@@ -261,7 +261,8 @@ def test_a_thousand_backwards(gpu, busy_gpu, batch, heads, heads_k, seqlen, dim,
     shapes = [(batch, h, seqlen, dim) for h in (heads, heads_k, heads_k, heads)]
     q, k, v, dout = (xp.asarray(rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)) for shape in shapes)
     out, lse = attention(q, k, v, causal=causal, return_lse=True)
-    want = [x.view(np.int16).copy() for x in attention_backward(dout, q, k, v, out, lse, causal=causal, family=family)]
+    first = attention_backward(dout, q, k, v, out, lse, causal=causal, family=family)[:3]
+    want = [x.view(np.int16).copy() for x in first]
     streams = [xp.cuda.Stream(non_blocking=True) for _ in range(4)]
     xp.cuda.Device().synchronize()
     for _ in range(10):
@@ -269,6 +270,6 @@ def test_a_thousand_backwards(gpu, busy_gpu, batch, heads, heads_k, seqlen, dim,
         for turn in range(100):
             with streams[turn % 4]:
                 grads = attention_backward(dout, q, k, v, out, lse, causal=causal, family=family)
-                differ += [(x.view(np.int16) != y).any() for x, y in zip(grads, want, strict=True)]
+                differ += [(x.view(np.int16) != y).any() for x, y in zip(grads[:3], want, strict=True)]
         xp.cuda.Device().synchronize()
         assert not any(map(bool, differ))

@@ -67,8 +67,8 @@ def test_duality_with_finite_differences(backend, case, with_dlse):
 
     h = 2.0**-9
     numeric = (64 * slope(h / 4) - 20 * slope(h / 2) + slope(h)) / 45  # error of order h**6
-    parts = [(backend.numpy(g) * t).sum() for g, t in zip(grads, tangents, strict=True)]
-    size = sum(abs(backend.numpy(g) * t).sum() for g, t in zip(grads, tangents, strict=True))
+    parts = [(backend.numpy(g) * t).sum() for g, t in zip(grads[:3], tangents, strict=True)]
+    size = sum(abs(backend.numpy(g) * t).sum() for g, t in zip(grads[:3], tangents, strict=True))
     assert abs(sum(parts) - numeric) <= 1e-10 * size
 
 
@@ -90,7 +90,7 @@ def test_gradients_are_linear_in_their_cotangents(backend):
     _, qkv, dout, dlse, result, options = setup(backend)
     once = attention_backward(dout, *qkv, *result, dlse=dlse, **options)
     twice = attention_backward(2 * dout, *qkv, *result, dlse=2 * dlse, **options)
-    for a, b in zip(once, twice, strict=True):
+    for a, b in zip(once[:3], twice[:3], strict=True):
         np.testing.assert_array_equal(2 * backend.numpy(a), backend.numpy(b))
 
 
@@ -98,7 +98,7 @@ def test_dlse_of_zeros_is_none(backend):
     _, qkv, dout, dlse, result, options = setup(backend)
     without = attention_backward(dout, *qkv, *result, **options)
     zeros = attention_backward(dout, *qkv, *result, dlse=0 * dlse, **options)
-    for a, b in zip(without, zeros, strict=True):
+    for a, b in zip(without[:3], zeros[:3], strict=True):
         assert same_bits(backend, a, b)
 
 
@@ -139,7 +139,7 @@ def test_deterministic_false_keeps_the_bounds(backend):
         x.k,
         x.v,
         *map(backend.numpy, result),
-        tuple(map(backend.numpy, grads)),
+        tuple(map(backend.numpy, grads[:3])),
         dlse=x.dlse,
         **options,
     )
@@ -180,7 +180,7 @@ def test_out_and_lse_are_taken_as_given(backend, choices):
     lse = (exact + rng.uniform(-0.5, 3, exact.shape)).astype(np.float32)
     arguments = (x.dout, x.q, x.k, x.v, out, lse)
     grads = attention_backward(*backend.arrays(arguments), **case.options())
-    report = bounds.check_backward(*arguments, tuple(map(backend.numpy, grads)), **case.options())
+    report = bounds.check_backward(*arguments, tuple(map(backend.numpy, grads[:3])), **case.options())
     assert report.ok, f"{case}\n{report}"
 
 
@@ -195,7 +195,7 @@ def test_rows_that_see_nothing_have_no_gradient(backend, dtype, small):
     dlse = x.dlse.copy()
     dlse[:, :5] = [[np.nan], [np.inf], [-np.inf], [1]]
     grads = attention_backward(dout, *qkv, out, lse, dlse=backend.array(dlse), **options)
-    dq, dk, dv = map(backend.numpy, grads)
+    dq, dk, dv = map(backend.numpy, grads[:3])
     assert (backend.numpy(lse)[:, :5] == -np.inf).all()
     assert (dq[:, :5] == 0).all()
     assert (dq[:, 5:] != 0).any()
@@ -220,7 +220,7 @@ def test_empty_problems_have_gradients_of_zeros(backend, dtype, size):
     case = dataclasses.replace(CASE, dtype=dtype.name, **size)
     x, qkv, dout, dlse, result, options = setup(backend, case)
     grads = attention_backward(dout, *qkv, *result, dlse=dlse, **options)
-    for g, a in zip(grads, x, strict=False):
+    for g, a in zip(grads[:3], x, strict=False):
         assert g.shape == a.shape
         assert (backend.numpy(g) == 0).all()
 
@@ -230,11 +230,11 @@ def test_empty_problems_have_gradients_of_zeros(backend, dtype, size):
 def test_a_bad_number_stays_in_its_batch_entry_and_kv_head(backend, dtype, which):
     case = dataclasses.replace(CASE, dtype=dtype.name, batch=((2,),) * 3)
     x, qkv, dout, _, result, options = setup(backend, case)
-    want = [backend.numpy(g) for g in attention_backward(dout, *qkv, *result, **options)]
+    want = [backend.numpy(g) for g in attention_backward(dout, *qkv, *result, **options)[:3]]
     getattr(x, which)[1, 0, 3, 2] = np.nan
     q, k, v, dout, _ = backend.arrays(x)
     result = attention(q, k, v, return_lse=True, **options)
-    got = [backend.numpy(g) for g in attention_backward(dout, q, k, v, *result, **options)]
+    got = [backend.numpy(g) for g in attention_backward(dout, q, k, v, *result, **options)[:3]]
     assert any(np.isnan(g.astype(float)).any() for g in got)
     for a, b, group in zip(got, want, (2, 1, 1), strict=True):
         others = np.ones((2, a.shape[1]), bool)
@@ -254,7 +254,7 @@ def test_masked_numbers_do_not_reach_gradients(backend, dtype, large, small):
     x.k[:, 21:], x.v[:, 21:] = large, -large
     q, k, v, dout, dlse = backend.arrays(x)
     got = attention_backward(dout, q, k, v, *attention(q, k, v, return_lse=True, **options), dlse=dlse, **options)
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(got[:3], want[:3], strict=True):
         assert same_bits(backend, a, b)
     assert (backend.numpy(got.dk)[:, 21:] == 0).all()
     assert (backend.numpy(got.dv)[:, 21:] == 0).all()
@@ -272,7 +272,7 @@ def test_products_with_masked_values_may_overflow(backend, dtype, small):
     x.v[:, 20] = ml_dtypes.finfo(dtype).max
     v = backend.array(x.v)
     got = attention_backward(dout, q, k, v, *attention(q, k, v, return_lse=True, **options), **options)
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(got[:3], want[:3], strict=True):
         assert same_bits(backend, a, b)
     assert (backend.numpy(got.dv)[:, 20] == 0).all()
 
@@ -288,7 +288,7 @@ def test_an_lse_of_minus_infinity_says_that_a_row_saw_nothing(backend, dtype, sm
     nothing[:, [2, 3, 20]] = True
     out[nothing], lse[nothing], dlse[nothing] = 0, -np.inf, np.nan
     grads = attention_backward(dout, *qkv, *backend.arrays((out, lse)), dlse=backend.array(dlse), **options)
-    grads = tuple(map(backend.numpy, grads))
+    grads = tuple(map(backend.numpy, grads[:3]))
     assert (grads[0][nothing] == 0).all()
     options.pop("tile", None)
     given = (x.dout, x.q, x.k, x.v, out, lse, grads)
@@ -308,7 +308,7 @@ def test_random_data_needs_no_chain_lengths(backend, name, dtype):
     out, lse = map(backend.numpy, result)
     grads = attention_backward(dout, *qkv, *result, dlse=dlse, **options)
     report = bounds.check_forward(x.q, x.k, x.v, out, lse, random=True, **options) + bounds.check_backward(
-        x.dout, x.q, x.k, x.v, out, lse, tuple(map(backend.numpy, grads)), dlse=x.dlse, random=True, **options
+        x.dout, x.q, x.k, x.v, out, lse, tuple(map(backend.numpy, grads[:3])), dlse=x.dlse, random=True, **options
     )
     assert report.ok, str(report)
 
@@ -325,7 +325,7 @@ def test_16_bit_results_are_about_the_ideal(backend, dtype):
     arguments = (x.dout, x.q, x.k, x.v, out, lse)
     want, limit = bounds.backward_limits(*arguments, dlse=x.dlse, chains=chains, out_dtype=np.float32, **options)
     ideal = reference.ideal_backward(*arguments, dlse=x.dlse, **options)
-    for name, got, w, most, best in zip(want._fields, grads, want, limit, ideal, strict=True):
+    for name, got, w, most, best in zip(want._fields[:3], grads, want, limit, ideal, strict=False):
         report = report + bounds.check_ideal(name, backend.numpy(got), w, most, best, rms=1.5)
     assert report.ok, str(report)
 
@@ -350,7 +350,7 @@ def test_numpy_and_cupy_agree(gpu, dtype):
         p_dtype=gpu.p_dtype(dtype),
         **options,
     )
-    for name, a, b, most in zip(limit._fields, on_gpu, on_cpu, limit, strict=True):
+    for name, a, b, most in zip(limit._fields[:3], on_gpu, on_cpu, limit, strict=False):
         worst = bounds.compare(name, gpu.numpy(a), b.astype(most.dtype), 2 * most)
         assert worst.ratio <= 1, str(worst)
 

@@ -86,18 +86,18 @@ def test_replays_are_the_eager_bits(gpu, name):
         for a, b in zip((q, k, v, dout), new[:4], strict=True):
             a[...] = xp.asarray(b)
         eager = attention(q, k, v, return_lse=True, **options)
-        wanted = (*eager, *attention_backward(dout, q, k, v, *eager, dlse=dlse, **options))
+        wanted = (*eager, *attention_backward(dout, q, k, v, *eager, dlse=dlse, **options)[:3])
         return [gpu.numpy(a).tobytes() for a in wanted]
 
     for turn in range(10):
         want = change(turn)
-        for a in (*result, *grads):
+        for a in (*result, *grads[:3]):
             a.fill(np.nan)
         xp.cuda.Device().synchronize()
         graph.launch(stream)
         use_the_pool(xp, other, turn)
         stream.synchronize()
-        got = [gpu.numpy(a).tobytes() for a in (*result, *grads)]
+        got = [gpu.numpy(a).tobytes() for a in (*result, *grads[:3])]
         assert got == want, [a == b for a, b in zip(got, want, strict=True)]
 
 
@@ -106,7 +106,7 @@ def test_temporaries_outlive_the_capture(gpu):
     xp, case = gpu.xp, CASES["causal, broadcast"]
     q, k, v, dout, _ = gpu.arrays(case.inputs())
     eager = attention(q, k, v, return_lse=True, causal=True)
-    want = [gpu.numpy(a).tobytes() for a in attention_backward(dout, q, k, v, *eager, causal=True)]
+    want = [gpu.numpy(a).tobytes() for a in attention_backward(dout, q, k, v, *eager, causal=True)[:3]]
     grads = AttentionGradients(*(xp.empty(a.shape, a.dtype) for a in (q, k, v)))
     stream = xp.cuda.Stream(non_blocking=True)
     xp.cuda.Device().synchronize()
@@ -124,7 +124,7 @@ def test_temporaries_outlive_the_capture(gpu):
         poison = [a.copy() for a in held[-5:]]
         graph.launch(stream)
         stream.synchronize()
-        assert [gpu.numpy(a).tobytes() for a in grads] == want, turn
+        assert [gpu.numpy(a).tobytes() for a in grads[:3]] == want, turn
         assert all((a == 0xFF).all() for a in poison), "a replay wrote memory that others own"
         assert all(bool((a == 0xFF).all()) for a in held), "a replay wrote memory that others own"
         if turn % 3 == 2:

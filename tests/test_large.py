@@ -18,7 +18,7 @@ def test_more_than_65535_entries_or_heads(backend, shape, dtype):
     placed = [backend.xp.asarray(x) for x in (q, k, v)]
     (out, lse), vjp = attention_vjp(*placed, causal=True, return_lse=True)
     grads = vjp(backend.xp.asarray(dout))
-    host = [x if isinstance(x, np.ndarray) else x.get() for x in (out, lse, *grads)]
+    host = [x if isinstance(x, np.ndarray) else x.get() for x in (out, lse, *grads[:3])]
     options = {"causal": True, "p_dtype": backend.p_dtype(dtype)}
     report = bounds.check_forward(q, k, v, *host[:2], **options)
     report = report + bounds.check_backward(dout, q, k, v, *host[:2], tuple(host[2:]), **options)

@@ -445,7 +445,7 @@ def test_contenders_compute_the_same(dtype: str, causal: bool) -> None:
     tolerance = {"float64": 1e-12, "float32": 1e-4}.get(dtype, 0.05)
     for name, contender in made.items():
         results = [forward_of(contender), *contender.backward()[:3]]
-        wanted = [forward_of(made["cupyflash"]), *made["cupyflash"].backward()]
+        wanted = [forward_of(made["cupyflash"]), *made["cupyflash"].backward()[:3]]
         for got, want in zip(results, wanted, strict=True):
             np.testing.assert_allclose(wide(got), wide(want), rtol=tolerance, atol=tolerance, err_msg=name)
 
@@ -960,7 +960,8 @@ def test_the_devices_float64_is_the_specification(causal: bool) -> None:
     q, k, v, dout = (x[0, 0] for x in Workload(1, 1, 37, 8, "bfloat16").arrays(np))
     found = exact.attention(q, k, v, dout, causal=causal, xp=np, numbers=5 * 37)
     out, lse = reference.forward(q, k, v, causal=causal)
-    wanted = {"out": out, **reference.backward(dout, q, k, v, out, lse, causal=causal)._asdict()}
+    gradients = reference.backward(dout, q, k, v, out, lse, causal=causal)._asdict()
+    wanted = {"out": out} | {name: x for name, x in gradients.items() if x is not None}
     assert found.keys() == wanted.keys()
     for name, want in wanted.items():
         np.testing.assert_allclose(found[name], want, rtol=1e-12, atol=1e-13, err_msg=name)

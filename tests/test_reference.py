@@ -128,7 +128,7 @@ def test_against_torch(causal):
     out, lse = reference.forward(q, k, v, causal=causal)
     np.testing.assert_allclose(out.astype(float), want.detach().numpy(), rtol=1e-12)
     got = reference.backward(dout, q, k, v, out, lse, causal=causal)
-    for gradient, x in zip(got, t, strict=True):
+    for gradient, x in zip(got[:3], t, strict=True):
         np.testing.assert_allclose(gradient.astype(float), x.grad.numpy(), rtol=1e-11, atol=1e-14)
 
 
@@ -145,7 +145,7 @@ def test_layouts_and_single_heads_are_the_same_numbers():
     np.testing.assert_array_equal(out_shd.swapaxes(-2, -3), out)
     np.testing.assert_array_equal(lse_shd, lse)
     grads_shd = reference.backward(dout.swapaxes(-2, -3), *swapped, out_shd, lse_shd, causal=True, layout="shd")
-    for a, b in zip(grads_shd, grads, strict=True):
+    for a, b in zip(grads_shd[:3], grads[:3], strict=True):
         np.testing.assert_array_equal(a.swapaxes(-2, -3), b)
 
     one = reference.forward(q[0, 0], k[0, 0], v[0, 0], causal=True)
@@ -153,7 +153,7 @@ def test_layouts_and_single_heads_are_the_same_numbers():
     np.testing.assert_array_equal(one.lse, lse[0, 0])
     single = reference.backward(dout[0, 0], q[0, 0], k[0, 0], v[0, 0], *one, causal=True)
     np.testing.assert_array_equal(single.dq, grads.dq[0, 0])
-    assert [g.shape for g in single] == [(6, 5), (7, 5), (7, 2)]
+    assert [g.shape for g in single[:3]] == [(6, 5), (7, 5), (7, 2)]
 
 
 def test_rows_and_keys_are_parts_of_the_whole():
@@ -167,9 +167,10 @@ def test_rows_and_keys_are_parts_of_the_whole():
     np.testing.assert_array_equal(part.out, out[:, rows])
     np.testing.assert_array_equal(part.lse, lse[..., rows])
     got = reference.backward(dout, q, k, v, out, lse, rows=rows, keys=keys, **options)
-    for a, b in zip(got, (whole.dq[:, rows], whole.dk[keys], whole.dv[:, keys]), strict=True):
+    for a, b in zip(got[:3], (whole.dq[:, rows], whole.dk[keys], whole.dv[:, keys]), strict=True):
         np.testing.assert_allclose(a.astype(float), b.astype(float), rtol=1e-15)
-    assert reference.backward(dout, q, k, v, out, lse, wrt=("k",), **options)[::2] == (None, None)
+    alone = reference.backward(dout, q, k, v, out, lse, wrt=("k",), **options)
+    assert [name for name, x in alone._asdict().items() if x is not None] == ["dk"]
 
 
 def test_empty_rows_and_empty_arrays():
@@ -181,7 +182,7 @@ def test_empty_rows_and_empty_arrays():
     np.testing.assert_array_equal(out[0, :, 0], [0, 0, 1])
     dlse = np.array([[np.nan, np.inf, 1.0]])  # not read where lse is -inf
     grads = reference.backward(np.ones(out.shape), q, k, v, out, lse, dlse=dlse, **options)
-    assert all(np.isfinite(g).all() for g in grads)
+    assert all(np.isfinite(g).all() for g in grads[:3])
     assert (grads.dq[0, :2] == 0).all()
     assert (grads.dq[0, 2] != 0).all()
     assert (grads.dk[0, 1] == 0).all()
@@ -193,8 +194,8 @@ def test_empty_rows_and_empty_arrays():
         assert (out == 0).all()
         assert (lse == -np.inf).all()
         grads = reference.backward(out, q, k, k, out, lse)
-        assert [g.shape for g in grads] == [shape_q, shape_k, shape_k]
-        assert all((g == 0).all() for g in grads)
+        assert [g.shape for g in grads[:3]] == [shape_q, shape_k, shape_k]
+        assert all((g == 0).all() for g in grads[:3])
 
 
 def test_working_types():
@@ -317,7 +318,7 @@ def test_rounded_p_is_about_the_ideal(dtype):
     arguments = (x.dout, x.q, x.k, x.v, out, lse)
     want, limit = bounds.backward_limits(*arguments, dlse=x.dlse, chains=chains, causal=True, out_dtype=np.float32)
     ideal = reference.ideal_backward(*arguments, dlse=x.dlse, causal=True)
-    for name, got, w, most, best in zip(want._fields, grads, want, limit, ideal, strict=True):
+    for name, got, w, most, best in zip(want._fields[:3], grads, want, limit, ideal, strict=False):
         report = bounds.check_ideal(name, got, w, most, best, rms=1.5)
         assert report.ok, str(report)
 

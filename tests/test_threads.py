@@ -36,7 +36,7 @@ def solve(backend, x, causal):
     q, k, v, dout, dlse = backend.arrays(x)
     result = attention(q, k, v, causal=causal, return_lse=True)
     grads = attention_backward(dout, q, k, v, *result, dlse=dlse, causal=causal)
-    return [backend.numpy(a).tobytes() for a in (*result, *grads)]
+    return [backend.numpy(a).tobytes() for a in (*result, *grads[:3])]
 
 
 def blas_threads():
@@ -109,7 +109,7 @@ def test_streams_overlap_without_mixing(gpu):
             with gpu.xp.cuda.Stream(non_blocking=True) as stream:
                 result = attention(q, k, v, causal=causal, return_lse=True)
                 grads = attention_backward(dout, q, k, v, *result, dlse=dlse, causal=causal)
-                running.append((stream, (*result, *grads)))
+                running.append((stream, (*result, *grads[:3])))
     for n, (stream, results) in enumerate(running):
         stream.synchronize()
         assert [gpu.numpy(a).tobytes() for a in results] == want[n % len(cases)], n

@@ -29,6 +29,11 @@ from .reference import Array, Index, Pairs
 EXP = 4
 # A rescale multiplies, 1 u, by an exponential, EXP u.
 RESCALE = 1 + EXP
+# tanh is wrong by at most 6 u absolutely: as 1 - 2 / (exp(2 |x|) + 1) by EXP u / 2 of the exponential at worst, 1 u
+# of the sum, 2 u of the division, and 1 u more. NumPy's own is closer. A test holds both to it.
+TANH = 6
+# Roundings of a logit beyond a plain one's where a cap, slopes or a bias make it: see forward_limits, backward_limits.
+EXTRA, EXTRA_BACKWARD = 6, 2
 SMALLEST_BLOCK = 16  # keys; no family takes fewer at a time
 
 
@@ -39,10 +44,11 @@ class Chains(NamedTuple):
     k: int  # N_k, and in the forward `rescale` besides
     q: int  # N_q
     rescale: int
+    term: int = 1  # of dbias and dsinks, for each term of their sums
 
 
 #: On independent random elements rounding errors cancel as often as they add: no N, the constants stay.
-RANDOM = Chains(0, 0, 0, 0)
+RANDOM = Chains(0, 0, 0, 0, 0)
 
 
 def longest_chains(
@@ -127,9 +133,9 @@ def flushed(dtype: npt.DTypeLike) -> float:
     return 0.0 if np.dtype(dtype) == np.float16 else float(finfo(dtype).tiny)
 
 
-def narrows(dtype: npt.DTypeLike) -> bool:
-    """Whether results of `dtype` are rounded once more than the accumulator that they were summed in."""
-    return np.dtype(dtype).itemsize == 2
+def stored(exact: Array, limit: Array, dtype: npt.DTypeLike, a: Arithmetic) -> Any:
+    """What results within `limit` of `exact` lose where `dtype` is narrower than the accumulator of their sums."""
+    return half_ulp(abs(exact) + limit, dtype) if float(finfo(dtype).eps) > 2 * a.u else 0
 
 
 # ---------------------------------------------------------------------------------------------------- forward
@@ -174,24 +180,43 @@ def forward_limits(
     What is smaller than `tiny` may be taken as 0 (inputs, products, sums), or a p as `tiny`: in a logit it
     costs at most tiny (1 + |scale|) (D + sum |q| + sum |k| + sum |q k|), in the result tiny (1 + Sk) (1 + max
     |v|).
+
+    A cap, slopes, a bias. T_i is the largest of X_ij + C + A_ij + B_ij: X = |scale| sum_d |q_d k_d|, C =
+    softcap, A = |alibi|, B = |bias|. The bias is rounded when it is loaded and twice when it is converted to
+    base 2, 3 u B; slope and distance likewise, and multiplied, 5 u A; two sums, 2 u (2 T) where the maximum is
+    in one of them. With the maximum riding along in the dot product: (N_d + 2) u (X + T) + 2 u X + 4 u T,
+    at most (2 N_d + 10) u T in all. A cap forbids that: the dot product, (N_d + 1) u X, scale and division by
+    the cap, 2 u X each, and the slope of the cap is at most 1; tanh, TANH u C; times the cap, 2 u C; two sums,
+    base 2 and the maximum, 2 u T each: at most (N_d + 11) u T, of C 14 u. So e = (14 + 2 N_d) u T_i, 2 to
+    spare: `EXTRA` more than above. What is flushed costs `tiny` of bias, slope (times the distance) and tanh
+    (times the cap).
+
+    A sink is one more term of the sum, after one more rescale, with a logit of size |sink|: T_i counts it. Its
+    product with v does not exist, so |err out| stays a part of sum_j p_j |v_j|.
+
+    Dropout takes weights away from out, not from the sum, and multiplies by 1 / (1 - dropout), rounded: 2 u.
     """
     this = reference.pairs(q, k, v, rows=rows, **options)
-    p, lse = reference.softmax(this.logits())
-    out = p @ this.v
+    p, lse = reference.softmax(this.logits(), this.sink)
+    out = (this.kept * p) @ this.v
     lse = np.broadcast_to(lse, out.shape[:-1])
 
     a, seqlen_k, chain = arithmetic(q.dtype), this.k.shape[-2], chains.k + chains.rescale
-    size = this.magnitude().max(axis=-1, keepdims=True, initial=0)  # T_i
-    exponent = (8 + 2 * chains.d) * size + flushed_logit(this, a).max(axis=-1, keepdims=True, initial=0) / a.u
-    spread = p @ abs(this.v)  # sum_j p_j |v_j|
-    largest = abs(this.v).max(axis=-2, keepdims=True, initial=0)
-    sums = 2 * EXP + 2 * chain + 4
+    sink = np.where(this.sink == -np.inf, 0, abs(this.sink))
+    if sink.any():
+        chain += 1 + RESCALE
+    size = np.maximum(this.magnitude().max(axis=-1, keepdims=True, initial=0), sink)  # T_i
+    roundings = 8 + 2 * chains.d + (EXTRA if makes_logits(options) else 0)
+    exponent = roundings * size + flushed_logit(this, a).max(axis=-1, keepdims=True, initial=0) / a.u
+    drops = options.get("dropout", 0) > 0
+    spread = (this.kept * p) @ abs(this.v)  # sum_j p_j |v_j|
+    largest = abs(this.v).max(axis=-2, keepdims=True, initial=0) / (1 - options.get("dropout", 0))
+    sums = 2 * EXP + 2 * chain + 4 + 2 * drops
     limit = np.minimum(a.grow(2 * exponent + sums) * spread, (2 + a.grow(sums)) * largest)
     limit = limit + a.tiny * (1 + seqlen_k) * (1 + largest)
     if p_dtype is not None:
-        limit = limit + relative(p, p_dtype) @ abs(this.v)
-    if narrows(out_dtype):
-        limit = limit + half_ulp(abs(out) + limit, out_dtype)
+        limit = limit + (this.kept * relative(p, p_dtype)) @ abs(this.v)
+    limit = limit + stored(out, limit, out_dtype, a)
     log_size = np.where(lse == -np.inf, 0, abs(lse))
     exponent = np.broadcast_to(exponent[..., 0], lse.shape)
     lse_limit = a.u * (exponent + chain + 2 * EXP + 5 * log_size) + a.tiny
@@ -202,11 +227,19 @@ def forward_limits(
     return reference.Forward(user[0], logs[0]), reference.Forward(user[1], logs[1])
 
 
+def makes_logits(options: dict[str, Any]) -> bool:
+    """Whether a logit is more than a scaled product."""
+    return any(options.get(name) is not None for name in ("softcap", "alibi_slopes", "bias"))
+
+
 def flushed_logit(this: Pairs, a: Arithmetic) -> Array:
     """What a logit can lose when everything below `tiny` is taken as 0 (see `forward_limits`)."""
     q, k = abs(this.q), abs(this.k).swapaxes(-1, -2)
-    total = q.shape[-1] + q.sum(-1, keepdims=True) + k.sum(-2, keepdims=True) + q @ k
-    return np.asarray(a.tiny * (1 + abs(this.scale)) * total)
+    total = (1 + abs(this.scale)) * (q.shape[-1] + q.sum(-1, keepdims=True) + k.sum(-2, keepdims=True) + q @ k)
+    beside = (0 if this.softcap is None else this.softcap) + (this.bias != 0) + np.where(this.alibi == 0, 0, 1) * (
+        1 + abs(this.distance)
+    )
+    return np.asarray(a.tiny * (total + beside))
 
 
 # --------------------------------------------------------------------------------------------------- backward
@@ -252,8 +285,27 @@ def backward_limits(
     P and dS rounded to 16 bits add half an ulp of theirs each, the rounded result half an ulp of its own.
     What is flushed to 0 costs at most `tiny` (1 + |scale|) times the number of terms times the factors beside
     it.
+
+    A cap, slopes, a bias: T_ij as in `forward_limits`. lse in the dot product: (N_d + 2) u (X + |lse|) + 2 u X
+    + 2 u |lse|, 5 u A, 3 u B, two sums, 2 u (T + |lse|): within (8 + N_d) u still. With a cap: (N_d + 5) u X +
+    (TANH + 2) u C + 2 u T for two sums, 2 u T for base 2 (not of C, whose factor has it), 2 u |lse|, and u (T
+    + |lse|): at most (10 + N_d) u (T_ij + |lse_i|), `EXTRA_BACKWARD` more.
+
+    The slope of the cap, 1 - tanh^2 with tanh = c / C from a rounded c: tanh is wrong by ((N_d + 5) X / C +
+    TANH + 4) u, its square by twice that, of which the slope 2 tanh (1 - tanh^2) <= 1 leaves X once; 2 u for
+    the square and the difference. So dt = ds slope is wrong by
+
+        |err dt| <= E_ij slope + (|ds| + E_ij) (((N_d + 5) X_ij / C + 2 TANH + 10) u + u),
+
+    and stands for ds in dq and dk, where it is what is rounded to 16 bits.
+
+    Dropout: A_ij times kept_ij, 2 u more in dp_ij and in the weights of dv. dbias sums ds over n pairs and
+    dsinks over n rows: n + 2 roundings, if one term after another, and one more in a narrower dtype. A term of
+    dsinks is p = exp(sink - lse), wrong by a factor 1 +- r with r of 6 u (|sink| + |lse|) and EXP u, times
+    delta, wrong by (N_d + 3) u B_i.
     """
     layout, a = options.get("layout", "hsd"), arithmetic(q.dtype)
+    bias, sinks = options.get("bias"), options.get("sinks")
     arguments = (dout, q, k, v, out, lse, dlse)
     sharing = 1 + math.prod(np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]))
 
@@ -262,38 +314,80 @@ def backward_limits(
         error = error + a.grow(chain + 3) * (abs(values) + error) + a.tiny * scale_1
         exact, limit = (reference.gradient(x, like, layout) for x in (values @ factor, error @ (abs(factor) + a.tiny)))
         limit = limit + a.tiny * sharing * (1 + values.shape[-1])
-        stored = like.dtype if out_dtype is None else out_dtype
-        return exact, limit + half_ulp(abs(exact) + limit, stored) if narrows(stored) else limit
+        return exact, limit + stored(exact, limit, like.dtype if out_dtype is None else out_dtype, a)
+
+    def spread(values: Array, error: Array, shape: tuple[int, ...], like: Array) -> tuple[Array, Array]:
+        """Sums over the axes along which `like`, of which a part has this shape, was broadcast."""
+        terms = values.size // max(math.prod(shape), 1)
+        error = error + a.grow(chains.term * terms + 2) * (abs(values) + error) + a.tiny
+        exact, limit = (reference.sum_to(x, shape) for x in (values, error))
+        return exact, limit + stored(exact, limit, like.dtype if out_dtype is None else out_dtype, a)
 
     this = reference.differentials(*arguments, rows=rows, **options)
     scale, scale_1 = this.scale, 1 + abs(this.scale)
-    _, ds_error = pair_limits(this, chains, a, p_dtype)
-    dq = total(scale * this.ds, abs(scale) * ds_error, this.k, chains.k, q)
+    dq = total(scale * this.dt, abs(scale) * pair_limits(this, chains, a, p_dtype).dt, this.k, chains.k, q)
     this = reference.differentials(*arguments, keys=keys, **options)
-    p, ds, p_error, ds_error = (x.swapaxes(-1, -2) for x in (this.p, this.ds, *pair_limits(this, chains, a, p_dtype)))
-    dk = total(scale * ds, abs(scale) * ds_error, this.q, chains.q, k)
-    dv = total(p, p_error, this.dout, chains.q, v)
-    return reference.Gradients(dq[0], dk[0], dv[0]), reference.Gradients(dq[1], dk[1], dv[1])
+    errors = pair_limits(this, chains, a, p_dtype)
+    weight, dt, p_error, dt_error = (x.swapaxes(-1, -2) for x in (this.kept * this.p, this.dt, errors.p, errors.dt))
+    dk = total(scale * dt, abs(scale) * dt_error, this.q, chains.q, k)
+    dv = total(weight, p_error, this.dout, chains.q, v)
+    dbias: tuple[Array | None, Array | None] = (None, None)
+    dsinks = dbias
+    if bias is not None:
+        own_rows, own_keys = reference.own_axes(bias, rows, keys)
+        this = reference.differentials(*arguments, rows=own_rows, keys=own_keys, **options)
+        shape = reference.part(bias, rows, keys).shape
+        dbias = spread(this.ds, pair_limits(this, chains, a, None).ds, shape, bias)
+    if sinks is not None:
+        this = reference.differentials(*arguments, keys=reference.NO_KEYS, **options)
+        values, error = (x.sum(axis=-1) for x in sink_limits(this, chains, a))
+        dsinks = spread(values.swapaxes(-1, -2), error.swapaxes(-1, -2), sinks.shape, sinks)
+    exact, limit = zip(dq, dk, dv, dbias, dsinks, strict=True)
+    return reference.Gradients(*exact), reference.Gradients(*limit)
+
+
+class PairLimits(NamedTuple):
+    """Limits of the errors of a pair's numbers."""
+
+    p: Array  # of kept_ij p_ij
+    ds: Array
+    dt: Array
 
 
 def pair_limits(
     this: reference.Differentials, chains: Chains, a: Arithmetic, p_dtype: npt.DTypeLike | None
-) -> tuple[Array, Array]:
-    """Limits of the errors of p_ij and ds_ij (see `backward_limits`)."""
-    seen = this.visible & (this.lse != -np.inf)
+) -> PairLimits:
+    """Limits of the errors of p_ij, ds_ij and dt_ij (see `backward_limits`)."""
     log_size = np.where(this.lse == -np.inf, 0, abs(this.lse))
-    r = a.grow((8 + chains.d) * (this.magnitude() + log_size) + EXP + flushed_logit(this, a) / a.u)
-    p_error = np.where(seen, r * this.p + a.tiny, 0)
+    drops = 2 if (this.kept != 1).any() else 0
+    roundings = 8 + chains.d + (0 if this.softcap is None else EXTRA_BACKWARD)
+    r = a.grow(roundings * (this.magnitude() + log_size) + EXP + flushed_logit(this, a) / a.u)
+    p_error = np.where(this.seen, r * this.p + a.tiny, 0)
 
     dout, out, v = abs(this.dout), abs(this.out), abs(this.v)
-    terms = dout @ v.swapaxes(-1, -2) + (dout * out).sum(-1, keepdims=True) + abs(this.dlse)  # A_ij + B_i
+    terms = this.kept * (dout @ v.swapaxes(-1, -2)) + (dout * out).sum(-1, keepdims=True) + abs(this.dlse)  # A + B
     lost = v.shape[-1] + (dout + out).sum(-1, keepdims=True) + v.sum(-1)[..., None, :]
-    inner = a.grow(chains.d + 4) * terms + a.tiny * lost
+    inner = a.grow(chains.d + 4 + drops) * terms + a.tiny * lost * (1 + this.kept)
     ds_error = (p_error + 2 * a.u * this.p) * abs(this.gap) + (this.p + p_error) * inner + a.tiny
+    dt_error = ds_error
+    if this.softcap is not None:
+        slope = ((chains.d + 5) * this.product_magnitude() / this.softcap + 2 * TANH + 11) * a.u
+        dt_error = ds_error * this.slope() + (abs(this.ds) + ds_error) * slope + a.tiny
+    weight_error = this.kept * (p_error + drops * a.u * (this.p + p_error))
     if p_dtype is not None:
-        p_error = p_error + relative(this.p + p_error, p_dtype)
-        ds_error = ds_error + relative(abs(this.ds) + ds_error, p_dtype)
-    return np.where(seen, p_error, 0), np.where(seen, ds_error, 0)
+        weight_error = weight_error + this.kept * relative(this.p + p_error, p_dtype)
+        dt_error = dt_error + relative(abs(this.dt) + dt_error, p_dtype)
+    return PairLimits(*(np.where(this.seen, x, 0) for x in (weight_error, ds_error, dt_error)))
+
+
+def sink_limits(this: reference.Differentials, chains: Chains, a: Arithmetic) -> tuple[Array, Array]:
+    """The terms of dsinks, (..., Hq, rows, 1), and the limits of their errors (see `backward_limits`)."""
+    p = reference.weights(this.sink, this.lse)
+    size = np.where(p == 0, 0, abs(np.where(this.sink == -np.inf, 0, this.sink)) + abs(this.lse))
+    r = a.grow(6 * size + EXP)
+    inner = a.grow(chains.d + 3) * ((abs(this.dout) * abs(this.out)).sum(-1, keepdims=True) + abs(this.dlse))
+    lost = a.tiny * (1 + abs(this.delta))
+    return -p * this.delta, p * r * abs(this.delta) + p * (1 + r) * inner + lost
 
 
 # ----------------------------------------------------------------------------------------------------- checks
@@ -395,7 +489,7 @@ def check_forward(
     where : array_like of bool
         Check only these rows of out and lse; broadcasts to lse's shape.
     **options
-        ``scale``, ``causal``, ``q_offset``, ``layout`` of the call.
+        Those of the call that say what to compute.
     """
     layout = options.get("layout", "hsd")
     chains = longest_chains(q, k, v, layout, block_n=block_n)
@@ -407,9 +501,9 @@ def check_forward(
     shd = layout == "shd" and q.ndim > 2
     where = np.broadcast_to(where, want.lse.shape)
     where_out = (where.swapaxes(-1, -2) if shd else where)[..., None]
-    worst = [_compare_part("out", out, rows, -3 if shd else -2, want.out, limit.out, where_out)]
+    worst = [_compare_part("out", out, {-3 if shd else -2: rows}, want.out, limit.out, where_out)]
     if lse is not None:
-        worst.append(_compare_part("lse", lse, rows, -1, want.lse, limit.lse, where))
+        worst.append(_compare_part("lse", lse, {-1: rows}, want.lse, limit.lse, where))
     return Report(tuple(worst))
 
 
@@ -432,9 +526,10 @@ def check_backward(
     keys: Index = None,
     **options: Any,
 ) -> Report:
-    """Compare dq, dk, dv, those that are not None, with the specification from the same out and lse.
+    """Compare the gradients that are not None with the specification from the same out and lse.
 
-    Parameters are those of `check_forward`, and ``rows`` for dq, ``keys`` for dk and dv, ``chain_q`` for N_q.
+    Parameters are those of `check_forward`, and ``rows`` for dq, ``keys`` for dk and dv, both for dbias,
+    ``chain_q`` for N_q. `gradients` are dq, dk, dv and, if there are more, dbias and dsinks.
     """
     layout = options.get("layout", "hsd")
     chains = longest_chains(q, k, v, layout, backward=True)
@@ -445,11 +540,17 @@ def check_backward(
         p_dtype=p_dtype, rows=rows, keys=keys, **options,
     )  # fmt: skip
     axis = -3 if layout == "shd" and q.ndim > 2 else -2
+    parts: tuple[dict[int, Index], ...] = ({axis: rows}, {axis: keys}, {axis: keys})
+    if (bias := options.get("bias")) is not None:
+        own_rows, own_keys = reference.own_axes(bias, rows, keys)
+        parts = (*parts, {-2: own_rows, -1: own_keys})
+    else:
+        parts = (*parts, {})
     return Report(
         tuple(
-            _compare_part(name, got, index, axis, exact, most)
+            _compare_part(name, got, index, exact, most)
             for name, got, exact, most, index in zip(
-                want._fields, gradients[:3], want, limit, (rows, keys, keys), strict=True
+                want._fields, (*gradients, None, None), want, limit, (*parts, {}), strict=False
             )
             if got is not None and exact is not None and most is not None
         )
@@ -480,14 +581,15 @@ def check_ideal(name: str, got: Array, want: Array, limit: Array, ideal: Array, 
 
 
 def _compare_part(
-    name: str, got: Array, part: Index, axis: int, want: Array, limit: Array, where: npt.ArrayLike = True
+    name: str, got: Array, parts: dict[int, Index], want: Array, limit: Array, where: npt.ArrayLike = True
 ) -> Worst:
-    """`compare` the positions `part` of `got` along `axis`; the worst element is named by its place in `got`."""
-    if part is None:
-        return compare(name, got, want, limit, where)
-    positions = np.asarray(part)
-    worst = compare(name, np.take(got, positions, axis=axis), want, limit, where)
+    """`compare` the named positions of `got` along axes; the worst element is named by its place in `got`."""
+    taken = {axis: np.asarray(index) for axis, index in parts.items() if index is not None}
+    for axis, positions in taken.items():
+        got = np.take(got, positions, axis=axis)
+    worst = compare(name, got, want, limit, where)
     at = list(worst.at)
     if at:
-        at[axis] = int(positions[at[axis]])
+        for axis, positions in taken.items():
+            at[axis] = int(positions[at[axis]])
     return worst._replace(at=tuple(at))

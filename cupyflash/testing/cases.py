@@ -8,7 +8,11 @@ import numpy as np
 
 from .. import AttentionGradients, attention, attention_backward, explain
 from . import bounds
-from .data import Case, Inputs, Placed, place, place_empty, to_numpy
+from .data import Case, Inputs, Placed, Shape, place, place_empty, to_numpy
+from .table import options_table as options_table
+
+# What is written, in the order of the styles of a case: those of `styles`, then those of `styles_beside`.
+OUTPUTS = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")
 
 
 class BrokenPromise(AssertionError):
@@ -29,38 +33,36 @@ def run(case: Case, xp: Any = np, **options: Any) -> bounds.Report:
     Returns
     -------
     Report
-        The worst element of out, lse, dq, dk, dv.
+        The worst element of out, lse and each gradient.
 
     Raises
     ------
     BrokenPromise
         If an input or a byte outside an output was written, or a shape or dtype is wrong.
     """
-    inputs = case.inputs()
-    styles = (*case.styles[:4], "plain")
-    placed = {n: place(a, s, xp) for n, a, s in zip(Inputs._fields, inputs, styles, strict=True)}
-    options = {**case.options(), **options}
-    spec = {name: options[name] for name in ("scale", "causal", "q_offset", "layout")}
+    placed, asked, meaning = _place(case, xp)
+    options = {**asked, **options}
     q, k, v = (placed[name].array for name in "qkv")
-    values = Inputs(*(p.values for p in placed.values()))  # a repeated axis has changed them
+    values = Inputs(*(placed[name].values for name in Inputs._fields))  # a repeated axis has changed them
 
-    outputs = _outputs(case, inputs, xp)
+    outputs = _outputs(case, placed, xp)
     out, lse = _forward(case, (q, k, v), outputs, options)
     plan = explain(q, k, v, **options)
     report = bounds.check_forward(
         values.q, values.k, values.v, to_numpy(out), to_numpy(lse),
         chain_d=plan.chain_d, chain_k=plan.chain_k, block_n=min(plan.block_n, max(case.seqlen_k, 1)),
-        p_dtype=inputs.q.dtype if plan.rounds_p else None, **spec,
+        p_dtype=values.q.dtype if plan.rounds_p else None, **meaning,
     )  # fmt: skip
 
+    _poison_padding(case, out, lse)
     dlse = placed["dlse"].array if case.dlse else None
     grads = _backward(case, placed, out, lse, dlse, outputs, options)
     plan = explain(q, k, v, backward=True, wrt=case.wrt, **options)
     report = report + bounds.check_backward(
         values.dout, values.q, values.k, values.v, to_numpy(out), to_numpy(lse),
-        tuple(None if g is None else to_numpy(g) for g in grads[:3]), dlse=values.dlse if case.dlse else None,
+        tuple(None if g is None else to_numpy(g) for g in grads), dlse=values.dlse if case.dlse else None,
         chain_d=plan.chain_d, chain_k=plan.chain_k, chain_q=plan.chain_q,
-        p_dtype=inputs.q.dtype if plan.rounds_p else None, **spec,
+        p_dtype=values.q.dtype if plan.rounds_p else None, **meaning,
     )  # fmt: skip
     for name, p in placed.items():
         _promise(p.unwritten(), f"{name} or the bytes around it were written")
@@ -69,17 +71,48 @@ def run(case: Case, xp: Any = np, **options: Any) -> bounds.Report:
     return report
 
 
-def _outputs(case: Case, inputs: Inputs, xp: Any) -> dict[str, Placed]:
+def _place(case: Case, xp: Any) -> tuple[dict[str, Placed], dict[str, Any], dict[str, Any]]:
+    """A case's arrays inside poison, its options with these arrays, its options as the specification takes them."""
+    styles = dict(zip(("q", "k", "v", "dout"), case.styles, strict=False))
+    styles |= {"bias": case.styles_beside[0], "mask": case.styles_beside[1]}
+    meaning = case.options()
+    beside = {name: x for name, x in meaning.items() if isinstance(x, np.ndarray) and name != "q_offset"}
+    pair = meaning.get("segment_ids", ())
+    beside |= {f"segment_ids[{i}]": ids for i, ids in enumerate(pair)}
+    arrays = case.inputs()._asdict() | beside  # offsets stay with the host, which may hold them for any device
+    placed = {name: place(x, styles.get(name, "plain"), xp) for name, x in arrays.items()}
+    options = {name: placed[name].array if name in placed else value for name, value in meaning.items()}
+    if pair:
+        options["segment_ids"] = tuple(placed[f"segment_ids[{i}]"].array for i in (0, 1))
+    return placed, options, {name: placed[name].values if name in placed else value for name, value in meaning.items()}
+
+
+def _poison_padding(case: Case, out: Any, lse: Any) -> None:
+    """NaN in the rows of out and lse that an entry does not have: the backward may not use them."""
+    lens = case.lens("q")
+    if lens is None:
+        return
+    batch = np.broadcast_shapes(*case.batch)
+    columns = (slice(None),) * (1 if case.layout == "hsd" or case.single_head else 2)
+    for entry in np.ndindex(*batch):
+        beyond = (*entry, ..., slice(int(np.broadcast_to(lens, batch)[entry]), None))
+        lse[beyond] = np.nan
+        out[beyond + columns] = np.nan
+
+
+def _outputs(case: Case, placed: dict[str, Placed], xp: Any) -> dict[str, Placed]:
     """Arrays full of poison for out=, lse and the gradients of a case."""
-    dtype = inputs.q.dtype
+    dtype = placed["q"].array.dtype
     out_dtype = np.dtype(np.float32) if case.out == "float32" else dtype
     accumulator = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-    shapes = {"out": (inputs.dout.shape, out_dtype), "lse": (case.lse_shape, accumulator)}
-    shapes |= {f"d{name}": (getattr(inputs, name).shape, dtype) for name in "qkv"}
-    return {
-        name: place_empty(*shape, style, xp)
-        for (name, shape), style in zip(shapes.items(), case.styles[4:], strict=True)
-    }
+    shapes: dict[str, tuple[Shape, Any]] = {
+        "out": (placed["dout"].array.shape, out_dtype), "lse": (case.lse_shape, accumulator)
+    }  # fmt: skip
+    for name in ("q", "k", "v", "bias", "sinks"):
+        if name in placed:
+            shapes[f"d{name}"] = placed[name].array.shape, placed[name].array.dtype
+    styles = dict(zip(OUTPUTS, (*case.styles[4:], *case.styles_beside[2:]), strict=True))
+    return {name: place_empty(*shape, styles[name], xp) for name, shape in shapes.items()}
 
 
 def _forward(case: Case, qkv: tuple[Any, ...], outputs: dict[str, Placed], options: dict[str, Any]) -> Any:
@@ -104,14 +137,15 @@ def _backward(
     options: dict[str, Any],
 ) -> Any:
     """The gradients, written where the case says."""
-    names = case.wrt or ("q", "k", "v")
+    known = [name[1:] for name in outputs if name.startswith("d")]
+    names = case.wrt or known
     given = {f"d{name}": outputs[f"d{name}"].array for name in names} if case.grads_out else {}
     q, k, v, dout = (placed[name].array for name in ("q", "k", "v", "dout"))
     grads = attention_backward(
         dout, q, k, v, out, lse, dlse=dlse, wrt=case.wrt,
         grads_out=AttentionGradients(**given) if given else None, **options,
     )  # fmt: skip
-    for name in "qkv":
+    for name in known:
         got = getattr(grads, f"d{name}")
         _promise((got is not None) == (name in names), f"wrt={case.wrt} and d{name} is {type(got).__name__}")
         if got is not None:

@@ -14,6 +14,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from .reference import sum_to
+
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 Pick = Callable[[int], int]  # pick(n) is an integer in [0, n); 0 is the simplest choice
@@ -344,6 +346,10 @@ HEAD_DIMS = (
 )
 NAMES = tuple(dtype.name for dtype in DTYPES)
 WRT = (None, ("q", "k", "v"), ("v",), ("k", "q"), ("q",), ("k",), ("v", "q"))
+#: How an array of pairs may broadcast to (*batch, heads, seqlen_q, seqlen_k): see `Case.pair_shape`.
+PAIR_KINDS = ("full", "heads", "entries", "pairs", "keys", "rows", "key", "one")
+WINDOWS = ((7, None), (None, 5), (20, 3), (0, 0), (None, 0), (0, None), (64, 64), (2**40, 2**40))
+SOFTCAPS = (0.7, 5.0, 30.0)
 
 
 @dataclass(frozen=True)
@@ -371,6 +377,19 @@ class Case:
     dlse: bool = False
     wrt: tuple[str, ...] | None = None
     grads_out: bool = False
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    bias: str | None = None  # how it broadcasts, one of PAIR_KINDS; its numbers are drawn from the seed, as below
+    bias_dtype: str | None = None  # None: q's
+    bias_hides: bool = False  # -inf here and there
+    mask: str | None = None  # one of PAIR_KINDS
+    alibi: str | None = None  # "heads", "entries" or "one": what has slopes of its own
+    sinks: str | None = None  # their dtype
+    q_lens: str | None = None  # "one": an integer; "entries", "last": an array over all leading axes, over the last
+    kv_lens: str | None = None
+    segments: str | None = None  # "shared" by all entries, or "entries"
+    dropout: float = 0.0
+    styles_beside: tuple[str, ...] = ("plain",) * 4  # of bias, mask, dbias, dsinks
 
     @property
     def shapes(self) -> Shapes:
@@ -391,11 +410,16 @@ class Case:
         return (*batch, heads, seqlen, dim) if self.layout == "hsd" else (*batch, seqlen, heads, dim)
 
     @property
+    def heads_and_rows(self) -> Shape:
+        """How many query heads and query rows there are."""
+        return (self.num_heads_k * self.group, self.seqlen_q)
+
+    @property
     def lse_shape(self) -> Shape:
         """The shape of lse and dlse."""
         if self.single_head:
             return (self.seqlen_q,)
-        return (*np.broadcast_shapes(*self.batch), self.num_heads_k * self.group, self.seqlen_q)
+        return (*np.broadcast_shapes(*self.batch), *self.heads_and_rows)
 
     @property
     def work(self) -> int:
@@ -404,12 +428,33 @@ class Case:
         return pairs * (self.head_dim + self.head_dim_v)
 
     def inputs(self) -> Inputs:
-        """The numbers, in the user's layout."""
+        """The numbers, in the user's layout; NaN beyond the lengths of all entries that share an array."""
         shapes = self.shapes
         hsd = Shapes(*(self._swap(shape) for shape in shapes))
         inputs = draw(self.data, np.random.default_rng(self.seed), hsd, _dtype(self.dtype))
+        if self.q_lens or self.kv_lens:
+            inputs = inputs._replace(**{name: self._padded(name, x) for name, x in inputs._asdict().items()})
         q, k, v, dout = (np.ascontiguousarray(a.swapaxes(-2, -3)) if self._swaps else a for a in inputs[:4])
         return Inputs(q, k, v, dout, inputs.dlse.reshape(self.lse_shape))
+
+    def _padded(self, name: str, x: Array) -> Array:
+        """x of `inputs`, before any layout, with NaN where no entry has a row or key."""
+        if name in Inputs._fields[:4] and self.styles[Inputs._fields.index(name)] == "repeated":
+            return x  # what lies there lies elsewhere, too
+        used_q, used_k = self.used()
+        used = used_k if name in "kv" else used_q
+        if self.single_head:
+            used = used[0]
+        used = used if name == "dlse" else used[..., None]
+        shape = tuple(n if own > 1 else 1 for own, n in zip(x.shape[::-1], used.shape[::-1], strict=False))[::-1]
+        return np.where(sum_to(used.astype(int), shape) > 0, x, np.array(np.nan, x.dtype))
+
+    def used(self) -> tuple[Array, Array]:
+        """Which query rows and which keys each entry has, (*batch, 1, seqlen_q) and (*batch, 1, seqlen_k)."""
+        batch = np.broadcast_shapes(*self.batch)
+        sides = ((self.lens("q"), self.seqlen_q), (self.lens("k"), self.seqlen_k))
+        q_len, kv_len = (np.broadcast_to(n if lens is None else lens, batch)[..., None, None] for lens, n in sides)
+        return np.arange(self.seqlen_q) < q_len, np.arange(self.seqlen_k) < kv_len
 
     @property
     def _swaps(self) -> bool:
@@ -425,11 +470,98 @@ class Case:
         rng = np.random.default_rng((self.seed, 1))
         near = rng.integers(-self.seqlen_q - 2, self.seqlen_k + 3, self.offset_shape)
         far = rng.choice([-(2**40), 2**40], self.offset_shape)
-        return np.asarray(np.where(rng.random(self.offset_shape) < 0.1, far, near), np.int64)
+        share = 0.1 if self.alibi is None else 0  # slopes times 2**40 is more than lse can hold to any use
+        return np.asarray(np.where(rng.random(self.offset_shape) < share, far, near), np.int64)
 
     def options(self) -> dict[str, Any]:
-        """The options of the call, without out= and the like."""
-        return {"scale": self.scale, "causal": self.causal, "q_offset": self.offsets(), "layout": self.layout}
+        """The options of the call, without out= and the like: the first four, and what is on."""
+        found: dict[str, Any] = {
+            "scale": self.scale, "causal": self.causal, "q_offset": self.offsets(), "layout": self.layout
+        }  # fmt: skip
+        beside = {
+            "window": self.window, "softcap": self.softcap, "bias": self._bias(), "mask": self._mask(),
+            "alibi_slopes": self._slopes(), "sinks": self._sinks(), "q_lens": self.lens("q"),
+            "kv_lens": self.lens("k"), "segment_ids": self._segments(), "dropout": self.dropout or None,
+            "seed": int(self._rng(8).integers(2**64, dtype=np.uint64)) if self.dropout else None,
+        }  # fmt: skip
+        return found | {name: value for name, value in beside.items() if value is not None}
+
+    def _rng(self, stream: int) -> np.random.Generator:
+        """Each array has numbers of its own, whatever else is on; 1 is that of offsets."""
+        return np.random.default_rng((self.seed, stream))
+
+    def pair_shape(self, kind: str) -> Shape:
+        """The shape of an array that broadcasts to all pairs as `kind` says."""
+        batch, heads = np.broadcast_shapes(*self.batch), self.num_heads_k * self.group
+        rows, keys = self.seqlen_q, self.seqlen_k
+        return {
+            "full": (*batch, heads, rows, keys),
+            "heads": (heads, rows, keys),
+            "entries": (*batch, 1, rows, keys),
+            "pairs": (rows, keys),
+            "keys": (*batch, 1, 1, keys),
+            "rows": (heads, rows, 1),
+            "key": (keys,),
+            "one": (1, 1),
+        }[kind]
+
+    def _bias(self) -> Array | None:
+        if self.bias is None:
+            return None
+        rng, shape = self._rng(2), self.pair_shape(self.bias)
+        x = rng.standard_normal(shape)
+        if self.bias_hides:
+            x = np.where(rng.random(shape) < 0.2, -np.inf, x)
+        if self.styles_beside[0] != "repeated":
+            used_q, used_k = self.used()
+            used = used_q[..., :, None] & used_k[..., None, :]
+            heads = np.broadcast_to(used, (*used.shape[:-3], self.num_heads_k * self.group, *used.shape[-2:]))
+            x = np.where(sum_to(heads.astype(int), shape) > 0, x, np.nan)
+        return x.astype(_dtype(self.bias_dtype or self.dtype))
+
+    def _mask(self) -> Array | None:
+        """True for some or most; now and then a row, or a key, is hidden altogether."""
+        if self.mask is None:
+            return None
+        rng, shape = self._rng(3), self.pair_shape(self.mask)
+        seen = rng.random(shape) < rng.choice([0.5, 0.95])
+        return np.asarray(seen & (rng.random((*shape[:-1], 1)) < 0.9) & (rng.random(shape[-1:]) < 0.9))
+
+    def _slopes(self) -> Array | None:
+        if self.alibi is None:
+            return None
+        heads = (self.num_heads_k * self.group,)
+        shape = {"heads": heads, "entries": (*np.broadcast_shapes(*self.batch), *heads), "one": ()}[self.alibi]
+        rng = self._rng(4)
+        slopes = np.asarray(2.0 ** -rng.uniform(1, 8, shape) * rng.choice([1, 1, 1, -1], shape))
+        return slopes.astype(_dtype(str(rng.choice(NAMES))))
+
+    def _sinks(self) -> Array | None:
+        if self.sinks is None:
+            return None
+        return (2 * self._rng(5).standard_normal(self.num_heads_k * self.group)).astype(_dtype(self.sinks))
+
+    def lens(self, side: str) -> int | npt.NDArray[np.int64] | None:
+        """The lengths of entries of "q" or "k": most of the array, or, now and then, nothing, one or all of it."""
+        kind, seqlen = (self.q_lens, self.seqlen_q) if side == "q" else (self.kv_lens, self.seqlen_k)
+        if kind is None:
+            return None
+        rng, batch = self._rng(6 if side == "q" else 7), np.broadcast_shapes(*self.batch)
+        shape = {"one": (), "entries": batch, "last": batch[-1:]}[kind]
+        most = rng.integers((seqlen + 1) // 2, seqlen + 1, shape)
+        lens = np.where(rng.random(shape) < 0.2, rng.choice([0, min(1, seqlen), seqlen], shape), most)
+        return int(lens) if kind == "one" else np.asarray(lens, np.int64)
+
+    def _segments(self) -> tuple[Array, Array] | None:
+        """Runs of equal numbers, or numbers in no order; some have no match."""
+        if self.segments is None:
+            return None
+        rng = self._rng(9)
+        batch = np.broadcast_shapes(*self.batch) if self.segments == "entries" else ()
+        ids = tuple(rng.integers(0, n, (*batch, seqlen)) for n, seqlen in ((2, self.seqlen_q), (3, self.seqlen_k)))
+        runs = rng.random() < 0.5
+        q_ids, kv_ids = (np.sort(x, axis=-1) if runs else x for x in ids)
+        return q_ids.astype(np.int32), kv_ids
 
 
 def _dtype(name: str) -> np.dtype[Any]:
@@ -447,6 +579,7 @@ def random_case(
     dtypes: Sequence[str] = NAMES,
     styles: Sequence[str] = INPUT_STYLES,
     work: int = 2_000_000,
+    options: bool = False,
 ) -> Case:
     """Draw a problem. Each choice is one `pick`, the simplest first, so that hypothesis can shrink it.
 
@@ -458,11 +591,13 @@ def random_case(
         What to draw from.
     work : int
         The most multiplications in the forward; sizes are cut until they fit.
+    options : bool
+        Draw windows, biases, masks and whatever else a call may ask for, too.
     """
 
-    def choose(options: Sequence[Any], simplest: int = 0) -> Any:
-        """One of `options`; the first one in `simplest` cases more than its share."""
-        return options[max(0, pick(len(options) + simplest) - simplest)]
+    def choose(among: Sequence[Any], simplest: int = 0) -> Any:
+        """One of `among`; the first one in `simplest` cases more than its share."""
+        return among[max(0, pick(len(among) + simplest) - simplest)]
 
     dtype = choose(dtypes)
     causal = choose((False, True, "top_left"))
@@ -488,7 +623,8 @@ def random_case(
     )
     if case.data == "float16_limits":  # its logits are moderate because columns of q and k match
         case = replace(case, styles=tuple("plain" if s == "repeated" else s for s in case.styles))
-    return _cut(_with_batch(case, pick, choose), work)
+    case = _with_batch(case, pick, choose)
+    return _cut(_with_options(case, choose, styles) if options else case, work)
 
 
 def _with_batch(case: Case, pick: Pick, choose: Callable[..., Any]) -> Case:
@@ -510,6 +646,32 @@ def _with_batch(case: Case, pick: Pick, choose: Callable[..., Any]) -> Case:
         return replace(case, offset_shape=choose((whole, whole[-1:], (1,) * len(whole))))
     far = (0, 1, -1, case.seqlen_k, -case.seqlen_q, -case.seqlen_q + 1, case.seqlen_k + 7, 2**40, -(2**40))
     return replace(case, q_offset=choose((*far, case.seqlen_k - case.seqlen_q + 2)))
+
+
+def _with_options(case: Case, choose: Callable[..., Any], styles: Sequence[str]) -> Case:
+    """The case with options, each of them off in about half of all cases."""
+    outputs = [s for s in styles if s in OUTPUT_STYLES]
+    lens = (None, "one", "entries", "last")
+    case = replace(
+        case,
+        window=choose((None, *WINDOWS), simplest=6),
+        softcap=choose((None, *SOFTCAPS), simplest=2),
+        bias=choose((None, *PAIR_KINDS), simplest=6),
+        bias_dtype=choose((None, *NAMES)),
+        bias_hides=choose((False, True)),
+        mask=choose((None, *PAIR_KINDS), simplest=6),
+        alibi=choose((None, "heads", "entries", "one"), simplest=2) if abs(case.q_offset or 0) < 2**40 else None,
+        sinks=choose((None, *NAMES), simplest=3),
+        q_lens=choose(lens, simplest=3),
+        kv_lens=choose(lens, simplest=3),
+        segments=choose((None, "shared", "entries"), simplest=2),
+        dropout=choose((0.0, 0.1, 0.5, 0.9), simplest=3) if case.data != "float16_limits" else 0.0,  # out would be inf
+        styles_beside=tuple(choose(among, simplest=4) for among in (styles, styles, outputs, outputs)),
+    )
+    also = [name for name in ("bias", "sinks") if getattr(case, name) is not None]
+    if case.wrt is None or not also:
+        return case
+    return replace(case, wrt=choose((case.wrt, *((*case.wrt, name) for name in also), tuple(also))))
 
 
 def _cut(case: Case, work: int) -> Case:

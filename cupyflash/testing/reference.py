@@ -4,21 +4,25 @@ Everything else in this project is checked against this page. It forms every log
 in an algorithm, and it computes in a *working type* that is wider than what it judges: float64 for 16-bit and
 float32 inputs, ``numpy.longdouble`` for float64 inputs.
 
-Forward, for query row i of one head, with o_i = out and the sum over the keys j that row i sees:
+Forward, for query row i of one head, with o_i = out and the sums over the keys j that row i sees:
 
-    s_ij  = scale * q_i . k_j                        the logits
-    lse_i = log sum_j exp(s_ij)                      -inf where the row sees no key
-    p_ij  = exp(s_ij - lse_i)                        0 where the row sees no key
-    o_i   = sum_j p_ij v_j
+    t_ij  = scale * q_i . k_j
+    s_ij  = softcap * tanh(t_ij / softcap) - slope |d_i - j| + bias_ij      the logits; d_i: row i's diagonal
+    lse_i = log (exp(sink) + sum_j exp(s_ij))        -inf where the row has neither a key nor a sink
+    p_ij  = exp(s_ij - lse_i)                        0 there
+    o_i   = sum_j kept_ij p_ij v_j                   kept_ij: 0 or 1 / (1 - dropout); 1 without dropout
 
 Backward, given the cotangents do_i = dout of o_i and dl_i = dlse of lse_i:
 
-    delta_i = do_i . o_i - dl_i                      dl_i is not read where the row sees no key
-    dp_ij   = do_i . v_j
+    delta_i = do_i . o_i - dl_i                      dl_i is not read where lse_i is -inf
+    dp_ij   = kept_ij do_i . v_j
     ds_ij   = p_ij (dp_ij - delta_i)
-    dq_i    = scale * sum_j ds_ij k_j
-    dk_j    = scale * sum_i ds_ij q_i                over the rows of every query head that reads k_j
-    dv_j    =         sum_i p_ij do_i
+    dt_ij   = ds_ij (1 - tanh(t_ij / softcap)^2)
+    dq_i    = scale * sum_j dt_ij k_j
+    dk_j    = scale * sum_i dt_ij q_i                over the rows of every query head that reads k_j
+    dv_j    =         sum_i kept_ij p_ij do_i
+    dbias   =         ds                             summed over the axes along which bias was broadcast
+    dsink   =       - sum_i exp(sink - lse_i) delta_i        over the rows of every entry
 
 `forward` and `backward` take NumPy arrays of any dtype and return arrays of the working type. ``rows=`` and
 ``keys=`` evaluate only the named query rows (out, lse, dq) or keys (dk, dv), in memory that grows with S: row
@@ -34,6 +38,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from .philox import keeps
 
 Array = npt.NDArray[Any]
 Index = npt.ArrayLike | None
@@ -52,6 +58,8 @@ class Gradients(NamedTuple):
     dq: Array | None
     dk: Array | None
     dv: Array | None
+    dbias: Array | None = None
+    dsinks: Array | None = None
 
 
 # ------------------------------------------------------------------------------------------------ conventions
@@ -114,23 +122,50 @@ def heads_from(array: Array, num_heads_k: int) -> Array:
 
 @dataclass(frozen=True)
 class Pairs:
-    """All pairs of the query rows i with the keys j: the matrix that only a specification may hold."""
+    """All pairs of the query rows i with the keys j: the matrix that only a specification may hold.
+
+    What lies beyond an entry's lengths is 0 here, whatever the arrays hold.
+    """
 
     q: Array  # (..., Hq, rows, D)
     k: Array  # (..., Hq, keys, D), kv heads repeated
     v: Array  # (..., Hq, keys, Dv)
-    scale: Any  # of the working type
-    visible: Array  # broadcasts to (..., Hq, rows, keys)
+    scale: Any  # of the working type, as softcap
+    softcap: Any  # None: no cap
+    row: Array  # (..., 1, rows, 1): whether the entry has this row
+    visible: Array  # broadcasts to (..., Hq, rows, keys), as the next four
+    distance: Array  # d_i - j
+    alibi: Array  # what is added to a logit, 0 where the pair is hidden
+    bias: Array  # likewise
+    kept: Array  # dropout's factor of a weight: 0 or 1 / (1 - dropout)
+    sink: Array  # broadcasts to (..., Hq, rows, 1); -inf: no sink
+
+    def products(self) -> Array:
+        """t_ij, before the cap."""
+        return np.asarray(self.scale * (self.q @ self.k.swapaxes(-1, -2)))
 
     def logits(self) -> Array:
         """s_ij, -inf where row i does not see key j (by selection, so that what is masked can't spread)."""
-        s = self.scale * (self.q @ self.k.swapaxes(-1, -2))
-        return np.where(self.visible, s, -np.inf)
+        s = self.products()
+        if self.softcap is not None:
+            s = self.softcap * np.tanh(s / self.softcap)
+        return np.where(self.visible, s + self.alibi + self.bias, -np.inf)
+
+    def slope(self) -> Any:
+        """The derivative of the cap: of a logit with respect to t_ij."""
+        return 1 if self.softcap is None else 1 - np.tanh(self.products() / self.softcap) ** 2
 
     def magnitude(self) -> Array:
-        """|scale| * sum_d |q_d k_d|: what rounding errors of a logit are proportional to; 0 where masked."""
-        s = abs(self.scale) * (abs(self.q) @ abs(self.k).swapaxes(-1, -2))
-        return np.where(self.visible, s, 0)
+        """|scale| sum_d |q_d k_d| + |alibi| + |bias| + softcap: what a logit's errors are proportional to; 0 if hidden.
+
+        The cap is there because an implementation's tanh may be wrong by a few roundings of 1.
+        """
+        s = self.product_magnitude() + abs(self.alibi) + abs(self.bias)
+        return np.where(self.visible, s if self.softcap is None else s + self.softcap, 0)
+
+    def product_magnitude(self) -> Array:
+        """|scale| sum_d |q_d k_d|, of hidden pairs too."""
+        return np.asarray(abs(self.scale) * (abs(self.q) @ abs(self.k).swapaxes(-1, -2)))
 
 
 def pairs(
@@ -140,7 +175,18 @@ def pairs(
     *,
     scale: float | None = None,
     causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    q_lens: npt.ArrayLike | None = None,
+    kv_lens: npt.ArrayLike | None = None,
     q_offset: npt.ArrayLike | None = None,
+    segment_ids: tuple[Array, Array] | None = None,
+    dropout: float = 0.0,
+    seed: Any = None,
     layout: str = "hsd",
     rows: Index = None,
     keys: Index = None,
@@ -151,16 +197,47 @@ def pairs(
     i, j = positions(seqlen_q, rows)[:, None], positions(seqlen_k, keys)[None, :]
     num_heads = 1 if q.ndim == 2 else q.shape[-2 if layout == "shd" else -3]
 
-    diagonal = i + offsets(q_offset, causal, seqlen_q, seqlen_k)
-    visible = np.ones((i.size, j.size), bool)
+    q_len, kv_len = lengths(q_lens, seqlen_q), lengths(kv_lens, seqlen_k)
+    distance = i + offsets(q_offset, causal, q_len, kv_len) - j
+    row, key = i < q_len, j < kv_len
+    visible = row & key
+    left, right = (None, None) if window is None else window
     if causal:
-        visible = visible & (j <= diagonal)
+        visible = visible & (distance >= 0)
+    if left is not None:
+        visible = visible & (distance <= left)
+    if right is not None:
+        visible = visible & (-distance <= right)
+    if mask is not None:
+        visible = visible & part(mask, rows, keys)
+    if segment_ids is not None:
+        q_ids, kv_ids = (np.asarray(ids)[..., None, :] for ids in segment_ids)
+        visible = visible & (part(q_ids, None, rows)[..., None] == part(kv_ids, None, keys)[..., None, :])
+
+    added = alibi = np.zeros((1, 1), work)
+    if bias is not None:
+        added = part(bias, rows, keys).astype(work)
+        visible = visible & (added != -np.inf)
+    if alibi_slopes is not None:
+        alibi = -np.asarray(alibi_slopes, work)[..., None, None] * abs(distance)
+    kept = np.ones((1, 1), work)
+    if dropout:
+        b, h = cells(np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]), num_heads)
+        kept = keeps(dropout, int(seed) % 2**64, b, h, i, j) / (1 - work.type(dropout))
+    sink = np.full((1, 1, 1), -np.inf, work) if sinks is None else np.asarray(sinks, work)[:, None, None]
     return Pairs(
-        q=canonical(q, layout, work, rows),
-        k=heads_to(canonical(k, layout, work, keys), num_heads),
-        v=heads_to(canonical(v, layout, work, keys), num_heads),
+        q=np.where(row, canonical(q, layout, work, rows), 0),
+        k=np.where(key.swapaxes(-1, -2), heads_to(canonical(k, layout, work, keys), num_heads), 0),
+        v=np.where(key.swapaxes(-1, -2), heads_to(canonical(v, layout, work, keys), num_heads), 0),
         scale=work.type(1) / np.sqrt(work.type(q.shape[-1])) if scale is None else work.type(scale),
+        softcap=None if softcap is None else work.type(softcap),
+        row=row,
         visible=visible,
+        distance=distance,
+        alibi=np.where(visible, alibi, 0),
+        bias=np.where(visible, added, 0),
+        kept=kept,
+        sink=np.where(row, sink, -np.inf),
     )
 
 
@@ -170,18 +247,39 @@ def positions(length: int, index: Index) -> npt.NDArray[np.int64]:
     return every if index is None else every[np.asarray(index)]
 
 
-def offsets(q_offset: npt.ArrayLike | None, causal: bool | str, seqlen_q: int, seqlen_k: int) -> Any:
+def lengths(lens: npt.ArrayLike | None, seqlen: int) -> npt.NDArray[np.int64]:
+    """The length of each entry's sequence, (..., 1, 1, 1)."""
+    return np.asarray(seqlen if lens is None else lens).astype(np.int64)[..., None, None, None]
+
+
+def offsets(q_offset: npt.ArrayLike | None, causal: bool | str, q_len: Any, kv_len: Any) -> Any:
     """off of the diagonal d_i = i + off, (..., 1, 1, 1) where each batch entry has its own."""
     if q_offset is not None:
         return np.asarray(q_offset, np.int64)[..., None, None, None]
-    return 0 if causal == "top_left" else seqlen_k - seqlen_q
+    return 0 if causal == "top_left" else kv_len - q_len
 
 
-def softmax(s: Array) -> tuple[Array, Array]:
-    """p and lse of the logits: p is 0 and lse is -inf where a row sees no key."""
-    row_max = s.max(axis=-1, keepdims=True, initial=-np.inf)
-    e = np.exp(s - np.where(row_max == -np.inf, 0, row_max))  # -inf - -inf would be NaN
-    total = e.sum(axis=-1, keepdims=True)
+def cells(batch: tuple[int, ...], num_heads: int) -> tuple[Array, Array]:
+    """The number b of each batch entry, (*batch, 1, 1, 1), and of each head, (Hq, 1, 1)."""
+    entries = np.arange(int(np.prod(batch)), dtype=np.int64)
+    return entries.reshape(*batch, 1, 1, 1), np.arange(num_heads)[:, None, None]
+
+
+def part(array: Array, rows: Index, keys: Index) -> Array:
+    """Positions of the last two axes of an array that is broadcast to all pairs: those of its own, not stretched."""
+    array = np.asarray(array)
+    for axis, index in ((-2, rows), (-1, keys)):
+        if index is not None and array.ndim >= -axis and array.shape[axis] > 1:
+            array = np.take(array, np.asarray(index), axis=axis)
+    return array
+
+
+def softmax(s: Array, sink: Any = -np.inf) -> tuple[Array, Array]:
+    """p and lse of the logits: p is 0 and lse is -inf where a row has no key and no sink."""
+    row_max = np.maximum(s.max(axis=-1, keepdims=True, initial=-np.inf), sink)
+    top = np.where(row_max == -np.inf, 0, row_max)  # -inf - -inf would be NaN
+    e = np.exp(s - top)
+    total = e.sum(axis=-1, keepdims=True) + np.exp(sink - top)
     with np.errstate(divide="ignore"):
         lse = row_max + np.log(total)
     return e / np.where(total == 0, 1, total), lse[..., 0]
@@ -202,11 +300,11 @@ def forward(q: Array, k: Array, v: Array, *, rows: Index = None, **options: Any)
     rows : array_like of int, optional
         Positions along the query axis; the result has only these, in this order.
     **options
-        ``scale``, ``causal``, ``q_offset``, ``layout``: as for `cupyflash.attention`.
+        Those of `cupyflash.attention` that say what to compute.
     """
     this = pairs(q, k, v, rows=rows, **options)
-    p, lse = softmax(this.logits())
-    out = p @ this.v
+    p, lse = softmax(this.logits(), this.sink)
+    out = (this.kept * p) @ this.v
     lse = np.broadcast_to(lse, out.shape[:-1])
     return Forward(as_user(out, q.ndim, options.get("layout", "hsd")), lse[0] if q.ndim == 2 else lse)
 
@@ -220,7 +318,7 @@ def backward(
     lse: Array,
     *,
     dlse: Array | None = None,
-    wrt: Sequence[str] = ("q", "k", "v"),
+    wrt: Sequence[str] | None = None,
     rows: Index = None,
     keys: Index = None,
     **options: Any,
@@ -231,24 +329,48 @@ def backward(
     ----------
     dout, q, k, v, out, lse, dlse : numpy.ndarray
         As for `cupyflash.attention_backward`.
-    wrt : sequence of {"q", "k", "v"}
-        Which gradients to evaluate.
+    wrt : sequence of {"q", "k", "v", "bias", "sinks"}, optional
+        Which gradients to evaluate; None: of all that is given.
     rows, keys : array_like of int, optional
-        dq only at these query positions; dk and dv only at these keys.
+        dq only at these query positions; dk and dv only at these keys; dbias only at both, along axes that bias has
+        itself. dsinks is always whole.
     **options
-        ``scale``, ``causal``, ``q_offset``, ``layout``: as for `cupyflash.attention`.
+        Those of `cupyflash.attention` that say what to compute.
     """
-    layout = options.get("layout", "hsd")
+    layout, bias, sinks = options.get("layout", "hsd"), options.get("bias"), options.get("sinks")
     arguments = (dout, q, k, v, out, lse, dlse)
-    dq = dk = dv = None
+    if wrt is None:
+        wrt = differentiable(bias, sinks)
+    dq = dk = dv = dbias = dsinks = None
     if "q" in wrt:
         this = differentials(*arguments, rows=rows, **options)
-        dq = gradient(this.scale * (this.ds @ this.k), q, layout)
+        dq = gradient(this.scale * (this.dt @ this.k), q, layout)
     if "k" in wrt or "v" in wrt:
         this = differentials(*arguments, keys=keys, **options)
-        dk = gradient(this.scale * (this.ds.swapaxes(-1, -2) @ this.q), k, layout) if "k" in wrt else None
-        dv = gradient(this.p.swapaxes(-1, -2) @ this.dout, v, layout) if "v" in wrt else None
-    return Gradients(dq, dk, dv)
+        dk = gradient(this.scale * (this.dt.swapaxes(-1, -2) @ this.q), k, layout) if "k" in wrt else None
+        dv = gradient((this.kept * this.p).swapaxes(-1, -2) @ this.dout, v, layout) if "v" in wrt else None
+    if "bias" in wrt and bias is not None:
+        own_rows, own_keys = own_axes(bias, rows, keys)
+        this = differentials(*arguments, rows=own_rows, keys=own_keys, **options)
+        dbias = sum_to(this.ds, part(bias, rows, keys).shape)
+    if "sinks" in wrt and sinks is not None:
+        this = differentials(*arguments, keys=NO_KEYS, **options)
+        dsinks = sum_to(-(weights(this.sink, this.lse) * this.delta).sum(axis=(-2, -1)), sinks.shape)
+    return Gradients(dq, dk, dv, dbias, dsinks)
+
+
+NO_KEYS = np.zeros(0, np.int64)
+
+
+def differentiable(bias: Array | None, sinks: Array | None) -> tuple[str, ...]:
+    """What there are gradients of, by name."""
+    return ("q", "k", "v", *(name for name, x in (("bias", bias), ("sinks", sinks)) if x is not None))
+
+
+def own_axes(bias: Array, rows: Index, keys: Index) -> tuple[Index, Index]:
+    """The rows and keys that a part of dbias needs: all of them along an axis that bias is stretched along."""
+    shape = (1, 1, *bias.shape)
+    return rows if shape[-2] > 1 else None, keys if shape[-1] > 1 else None
 
 
 @dataclass(frozen=True)
@@ -259,9 +381,16 @@ class Differentials(Pairs):
     out: Array  # (..., Hq, rows, Dv)
     lse: Array  # (..., Hq, rows, 1)
     dlse: Array  # (..., Hq, rows, 1), 0 where it is not read
+    delta: Array  # (..., Hq, rows, 1)
     p: Array  # (..., Hq, rows, keys)
     gap: Array  # dp_ij - delta_i
+    seen: Array  # where ds is not 0 by selection
     ds: Array  # (..., Hq, rows, keys)
+
+    @property
+    def dt(self) -> Array:
+        """The gradient of t_ij."""
+        return np.where(self.seen, self.ds * self.slope(), 0)
 
 
 def differentials(
@@ -280,23 +409,26 @@ def differentials(
     """Everything that the gradients are sums of."""
     this = pairs(q, k, v, rows=rows, keys=keys, **options)
     layout, work = options.get("layout", "hsd"), this.q.dtype
-    do, o = (canonical(a, layout, work, rows) for a in (dout, out))
-    log_sum = canonical_rows(lse, work, rows)[..., None]
-    seen = this.visible & (log_sum != -np.inf)
+    do, o = (np.where(this.row, canonical(a, layout, work, rows), 0) for a in (dout, out))
+    log_sum = np.where(this.row, canonical_rows(lse, work, rows)[..., None], -np.inf)
 
     d_log_sum = np.zeros_like(log_sum) if dlse is None else canonical_rows(dlse, work, rows)[..., None]
     d_log_sum = np.where(log_sum == -np.inf, 0, d_log_sum)  # by selection, whatever it holds there
     delta = (do * o).sum(axis=-1, keepdims=True) - d_log_sum
-    p = weights(this.logits(), log_sum)
-    gap = do @ this.v.swapaxes(-1, -2) - delta
+    s = this.logits()
+    p = weights(s, log_sum)
+    gap = this.kept * (do @ this.v.swapaxes(-1, -2)) - delta
+    seen = (s != -np.inf) & (log_sum != -np.inf)
     return Differentials(
         **vars(this),
         dout=do,
         out=o,
         lse=log_sum,
         dlse=d_log_sum,
+        delta=delta,
         p=p,
         gap=gap,
+        seen=seen,
         ds=np.where(seen, p * gap, 0),
     )
 
@@ -327,10 +459,11 @@ def ideal_forward(
     """
     this = pairs(q, k, v, rows=rows, **options)
     s = this.logits()
-    row_max = s.max(axis=-1, keepdims=True, initial=-np.inf)
-    e = np.exp(s - np.where(row_max == -np.inf, 0, row_max))
-    total = e.sum(axis=-1, keepdims=True)
-    out = (rounded(e, q.dtype) @ this.v) / np.where(total == 0, 1, total)
+    row_max = np.maximum(s.max(axis=-1, keepdims=True, initial=-np.inf), this.sink)
+    top = np.where(row_max == -np.inf, 0, row_max)
+    e = np.exp(s - top)
+    total = e.sum(axis=-1, keepdims=True) + np.exp(this.sink - top)
+    out = ((this.kept * rounded(e, q.dtype)) @ this.v) / np.where(total == 0, 1, total)
     out = rounded(out, q.dtype if out_dtype is None else out_dtype)
     return as_user(out, q.ndim, options.get("layout", "hsd"))
 
@@ -346,14 +479,21 @@ def ideal_backward(
     dlse: Array | None = None,
     **options: Any,
 ) -> Gradients:
-    """What 16-bit tensor cores allow at best: P, dS and the results rounded once each, all else exact."""
-    layout = options.get("layout", "hsd")
+    """What 16-bit tensor cores allow at best: P, dS and the results rounded once each, all else exact.
+
+    dS is rounded where it meets q and k, which is behind the cap; dbias and dsinks meet neither.
+    """
+    layout, bias, sinks = options.get("layout", "hsd"), options.get("bias"), options.get("sinks")
     this = differentials(dout, q, k, v, out, lse, dlse, **options)
-    p, ds = rounded(this.p, q.dtype), rounded(this.ds, q.dtype)
-    dq = gradient(this.scale * (ds @ this.k), q, layout)
-    dk = gradient(this.scale * (ds.swapaxes(-1, -2) @ this.q), k, layout)
-    dv = gradient(p.swapaxes(-1, -2) @ this.dout, v, layout)
-    return Gradients(*(rounded(a, q.dtype) for a in (dq, dk, dv)))
+    p, dt = this.kept * rounded(this.p, q.dtype), rounded(this.dt, q.dtype)
+    exact = backward(dout, q, k, v, out, lse, dlse=dlse, wrt=("bias", "sinks"), **options)
+    return Gradients(
+        dq=rounded(gradient(this.scale * (dt @ this.k), q, layout), q.dtype),
+        dk=rounded(gradient(this.scale * (dt.swapaxes(-1, -2) @ this.q), k, layout), k.dtype),
+        dv=rounded(gradient(p.swapaxes(-1, -2) @ this.dout, v, layout), v.dtype),
+        dbias=None if bias is None or exact.dbias is None else rounded(exact.dbias, bias.dtype),
+        dsinks=None if sinks is None or exact.dsinks is None else rounded(exact.dsinks, sinks.dtype),
+    )
 
 
 def rounded(array: Array, dtype: npt.DTypeLike) -> Array:
