@@ -98,6 +98,20 @@ def check_hopper(row: HopperRow, head_dim: int, head_dim_v: int, smem: int) -> s
     room = (160 if row.block_m == 192 else 240) - 24
     if words > room:
         return f"its accumulators need {words} registers a thread: there is room for {room}"
+    return check_product(max(row.block_n // 2, dv // 2 + 4), row.warps)
+
+
+def check_product(words: int, warps: int) -> str | None:
+    """Why a kernel of that many warps can't have a product with so many registers, or None.
+
+    ``words`` are a thread's operands of one wgmma: accumulators, a number for every two columns, and four of P where it
+    is the left one. ptxas wants 26 registers beside them, and for one instruction it counts those that a thread has at
+    entry, not what setmaxnreg adds (C7602, in NVRTC 12.9 as in 13.0). With 512 threads those are 128: the scores of 192
+    keys, 96 + 26, compile, and those of 208, 104 + 26, do not.
+    """
+    at_entry = min(255, 65536 // (32 * warps) // 8 * 8)
+    if words + 26 > at_entry:
+        return f"a product needs {words} + 26 registers a thread: {32 * warps} threads begin with {at_entry}"
     return None
 
 

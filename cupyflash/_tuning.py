@@ -15,13 +15,13 @@ from . import _ready, _rows, _tuned
 from ._call import Call
 from ._options import Asked
 from ._plan import Device, Plan, Rows
-from ._problem import GRADIENTS
 from ._tuned import TuningCacheWarning
 
 ROUNDS = 7
 FINALISTS = 6  # candidates that take turns after all have been timed once
 NEAR = 1.15  # how many times the fastest candidate's first time a finalist may take
 GAIN = 0.99  # what part of the planner's own time a winner may take: less than a percent is not worth other bits
+TUNED_FOR = frozenset("qkv")  # the gradients of a backward that is timed
 LEAST = (0.002, 0.01)  # seconds of a sample, of the first look and of the final
 
 
@@ -182,11 +182,11 @@ def _backward_trials(call: Call, family: object) -> list[Trial]:
     call.forward(call.plan(family, Rows()), out, lse)
     call = copy(call)
     call.inputs = call.inputs | {"dout": out, "out": out, "lse": lse}
-    gradients = {f"d{name}": call.empty(x.shape, x.dtype) for name in GRADIENTS for x in (call.inputs[name],)}
-    plan = call.plan(family, Rows(), frozenset(GRADIENTS))
+    gradients = {f"d{name}": call.empty(x.shape, x.dtype) for name in "qkv" for x in (call.inputs[name],)}
+    plan = call.plan(family, Rows(), TUNED_FOR)
     trials = []
     for step in plan.kernels:
-        names = frozenset(name[1:] for name in step.writes) & frozenset(GRADIENTS)
+        names = frozenset(name[1:] for name in step.writes) & TUNED_FOR
 
         def run(rows: Rows, names: frozenset[str] = names) -> None:
             call.backward(call.plan(family, rows, names), {f"d{name}": gradients[f"d{name}"] for name in names})
@@ -202,7 +202,7 @@ def _trial(kernel: str, plan: Plan, call: Call, family: object, run: Callable[[R
     rows = _rows.candidates(kernel, call.problem, call.device.smem)
     if not rows:
         return None
-    wrt = None if plan.direction == "forward" else frozenset(GRADIENTS)
+    wrt = None if plan.direction == "forward" else TUNED_FOR
     planned = next(row for row in rows if call.plan(family, Rows(rows=((kernel, row),)), wrt).kernels == plan.kernels)
     return Trial(kernel, plan.direction, call, rows, planned, run)
 

@@ -14,8 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupyflash import _tiles, explain
+from cupyflash import _planner, _rows, _tiles, explain
 from cupyflash._compile import OPTIONS, Spec, source
+from cupyflash._plan import DEVICES, Rows
+from cupyflash._problem import read_problem
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,20 @@ def hopper_specs() -> dict[str, tuple[Spec, int]]:
             plans.append(explain(q, q, v, causal=causal, device="sm_90", backward=True, deterministic=fixed_order))
         for step in (step for plan in plans for step in plan.kernels if step.name.endswith("_sm90")):
             found[text_of(step.spec)] = step.spec, step.smem
+    return found
+
+
+def hopper_candidates() -> dict[str, tuple[Spec, int]]:
+    """What the tuner compiles on an sm_90 device, and shared memory, by a short text."""
+    found, device = {}, DEVICES["sm_90"]
+    for dim, causal in itertools.product((16, 32, 64, 80, 128, 192, 256), (False, True)):
+        q = np.broadcast_to(np.zeros((), ml_dtypes.bfloat16), (2, 300, dim))
+        problem = read_problem(q, q, q, scale=None, causal=causal, q_offset=None, layout="hsd", precision=None)
+        for kernel, wrt in (("fwd_sm90", None), ("bwd_sm90", frozenset("qkv"))):
+            for row in _rows.candidates(kernel, problem, device.smem):
+                plan = _planner.plan_gpu(problem, device, None, Rows(rows=((kernel, row),)), wrt)
+                (step,) = (step for step in plan.kernels if step.name == kernel)
+                found[text_of(step.spec)] = step.spec, step.smem
     return found
 
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import PROFILE, SEED
-from nvrtc import TABLE, ampere_specs, compile_spec, hopper_specs, version
+from nvrtc import TABLE, ampere_specs, compile_spec, hopper_candidates, hopper_specs, version
 
 from cupyflash import _tiles, explain
 from cupyflash._compile import Spec, kernels_dir, source
@@ -73,6 +73,16 @@ def test_hopper_kernels_keep_what_they_had(text):
     if version() == table["nvrtc"]:
         now = [compiled.registers, compiled.spill_bytes, compiled.serialised]
         assert now == table["registers, spilled bytes, serialised"][text], f"python {TABLE.parent.name}/nvrtc.py"
+
+
+CANDIDATES = hopper_candidates()
+
+
+@pytest.mark.parametrize("text", CANDIDATES)
+@pytest.mark.share(12)
+def test_what_the_tuner_tries_on_hopper_compiles(text):
+    """A slow candidate loses, and may spill; one that does not compile should not have been offered."""
+    compile_spec(*CANDIDATES[text], "sm_90a")
 
 
 AMPERE = ampere_specs()

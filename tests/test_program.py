@@ -230,6 +230,30 @@ class FakeCuda:
         return 0
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "RuntimeError"),
+        ("\n=====\n  no kernel image\nmore", "no kernel image"),
+        ("an error: first\nof two lines", "an error: first"),
+        (
+            "f.cu(2): warning #177-D: unused\n\nptxas fatal   : (C7602) No room\nptxas fatal   : aborted due to errors",
+            "ptxas fatal   : (C7602) No room",
+        ),
+        (
+            "f.cu(2): warning #1-D: w\nptxas x.ptx, line 9; error   : odd\nf.cu(3): error: b",
+            "ptxas x.ptx, line 9; error   : odd; f.cu(3): error: b",
+        ),
+        (
+            "\n".join(f"f.cu({n}): error: {n}" for n in range(5)),
+            "f.cu(0): error: 0; f.cu(1): error: 1; f.cu(2): error: 2 (and 2 more errors)",
+        ),
+    ],
+)
+def test_an_exception_in_one_line(text: str, line: str) -> None:
+    assert machine.first_line(RuntimeError(text)) == line
+
+
 def test_the_driver_is_read_without_cupy() -> None:
     two = ("NVIDIA H200", "NVIDIA L4")
     assert machine.read_driver(FakeCuda(12040, two)) == Driver(12040, two)

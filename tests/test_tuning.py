@@ -20,6 +20,7 @@ from emulator import Device, why_not
 
 import cupyflash
 from cupyflash import Tile, TuningCacheWarning, _planner, _ready, _rows, _tuned, _tuning, attention, explain, tune
+from cupyflash._options import Asked
 from cupyflash._plan import DEVICES, Rows
 from cupyflash._problem import Problem, read_problem
 from cupyflash._program import main, timing
@@ -108,6 +109,21 @@ def test_hopper_candidates_cover_the_forms() -> None:
     assert {(row.block_m, row.overlap, row.take_turns) for row in rows} == set(HOPPER_FORMS)
     assert {row.stages for row in rows} == {2, 3}
     assert 20 < len(rows) < 60  # each one is compiled
+
+
+@pytest.mark.parametrize(("dim", "dim_v"), [(16, 16), (32, 32), (64, 64), (128, 16)])
+def test_no_hopper_candidate_has_a_product_beyond_the_registers_at_entry(dim: int, dim_v: int) -> None:
+    """512 threads begin with 128 registers each, and ptxas refuses the scores of more than 192 keys; 384 have 168."""
+    q, v = (np.zeros((1, 300, width), ml_dtypes.bfloat16) for width in (dim, dim_v))
+    rows = _rows.candidates("fwd_sm90", problem_of(q, q, v), H.smem)
+    assert max(row.block_n for row in rows if row.block_m == 192) == 192
+    assert max(row.block_n for row in rows if row.block_m < 192) > 192
+
+
+def test_a_tile_that_ptxas_refuses_is_refused_with_the_numbers() -> None:
+    for options in ({"tile": Tile(192, 208)}, {"tile": Tile(192, 208), "causal": True}):
+        with pytest.raises(ValueError, match=r"104 \+ 26 registers a thread: 512 threads begin with 128"):
+            explain(*arrays(dim=64), device="sm_90", **options)
 
 
 def test_rows_survive_json() -> None:
@@ -367,17 +383,27 @@ def test_a_gain_below_a_percent_is_not_worth_other_bits(clock: Any) -> None:
         assert ("the planner's own tile" in str(kernel)) != kept
 
 
+# What a compiler says of a kernel that does not compile: warnings come first.
+LOG = """
+kernels/fwd_sm90.cu(12): warning #177-D: variable "DIM_CHUNK" was declared but never referenced
+  constexpr int DIM_CHUNK = 64;
+
+ptxas fatal   : (C7602) Insufficient registers (128)
+ptxas fatal   : Ptx assembly aborted due to errors
+"""
+
+
 def test_candidates_that_do_not_run_are_told(clock: Any) -> None:
     def seconds(candidate: Any) -> float:
         if candidate[1].block_m == 64:
-            raise RuntimeError("ptxas ran out of registers")
+            raise RuntimeError(LOG)
         return 1e-3 if candidate[1].block_n == 96 else 2e-3
 
     clock(seconds)
     with Device() as xp:
         (kernel,) = tune(*(xp.asarray(x) for x in arrays()), backward=False).kernels
     reasons = {why for why in kernel.tried.values() if isinstance(why, str)}
-    assert reasons == {"RuntimeError: ptxas ran out of registers"}
+    assert reasons == {"RuntimeError: ptxas fatal   : (C7602) Insufficient registers (128)"}
     assert kernel.tile["block_n"] == 96
 
 
@@ -440,7 +466,7 @@ def test_tuned_tiles_compute_the_same(clock: Any) -> None:
     )
     with Device(arch=60, shared=H.smem, undefined=False) as xp:
         on_gpu = [xp.asarray(x) for x in (q, k, v)]
-        call = _tuning.Call(*on_gpu, scale=None, causal=False, q_offset=None, layout="hsd", precision=None)
+        call = _tuning.Call(*on_gpu, Asked())
         _tuned.keep("fwd_simt", call.problem, call.device, row, {})
         _tuned.forget()
         assert explain(*on_gpu).kernels[0].spec.block_m == row.block_m

@@ -6,6 +6,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import platform
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -183,9 +184,19 @@ def advise(driver: Driver | None, cupy: Cupy) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception in one line."""
+    """An exception in one line: what it says first; of a compiler's log the errors, which warnings may precede."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" =*-")]
+    errors = [line for line in lines if _COMPILER_ERROR.search(line) and not _AFTERMATH.search(line)]
+    if errors:
+        more = f" (and {len(errors) - MOST_ERRORS} more errors)" if len(errors) > MOST_ERRORS else ""
+        return "; ".join(errors[:MOST_ERRORS]) + more
     return lines[0] if lines else type(error).__name__
+
+
+MOST_ERRORS = 3
+# nvcc and NVRTC: `file(12): error: ...`, `nvrtc: error: ...`; ptxas: `ptxas fatal   : ...`, `line 12; error   : ...`.
+_COMPILER_ERROR = re.compile(r"(?:^ptxas fatal|^ptxas error|[:;] (?:fatal |catastrophic )?error(?: #\d+(?:-D)?)?)\s*:")
+_AFTERMATH = re.compile(r"aborted due to errors")
 
 
 # ----------------------------------------------------------------------------------------- versions, families
