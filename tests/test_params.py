@@ -23,7 +23,7 @@ def decode(packed: bytes) -> dict[str, tuple[int, ...]]:
 
 def decode_shapes(packed: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """batch_shape and reduce_shape."""
-    numbers = _params._SCALARS.unpack_from(packed, len(_params.TENSORS) * _params._TENSOR.size)[2:]
+    numbers = _params._SCALARS.unpack_from(packed, len(_params.TENSORS) * _params._TENSOR.size)[7:]
     n = _params.BATCH_AXES
     return numbers[:n], numbers[n : 2 * n]
 
@@ -34,8 +34,9 @@ def test_fields_lie_where_the_kernels_read_them(tmp_path):
         if os.environ.get("CI"):
             pytest.fail("g++ is missing")
         pytest.skip("g++ is missing")
-    numbers = ("q_offset", "softmax_scale", "batch_shape", "reduce_shape", "num_heads", "num_heads_k")
-    numbers += ("seqlen_q", "seqlen_k", "head_dim", "head_dim_v", "section")
+    wide = ("q_offset", "softmax_scale", "first_batch", "window_left", "window_right", "softcap", "undropped")
+    narrow = ("num_heads", "num_heads_k", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v", "section", "drop_below")
+    numbers = (*wide, "batch_shape", "reduce_shape", *narrow, "bottom_right")
     lines = [f'printf("%zu ", offsetof(Params, {name}));' for name in _params.TENSORS + numbers]
     lines.append(
         'printf("%zu ", offsetof(Tensor, batch_stride)); printf("%zu ", offsetof(Tensor, col_stride));'
@@ -53,8 +54,9 @@ def test_fields_lie_where_the_kernels_read_them(tmp_path):
     behind = len(_params.TENSORS) * size
     n = 4 * _params.BATCH_AXES
     expected = [i * size for i in range(len(_params.TENSORS))]
-    expected += [behind, behind + 8, behind + 16, behind + 16 + n]
-    expected += [behind + 16 + 2 * n + 4 * i for i in range(7)]
+    expected += [behind + 8 * i for i in range(len(wide))]
+    behind += 8 * len(wide)
+    expected += [behind, behind + n] + [behind + 2 * n + 4 * i for i in range(len(narrow) + 1)]
     assert offsets == [*expected, 8, size - 8]
 
 
@@ -123,9 +125,24 @@ def test_contiguous_axes_become_one():
 
 def test_an_axis_is_kept_or_summed():
     shape, reduce = (5, 1, 1), (1, 2, 3)
-    strides = {"partial": (6, 3, 1, 0, 0, 0), "dq": (1, 0, 0, 0, 0, 0)}
+    strides = {"partial": (6, 4, 1, 0, 0, 0), "dq": (1, 0, 0, 0, 0, 0)}
     template = _params.make_template(
         _params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1, 1), shape, tuple((n, s, 4) for n, s in strides.items()), reduce
     )
     assert decode_shapes(template.packed) == ((1, 5, 1, 1), (1, 1, 2, 3))
-    assert decode(template.packed)["partial"][1:5] == (0, 6, 3, 1)
+    assert decode(template.packed)["partial"][1:5] == (0, 6, 4, 1)
+
+
+def test_summed_axes_become_one_where_strides_nest():
+    strides = {"partial": (6, 3, 1, 0, 0, 0), "dq": (1, 0, 0, 0, 0, 0)}
+    template = _params.make_template(
+        _params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1, 1), (5, 1, 1), tuple((n, s, 4) for n, s in strides.items()), (1, 2, 3)
+    )
+    assert decode_shapes(template.packed) == ((1, 1, 5, 1), (1, 1, 1, 6))
+    assert template.entries == 30
+
+
+def test_axes_that_no_kernel_walks_are_not_summed():
+    strides = (("partial", (64, 16, 32, 4, 9, 0, 0, 0), 4),)
+    with pytest.raises(ValueError, match="summed over"):
+        _params.make_template(_params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1, 1), (1, 2, 1, 2, 1), strides, (2, 1, 2, 1, 2))
