@@ -1,0 +1,134 @@
+"""Where the gradient of a float argument comes from: the uses of its elements in a score function.
+
+Each use is one element, found by index expressions. What index expressions look like decides how a gradient can be
+summed: one that is a head's number alone asks for a sum over pairs, one of j - i + c for a sum along diagonals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from ._expression import Expression, Kind
+
+Form = Literal["b", "h", "i", "j", "constant", "j - i + c", "i - j + c", "general"]
+Linear = dict[str, int]  # coefficients of b, h, i, j, and of "" the constant
+_DIAGONALS: dict[tuple[tuple[str, int], ...], Form] = {
+    (("i", -1), ("j", 1)): "j - i + c",
+    (("i", 1), ("j", -1)): "i - j + c",
+}
+
+
+class IndexForm(NamedTuple):
+    """What an index expression is, before it is clamped into its axis.
+
+    ``c``: what is added on a diagonal, or the constant itself. ``low`` and ``high``: the function clips to them first;
+    None: it does not.
+    """
+
+    form: Form
+    c: int = 0
+    low: int | None = None
+    high: int | None = None
+
+
+@dataclass(frozen=True)
+class ArgTerm:
+    """One use of an element of a float argument.
+
+    Attributes
+    ----------
+    argument : int
+        Its position in score_args.
+    index : tuple of IndexForm
+        One for each of its axes.
+    node : int
+        Its load, among the expression's nodes.
+    smooth : bool
+        Whether the score's slope with respect to it may be other than 0.
+    """
+
+    argument: int
+    index: tuple[IndexForm, ...]
+    node: int
+    smooth: bool
+
+
+def arg_terms(expression: Expression) -> tuple[ArgTerm, ...]:
+    """All uses of float arguments; equal ones are one."""
+    last = len(expression.nodes) - 1
+    return tuple(
+        ArgTerm(node.data, tuple(classify(expression, i) for i in node.inputs), n, last in expression.carries(n))
+        for n, node in enumerate(expression.nodes)
+        if node.op == "load" and node.kind is Kind.FLOAT
+    )
+
+
+def classify(expression: Expression, n: int) -> IndexForm:
+    """The form of an index expression. int32 sums of positions are taken not to wrap."""
+    low = high = None
+    while expression.nodes[n].op in ("minimum", "maximum"):
+        node = expression.nodes[n]
+        bound, other = (_constant(expression, i) for i in node.inputs)
+        if bound is None:
+            bound, inner = other, node.inputs[0]
+        else:
+            inner = node.inputs[1]
+        if bound is None:
+            return IndexForm("general")
+        # An outer bound wins: what an inner one leaves is clipped by it once more.
+        if node.op == "minimum":
+            high = bound if high is None else min(bound, high)
+            high = high if low is None else max(high, low)
+        else:
+            low = bound if low is None else max(bound, low)
+            low = low if high is None else min(low, high)
+        n = inner
+    terms = linear(expression, n)
+    if terms is None:
+        return IndexForm("general")
+    c = terms.pop("", 0)
+    kept = tuple(sorted((name, factor) for name, factor in terms.items() if factor))
+    if not kept:
+        c = c if low is None else max(c, low)
+        return IndexForm("constant", c if high is None else min(c, high))
+    if kept in _DIAGONALS:
+        return IndexForm(_DIAGONALS[kept], c, low, high)
+    plain = len(kept) == 1 and kept[0][1] == 1 and c == 0 and low is None and high is None
+    names: dict[str, Form] = {"b": "b", "h": "h", "i": "i", "j": "j"}
+    return IndexForm(names[kept[0][0]]) if plain else IndexForm("general")
+
+
+def _constant(expression: Expression, n: int) -> int | None:
+    node = expression.nodes[n]
+    return int(node.data) if node.op == "constant" else None
+
+
+def linear(expression: Expression, n: int) -> Linear | None:
+    """An integer expression as a sum of multiples of b, h, i, j and 1, if it is one."""
+    node = expression.nodes[n]
+    if node.op == "variable" and node.kind is Kind.INT:
+        return {node.data: 1}
+    if node.op == "constant":
+        return {"": int(node.data)}
+    if node.op not in ("add", "subtract", "multiply", "negative", "cast") or node.kind is Kind.FLOAT:
+        return None
+    parts = [linear(expression, i) for i in node.inputs]
+    if any(part is None for part in parts):
+        return None
+    first, *rest = (part for part in parts if part is not None)
+    if node.op == "cast":
+        return first
+    if node.op == "negative":
+        return _scaled(first, -1)
+    if node.op == "multiply":
+        for x, y in ((first, rest[0]), (rest[0], first)):
+            if set(x) <= {""}:
+                return _scaled(y, x.get("", 0))
+        return None
+    other = rest[0] if node.op == "add" else _scaled(rest[0], -1)
+    return {name: first.get(name, 0) + other.get(name, 0) for name in {*first, *other}}
+
+
+def _scaled(terms: Linear, factor: int) -> Linear:
+    return {name: factor * x for name, x in terms.items()}
