@@ -7,9 +7,9 @@ from collections import Counter
 
 import numpy as np
 
+from ._expression import COMPARISONS, FUNCTIONS, Expression, Kind, Node
 from ._options import FLOATS
 from ._score_args import MOST_AXES
-from ._expression import COMPARISONS, FUNCTIONS, Expression, Kind, Node
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = FLOATS
 Dtypes = tuple[np.dtype, ...]
