@@ -63,6 +63,7 @@ UFUNCS |= {op: (2, _two("logical", op)) for op in LOGICAL}
 UFUNCS |= {op: (1, _one(op)) for op in (*FUNCTIONS, "negative", "absolute", "floor")}
 UFUNCS |= {
     "divide": (2, Tape.divide),
+    "true_divide": (2, Tape.divide),  # its name in older NumPy
     "power": (2, Tape.power),
     "float_power": (2, lambda tape, a, b: tape.power(tape.cast(a, Kind.FLOAT), b)),
     "positive": (1, lambda tape, a: a),

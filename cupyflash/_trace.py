@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from types import CodeType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType, NoneType
 from typing import Any
 
 import numpy as np
@@ -156,49 +156,66 @@ def trace_mask(function: Callable[..., Any], args: tuple[Array, ...] = ()) -> Tr
     return traced
 
 
-# For each function: by kind and signature, what its names meant when it was traced, and the result.
+# For each function: by kind and signature, what its names stood for when it was traced, and the result.
 _known: weakref.WeakKeyDictionary[Any, dict[Any, tuple[tuple[Any, ...], Traced]]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+_CONSTANT_MODULES = {"numpy", "math", "cupy"}
+_CONSTANTS = (bool, int, float, str, NoneType, np.generic, np.ufunc, BuiltinFunctionType, type, CodeType)
 
 
 def _cached(what: str, function: Callable[..., Any], arguments: tuple[Argument, ...]) -> Traced:
     if not callable(function):
         raise TypeError(f"{what}={function!r}: a {what} function is callable")
-    key, names = (what, arguments), _names(function)
-    try:
-        with _lock:
-            before, traced = _known.get(function, {}).get(key, (None, None))
-    except TypeError:  # it is not hashable, or has no weak references
+    names = _names(function)
+    if names is None:
         return _trace(what, function, arguments)
-    if traced is not None and before is not None and _same(before, names):
-        return traced
-    traced = _trace(what, function, arguments)
-    try:
+    key = (what, arguments)
+    with _lock:
+        before, traced = _known.get(function, {}).get(key, ((), None))
+    if traced is None or len(before) != len(names) or any(x is not y for x, y in zip(before, names, strict=True)):
+        traced = _trace(what, function, arguments)
         with _lock:
             _known.setdefault(function, {})[key] = (names, traced)
-    except TypeError:
-        pass
     return traced
 
 
-def _same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
-    return len(before) == len(now) and all(x is y for x, y in zip(before, now, strict=True))
+def _names(function: object) -> tuple[Any, ...] | None:
+    """What the names in a function stand for, beside its parameters, and in functions that it calls.
+
+    If one of them changes, the function is traced anew. None: among them is something that can change without notice,
+    so the function is traced at each call.
+    """
+    if not isinstance(function, FunctionType):
+        return None
+    found: list[Any] = [function]
+    names: list[Any] = []
+    for known in found:  # which grows meanwhile
+        for x in _meanings(known):
+            if isinstance(x, FunctionType) and not _is_constant_module(x.__module__):
+                if not any(x is other for other in found):
+                    found.append(x)
+            elif isinstance(x, ModuleType):
+                if not _is_constant_module(x.__name__):
+                    return None
+            elif not isinstance(x, _CONSTANTS) and not (callable(x) and _is_constant_module(type(x).__module__)):
+                return None
+            names.append(x)
+    return tuple(names)
 
 
-def _names(function: Callable[..., Any]) -> tuple[Any, ...]:
-    """What the names in a function's own text stand for, beside its parameters: if one changes, it is traced anew."""
-    code = getattr(function, "__code__", None)
-    if not isinstance(code, CodeType):
-        return ()
-    found: list[Any] = [code, *(getattr(function, "__defaults__", None) or ())]
-    found += (getattr(function, "__kwdefaults__", None) or {}).values()
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            found.append(cell.cell_contents)
-        except ValueError:  # nothing has been assigned to it yet
-            found.append(cell)
-    scope = getattr(function, "__globals__", {})
-    return (*found, *(scope.get(name, getattr(builtins, name, None)) for name in code.co_names))
+def _meanings(function: FunctionType) -> list[Any]:
+    code = function.__code__
+    found = [code, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    found += (cell.cell_contents for cell in function.__closure__ or () if cell != CellType())
+    codes = [code]
+    for known in codes:  # with those of inner functions
+        codes += (x for x in known.co_consts if isinstance(x, CodeType))
+    names = (name for known in codes for name in known.co_names)
+    return found + [function.__globals__.get(name, getattr(builtins, name, None)) for name in names]
+
+
+def _is_constant_module(name: str | None) -> bool:
+    return name is not None and name.split(".")[0] in _CONSTANT_MODULES
 
 
 def _trace(what: str, function: Callable[..., Any], arguments: tuple[Argument, ...]) -> Traced:

@@ -41,7 +41,8 @@ def evaluate(
             values.append(_value(node, inputs, variables, args, types[node.kind]))
             if n in carries and n != seed:
                 slopes[n] = SLOPES[node.op](inputs, [slopes.get(i) for i in node.inputs], values[n])
-    return values, slopes.get(len(values) - 1)
+    slope = slopes.get(len(values) - 1)
+    return values, None if slope is None else slope.astype(dtype, copy=False)
 
 
 def _value(node: Node, inputs: list[Array], variables: Variables, args: tuple[Any, ...], dtype: np.dtype) -> Array:

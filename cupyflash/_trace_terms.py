@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from ._expression import Expression, Kind
+from ._expression import Expression, Kind, Node
 
 Form = Literal["b", "h", "i", "j", "constant", "j - i + c", "i - j + c", "general"]
 Linear = dict[str, int]  # coefficients of b, h, i, j, and of "" the constant
@@ -57,14 +57,15 @@ class ArgTerm:
 def arg_terms(expression: Expression) -> tuple[ArgTerm, ...]:
     """All uses of float arguments; equal ones are one."""
     last = len(expression.nodes) - 1
+    sums = linear_forms(expression)
     return tuple(
-        ArgTerm(node.data, tuple(classify(expression, i) for i in node.inputs), n, last in expression.carries(n))
+        ArgTerm(node.data, tuple(classify(expression, sums, i) for i in node.inputs), n, last in expression.carries(n))
         for n, node in enumerate(expression.nodes)
         if node.op == "load" and node.kind is Kind.FLOAT
     )
 
 
-def classify(expression: Expression, n: int) -> IndexForm:
+def classify(expression: Expression, sums: list[Linear | None], n: int) -> IndexForm:
     """The form of an index expression. int32 sums of positions are taken not to wrap."""
     low = high = None
     while expression.nodes[n].op in ("minimum", "maximum"):
@@ -84,11 +85,11 @@ def classify(expression: Expression, n: int) -> IndexForm:
             low = bound if low is None else max(bound, low)
             low = low if high is None else min(low, high)
         n = inner
-    terms = linear(expression, n)
+    terms = sums[n]
     if terms is None:
         return IndexForm("general")
-    c = terms.pop("", 0)
-    kept = tuple(sorted((name, factor) for name, factor in terms.items() if factor))
+    c = terms.get("", 0)
+    kept = tuple(sorted((name, factor) for name, factor in terms.items() if factor and name))
     if not kept:
         c = c if low is None else max(c, low)
         return IndexForm("constant", c if high is None else min(c, high))
@@ -104,30 +105,34 @@ def _constant(expression: Expression, n: int) -> int | None:
     return int(node.data) if node.op == "constant" else None
 
 
-def linear(expression: Expression, n: int) -> Linear | None:
-    """An integer expression as a sum of multiples of b, h, i, j and 1, if it is one."""
-    node = expression.nodes[n]
-    if node.op == "variable" and node.kind is Kind.INT:
+def linear_forms(expression: Expression) -> list[Linear | None]:
+    """Every node as a sum of multiples of b, h, i, j and 1, if it is an integer and one."""
+    sums: list[Linear | None] = []
+    for node in expression.nodes:
+        parts = [sums[i] for i in node.inputs]
+        known = [part for part in parts if part is not None]
+        integer = node.kind in (Kind.INT, Kind.LONG)
+        sums.append(_linear(node, known) if integer and len(known) == len(parts) else None)
+    return sums
+
+
+def _linear(node: Node, parts: list[Linear]) -> Linear | None:
+    if node.op == "variable":
         return {node.data: 1}
     if node.op == "constant":
         return {"": int(node.data)}
-    if node.op not in ("add", "subtract", "multiply", "negative", "cast") or node.kind is Kind.FLOAT:
-        return None
-    parts = [linear(expression, i) for i in node.inputs]
-    if any(part is None for part in parts):
-        return None
-    first, *rest = (part for part in parts if part is not None)
     if node.op == "cast":
-        return first
+        return parts[0]
     if node.op == "negative":
-        return _scaled(first, -1)
+        return _scaled(parts[0], -1)
+    if node.op in ("add", "subtract"):
+        first, other = parts[0], _scaled(parts[1], 1 if node.op == "add" else -1)
+        return {name: first.get(name, 0) + other.get(name, 0) for name in {*first, *other}}
     if node.op == "multiply":
-        for x, y in ((first, rest[0]), (rest[0], first)):
+        for x, y in (parts, parts[::-1]):
             if set(x) <= {""}:
                 return _scaled(y, x.get("", 0))
-        return None
-    other = rest[0] if node.op == "add" else _scaled(rest[0], -1)
-    return {name: first.get(name, 0) + other.get(name, 0) for name in {*first, *other}}
+    return None
 
 
 def _scaled(terms: Linear, factor: int) -> Linear:

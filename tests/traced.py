@@ -99,7 +99,7 @@ CLAMPED = [
     lambda s, b, h, i, j, slope: s + slope[j - i] + slope[100 * i] + slope[-100 * j] + slope[2**40] + slope[-7],
     lambda s, b, h, i, j, table, places: s * table[h - 2, j - 3] + table[places[j], places[i] - 2**39],
     lambda s, b, h, i, j, ids: s + (2**30 * (i + 1)) // (j - i) + (j - i) % ids[j] - 2**31 // (1 - 2 * b),
-    lambda s, b, h, i, j, places: s + (places[j] * 2**30 > 0) + np.where(-(2**31) < -i * 2**29, 1, 0),
+    lambda s, b, h, i, j, places: s + (places[j] * 2**30 > 0) + np.where(-i * 2**29 > -(2**31), 1, 0),
 ]
 MASKS = [
     lambda b, h, i, j: i >= j,
