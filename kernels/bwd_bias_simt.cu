@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_bias_simt(const
   int slot = 0, rows_slot = 0;  // of the portion to come; of lse and delta of the turn to come
 
   const auto load = [&](const BiasTurn& of, int portion, int to, int rows_to) ALWAYS_INLINE {
-    const Sequence seq = of.sequence(params);
+    const Sequence& seq = of.seq;
     const int m0 = of.m_block * BLOCK_M, n0 = of.n_block * BLOCK_N;
     if (portion == 0) {
       const auto lse = rows_of<const Accumulator>(params.lse, seq.batch_index, of.head);      // (seqlen_q)
@@ -118,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_bias_simt(const
   if (turn.exists(params)) load(turn, 0, slot, rows_slot);
 #pragma unroll 1
   for (; turn.exists(params); turn.advance(params), rows_slot ^= 1) {
-    const Sequence seq = turn.sequence(params);
+    const Sequence& seq = turn.seq;
     const Mask mask = mask_of(params, seq);
     const Features features(params, seq, turn.head);
     const auto at = [&](int r, int c) {
@@ -158,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_bias_simt(const
     }
   }
 
-  const BiasTile tile(params);
+  const BiasTile& tile = turn.tile;
   const auto dbias = tile.rows(params);  // (seqlen_q or 1, seqlen_k or 1)
   if constexpr (SUM_ROWS) {
     if constexpr (SUM_COLS) {
