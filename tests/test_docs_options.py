@@ -1,4 +1,4 @@
-"""docs/options.md: its examples run, its links lead somewhere, its table and its pictures are those of the library."""
+"""docs/options.md: its examples run, its table and its pictures are those of the library. So are docstrings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ def run(text):
     return "".join(report)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_examples_run():
     """In the order of the page, on the names that the blocks before have made."""
     assert run(TEXT) == ""
@@ -59,6 +58,15 @@ def test_the_table_has_every_option():
     assert names == set(inspect.signature(cupyflash.attention).parameters) - others
     anchors = {title.lower().replace(" ", "-") for title in SECTIONS}
     assert set(re.findall(r"\]\(#(.+?)\)", TEXT)) <= anchors
+
+
+@pytest.mark.parametrize("name", [name for name in cupyflash.__all__ if inspect.isfunction(getattr(cupyflash, name))])
+def test_docstrings_name_every_parameter(name):
+    function = getattr(cupyflash, name)
+    _, _, after = inspect.getdoc(function).partition("Parameters\n----------\n")
+    lines = after.split("\n----", 1)[0].splitlines()[:-1]  # less the next section's title
+    named = [word for line in lines if line[:1].strip() for word in line.split(" : ")[0].split(", ")]
+    assert sorted(named) == sorted(inspect.signature(function).parameters)
 
 
 def pictures():
