@@ -168,16 +168,21 @@ def attention(
     _check_flag("return_lse", return_lse)
     given = out
     tensors = {"q": q, "k": k, "v": v}
-    if isinstance(out, tuple) and len(out) == 2:
-        tensors["out"], tensors["lse"] = out
-    elif out is not None:
-        tensors["out"] = out
-    outputs = len(tensors) - 3
     asked = Asked(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
         dropout, seed, layout, precision,
     )  # fmt: skip
-    key = _ready.signature("forward", tensors, asked, (family, tile, bool(return_lse)))
+    key = None
+    if (known := asked.looked_up()) is not None:
+        tensors |= known[1]
+    inputs = len(tensors)
+    if isinstance(out, tuple) and len(out) == 2:
+        tensors["out"], tensors["lse"] = out
+    elif out is not None:
+        tensors["out"] = out
+    outputs = len(tensors) - inputs
+    if known is not None:
+        key = _ready.signature("forward", tensors, (*known[0], family, tile, bool(return_lse)))
     if (done := _ready.run(key, tensors, outputs)) is not None:
         out, lse = done["out"], done.get("lse")
     else:
@@ -283,12 +288,15 @@ def attention_backward(
     tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse}
     if dlse is not None:
         tensors["dlse"] = dlse
+    key = None
+    if (known := asked.looked_up()) is not None:
+        tensors |= known[1]
     tensors |= given
-    key = _ready.signature(
-        "backward", tensors, asked, (family, tile, bool(deterministic), names, tuple(given))
-    )  # fmt: skip
-    if (known := _ready.run(key, tensors, len(given))) is not None:
-        return AttentionGradients(**{f"d{name}": known[f"d{name}"] for name in names})
+    if known is not None:
+        options = (*known[0], family, tile, bool(deterministic), names, tuple(given))
+        key = _ready.signature("backward", tensors, options)
+    if (done := _ready.run(key, tensors, len(given))) is not None:
+        return AttentionGradients(**{f"d{name}": done[f"d{name}"] for name in names})
     beside = {"dout": take("dout", dout), "out": take("out", out), "lse": take("lse", lse)}
     if dlse is not None:
         beside["dlse"] = take("dlse", dlse)

@@ -25,9 +25,9 @@ struct Features {
   __device__ __forceinline__ Number logit(const Score& score, Number s, const Pair& pair) const {
     return added.to(score.capped(s), pair.i, pair.j);
   }
-  // What mask.visible() says, of a query that may lie beyond the end, and of this pair alone.
+  // What mask.visible() says, of a query that may lie beyond the ends, and of this pair alone.
   __device__ __forceinline__ bool sees(const Mask& mask, const Pair& pair) const {
-    if ((LENS || HIDES_PAIRS) && pair.i >= mask.seqlen_q) return false;
+    if ((LENS || HIDES_PAIRS) && (pair.i < 0 || pair.i >= mask.seqlen_q)) return false;
     return mask.visible(pair.i, pair.j) && !hidden.hides(pair.i, pair.j);
   }
   __device__ __forceinline__ bool keeps(const Pair& pair) const { return kept.keeps(pair.i, pair.j); }
