@@ -97,6 +97,11 @@ class Options:
         return self.mask is not None or self.segments
 
     @cached_property
+    def asks_of_pairs(self) -> bool:
+        """Whether something is added to a logit, looked up or drawn for each pair."""
+        return self.alibi_slopes is not None or self.bias is not None or self.dropout > 0
+
+    @cached_property
     def lens(self) -> bool:
         """Whether each batch entry has lengths of its own."""
         return self.q_lens or self.kv_lens

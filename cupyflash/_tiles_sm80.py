@@ -264,5 +264,4 @@ def bias_row(head_dim: int, head_dim_v: int) -> AmpereRow:
 
 def bias_smem_bytes(row: AmpereRow, head_dim: int, head_dim_v: int) -> int:
     """Shared memory of bwd_bias_sm80: sizeof(Smem) in the kernel."""
-    turns = 2 * 208
-    return 2 * (row.block_m + row.block_n) * (head_dim + head_dim_v) + -(-(2 * row.block_m * 4 + turns) // 128) * 128
+    return 2 * (row.block_m + row.block_n) * (head_dim + head_dim_v) + 2 * row.block_m * 4

@@ -36,10 +36,13 @@ struct BiasTile {
 struct BiasTurn {
   BiasTile tile;
   int m_block, n_block, head, entry;  // entry: of those that are summed
+  int group, head_k;                  // heads that share a kv head, and the one of this head
   Sequence seq;
 
   __device__ __forceinline__ explicit BiasTurn(const Params& params)
       : tile(params), m_block(tile.m_block), n_block(tile.n_block), head(tile.head), entry(0) {
+    group = params.num_heads / params.num_heads_k;
+    head_k = head / group;
     if (ceil_div(params.seqlen_q, BLOCK_M) == 0 || ceil_div(params.seqlen_k, BLOCK_N) == 0) entry = entries(params);
     describe_entry(params);
     skip_unseen(params);
@@ -67,8 +70,11 @@ struct BiasTurn {
     if (SUM_COLS) n_block = 0;
     if (SUM_ROWS && ++m_block < ceil_div(params.seqlen_q, BLOCK_M)) return;
     if (SUM_ROWS) m_block = 0;
-    if (SUM_HEADS && ++head < params.num_heads) return;
-    if (SUM_HEADS) head = 0;
+    if constexpr (SUM_HEADS) {
+      head = head + 1 < params.num_heads ? head + 1 : 0;
+      head_k = head / group;
+      if (head > 0) return;
+    }
     ++entry;
     describe_entry(params);
   }

@@ -84,16 +84,15 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_bias_simt(const
       load_numbers(smem.lse[rows_to], lse, m0, seq.seqlen_q, true, math::infinity<Accumulator>());
       load_numbers(smem.delta[rows_to], delta, m0, seq.seqlen_q);
     }
-    const int head_k = of.head / (params.num_heads / params.num_heads_k);
     if (portion < CHUNKS) {
       const auto q = rows_of<const Element>(params.q, seq.batch_index, of.head);  // (seqlen_q, head_dim)
-      const auto k = rows_of<const Element>(params.k, seq.batch_index, head_k);   // (seqlen_k, head_dim)
+      const auto k = rows_of<const Element>(params.k, seq.batch_index, of.head_k);   // (seqlen_k, head_dim)
       load_tile(smem.queries[to].q, q, m0, seq.seqlen_q, portion * CHUNK, params.head_dim);
       load_tile(smem.keys[to].k, k, n0, seq.seqlen_k, portion * CHUNK, params.head_dim);
     } else {
       const int col0 = (portion - CHUNKS) * CHUNK_V;
       const auto dout = rows_of<const Element>(params.dout, seq.batch_index, of.head);  // (seqlen_q, head_dim_v)
-      const auto v = rows_of<const Element>(params.v, seq.batch_index, head_k);         // (seqlen_k, head_dim_v)
+      const auto v = rows_of<const Element>(params.v, seq.batch_index, of.head_k);         // (seqlen_k, head_dim_v)
       load_tile(smem.queries[to].dout, dout, m0, seq.seqlen_q, col0, params.head_dim_v);
       load_tile(smem.keys[to].v, v, n0, seq.seqlen_k, col0, params.head_dim_v);
     }

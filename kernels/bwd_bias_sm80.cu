@@ -32,67 +32,51 @@ static_assert(BLOCK_M == 16 * NUM_WARPS * FRAGMENTS && BLOCK_N % 16 == 0, "produ
 static_assert(BLOCK_M <= NUM_THREADS, "a thread for the numbers of each row");
 static_assert(BLOCK_N <= NUM_THREADS && 2 * NUM_WARPS * BLOCK_N <= BLOCK_M * HEAD_DIM, "sums over rows end in q");
 
-// One turn as all threads read it: worked out by one of them, since it takes divisions and 64-bit products.
-struct Turn {
-  bool exists;
-  bool masked;
-  int m_block, n_block, head;
-  Sequence seq;
-  Rows<const Element> q, k, dout, v;  // (seqlen_q, head_dim), (seqlen_k, head_dim), and so on
-  int q_bytes, k_bytes, dout_bytes, v_bytes;  // at a time
-  const Accumulator *exponents, *delta;       // (seqlen_q)
-
-  __device__ __forceinline__ void describe(const Params& params, const BiasTurn& turn) {
-    exists = turn.exists(params);
-    if (!exists) return;
-    m_block = turn.m_block;
-    n_block = turn.n_block;
-    head = turn.head;
-    seq = turn.seq;
-    const BlockRange blocks = mask_of(params, seq).key_blocks(m_block * BLOCK_M, BLOCK_M);
-    masked = n_block < blocks.full_begin || n_block >= blocks.full_end;
-    const int head_k = head / (params.num_heads / params.num_heads_k);
-    q = rows_of<const Element>(params.q, seq.batch_index, head);
-    k = rows_of<const Element>(params.k, seq.batch_index, head_k);
-    dout = rows_of<const Element>(params.dout, seq.batch_index, head);
-    v = rows_of<const Element>(params.v, seq.batch_index, head_k);
-    q_bytes = bytes_at_a_time(q);
-    k_bytes = bytes_at_a_time(k);
-    dout_bytes = bytes_at_a_time(dout);
-    v_bytes = bytes_at_a_time(v);
-    exponents = rows_of<const Accumulator>(params.exponents, seq.batch_index, head).data;
-    delta = rows_of<const Accumulator>(params.delta, seq.batch_index, head).data;
-  }
-};
-
 struct Smem {
   SwizzledTile<BLOCK_M, HEAD_DIM> q;
   SwizzledTile<BLOCK_N, HEAD_DIM> k;
   SwizzledTile<BLOCK_M, HEAD_DIM_V> dout;
   SwizzledTile<BLOCK_N, HEAD_DIM_V> v;
   Accumulator exponents[BLOCK_M], delta[BLOCK_M];
-  Turn turn[2];  // this one, and the next
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
 
 // ---- loads, by the whole block
 
-__device__ __forceinline__ void load_q_k(const Params& params, Smem& smem, const Turn& turn) {
-  load_tile(smem.q, turn.q, turn.q_bytes, turn.m_block * BLOCK_M, turn.seq.seqlen_q, params.head_dim);
-  load_tile(smem.k, turn.k, turn.k_bytes, turn.n_block * BLOCK_N, turn.seq.seqlen_k, params.head_dim);
+// How many bytes of a row can be copied as one, in any row of any head of any entry: a turn need not find out.
+__device__ __forceinline__ int bytes_in_any_row(const Tensor& tensor) {
+  unsigned long long all = static_cast<unsigned long long>(tensor.row_stride | tensor.head_stride);
+#pragma unroll
+  for (int axis = 0; axis < 4; ++axis) all |= static_cast<unsigned long long>(tensor.batch_stride[axis]);
+  return bytes_at_a_time(reinterpret_cast<unsigned long long>(tensor.data) | all * sizeof(Element), tensor.col_stride);
 }
-__device__ __forceinline__ void load_do_v(const Params& params, Smem& smem, const Turn& turn) {
-  load_tile(smem.dout, turn.dout, turn.dout_bytes, turn.m_block * BLOCK_M, turn.seq.seqlen_q, params.head_dim_v);
-  load_tile(smem.v, turn.v, turn.v_bytes, turn.n_block * BLOCK_N, turn.seq.seqlen_k, params.head_dim_v);
+struct Bytes {
+  int q, k, dout, v;
+};
+
+__device__ __forceinline__ void load_q_k(const Params& params, Smem& smem, const BiasTurn& turn, const Bytes& bytes) {
+  const Sequence& seq = turn.seq;
+  const auto q = rows_of<const Element>(params.q, seq.batch_index, turn.head);    // (seqlen_q, head_dim)
+  const auto k = rows_of<const Element>(params.k, seq.batch_index, turn.head_k);  // (seqlen_k, head_dim)
+  load_tile(smem.q, q, bytes.q, turn.m_block * BLOCK_M, seq.seqlen_q, params.head_dim);
+  load_tile(smem.k, k, bytes.k, turn.n_block * BLOCK_N, seq.seqlen_k, params.head_dim);
+}
+__device__ __forceinline__ void load_do_v(const Params& params, Smem& smem, const BiasTurn& turn, const Bytes& bytes) {
+  const Sequence& seq = turn.seq;
+  const auto dout = rows_of<const Element>(params.dout, seq.batch_index, turn.head);  // (seqlen_q, head_dim_v)
+  const auto v = rows_of<const Element>(params.v, seq.batch_index, turn.head_k);      // (seqlen_k, head_dim_v)
+  load_tile(smem.dout, dout, bytes.dout, turn.m_block * BLOCK_M, seq.seqlen_q, params.head_dim_v);
+  load_tile(smem.v, v, bytes.v, turn.n_block * BLOCK_N, seq.seqlen_k, params.head_dim_v);
 }
 // The numbers of a turn's rows; p of rows beyond the end is 0 by an lse of +inf.
-__device__ __forceinline__ void load_numbers(Smem& smem, const Turn& turn) {
+__device__ __forceinline__ void load_numbers(const Params& params, Smem& smem, const BiasTurn& turn) {
+  const Sequence& seq = turn.seq;
   const int row = turn.m_block * BLOCK_M + thread_index_again();
   if (thread_index_again() >= BLOCK_M) return;
   Accumulator exponent = math::infinity<Accumulator>(), delta = 0;
-  if (row < turn.seq.seqlen_q) {
-    exponent = load_global<1>(turn.exponents + row).at[0];
-    delta = load_global<1>(turn.delta + row).at[0];
+  if (row < seq.seqlen_q) {
+    exponent = load_number(rows_of<const Accumulator>(params.exponents, seq.batch_index, turn.head), row);
+    delta = load_number(rows_of<const Accumulator>(params.delta, seq.batch_index, turn.head), row);
   }
   store_shared(&smem.exponents[thread_index_again()], Vector<Accumulator, 1>{{exponent}});
   store_shared(&smem.delta[thread_index_again()], Vector<Accumulator, 1>{{delta}});
@@ -171,38 +155,38 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
   const Score score = score_of(params);
   Fragment<BLOCK_N> acc_ds[FRAGMENTS];  // (16 FRAGMENTS, BLOCK_N) of this warp
   clear(acc_ds);
-  const BiasTile tile(params);
-  BiasTurn walk(params);  // thread 0's: it describes what the others read
-  if (thread_index() == 0) smem.turn[0].describe(params, walk);
-  sync_block();  // the first turn is described
+  BiasTurn turn(params);
+  const Bytes bytes = {bytes_in_any_row(params.q), bytes_in_any_row(params.k), bytes_in_any_row(params.dout),
+                       bytes_in_any_row(params.v)};
   Fragment<BLOCK_N> own_bias[FRAGMENTS];
   const int first_row = warp_uniform(thread_index() / 32) * 16 * FRAGMENTS;
-  if (smem.turn[0].exists) {
-    load_q_k(params, smem, smem.turn[0]);
+  if (turn.exists(params)) {
+    load_q_k(params, smem, turn, bytes);
     cp_async_commit();
-    load_do_v(params, smem, smem.turn[0]);
+    load_do_v(params, smem, turn, bytes);
   }
   cp_async_commit();
-  if (BIAS_STAYS && smem.turn[0].exists) {
-    const Added added(params, smem.turn[0].seq, smem.turn[0].head);
+  if (BIAS_STAYS && turn.exists(params)) {
+    const Added added(params, turn.seq, turn.head);
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; ++f) {
 #pragma unroll
       for (int i = 0; i < 2 * own_bias[f].COLS; ++i) {
-        const int r = i % 2, c = i / 2, row = tile.m_block * BLOCK_M + first_row + 16 * f + own_bias[f].warp_row(r);
-        const int col = tile.n_block * BLOCK_N + own_bias[f].first_col() + own_bias[f].ahead(c);
+        const int r = i % 2, c = i / 2, row = turn.m_block * BLOCK_M + first_row + 16 * f + own_bias[f].warp_row(r);
+        const int col = turn.n_block * BLOCK_N + own_bias[f].first_col() + own_bias[f].ahead(c);
         // Within the tensor, which an entry's own lengths may not fill.
         own_bias[f](r, c) = added.bias_within(row, col, params.seqlen_q - 1, params.seqlen_k - 1);
       }
     }
   }
 #pragma unroll 1
-  for (int here = 0; smem.turn[here].exists; here ^= 1) {
+  while (turn.exists(params)) {
     Fragment<BLOCK_N> acc_s[FRAGMENTS], acc_dp[FRAGMENTS];
-    const Turn &turn = smem.turn[here], &next = smem.turn[here ^ 1];
-    const Mask mask = mask_of(params, turn.seq);
-    const Features features(params, turn.seq, turn.head);
-    const bool masked = warp_any(turn.masked);
+    const Sequence& seq = turn.seq;
+    const Mask mask = mask_of(params, seq);
+    const Features features(params, seq, turn.head);
+    const BlockRange blocks = mask.key_blocks(turn.m_block * BLOCK_M, BLOCK_M);
+    const bool masked = turn.n_block < blocks.full_begin || turn.n_block >= blocks.full_end;
     const auto at = [&](int f, int r, int c) ALWAYS_INLINE {
       using Part = Fragment<BLOCK_N>;
       return Pair{turn.m_block * BLOCK_M + first_row + 16 * f + Part::warp_row(r),
@@ -244,19 +228,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
         }
       }
     };
+    BiasTurn next = turn;
+    next.advance(params);
 
-    load_numbers(smem, turn);
-    if (thread_index() == 0) {
-      walk.advance(params);
-      smem.turn[here ^ 1].describe(params, walk);
-    }
+    load_numbers(params, smem, turn);
     cp_async_wait<1>();
-    sync_block();  // Q and K are written, by all threads, the rows' numbers, and the next turn
+    sync_block();  // Q and K are written, by all threads, and the rows' numbers
     clear(acc_s);
     add_product<HEAD_DIM / 16>(
         acc_s, operand<Side::LEFT, Major::K>(smem.q, first_row), operand<Side::RIGHT, Major::K>(smem.k));
     sync_block();  // they are read: send for the next ones
-    if (next.exists) load_q_k(params, smem, next);
+    if (next.exists(params)) load_q_k(params, smem, next, bytes);
     cp_async_commit();
     if (masked) {
       weigh(MASKED);
@@ -274,8 +256,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
       add_ds(UNMASKED);
     }
     sync_block();  // dO, V and the rows' numbers are read: send for the next ones
-    if (next.exists) load_do_v(params, smem, next);
+    if (next.exists(params)) load_do_v(params, smem, next, bytes);
     cp_async_commit();
+    turn = next;
   }
-  store_results(params, smem, tile, acc_ds, first_row);
+  store_results(params, smem, turn.tile, acc_ds, first_row);
 }
