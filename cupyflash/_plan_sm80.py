@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import _tiles_sm80 as _tiles
+from ._block_map import KEY_MAP, mapped
 from ._plan import Device, KernelPlan, Plan, Tile, grid, spec_of
 from ._plan_tensor_cores import (
     backward_plan,
@@ -42,7 +43,7 @@ def plan_sm80(problem: Problem, device: Device, tile: Tile, copies: tuple[str, .
         smem=_tiles.ampere_smem_bytes(row, *widths),
         writes=("out", "lse"),
     )  # fmt: skip
-    return tensor_core_plan("sm80", problem, device, row, (kernel,), copies)
+    return tensor_core_plan("sm80", problem, device, row, mapped(problem, kernel, (KEY_MAP,)), copies)
 
 
 def plan_sm80_backward(

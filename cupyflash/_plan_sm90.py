@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import _tiles_sm90 as _tiles
+from ._block_map import KEY_MAP, mapped
 from ._plan import MAX_GRID, Device, KernelPlan, Plan, Tile, grid, spec_of
 from ._plan_tensor_cores import (
     backward_plan,
@@ -48,7 +49,7 @@ def plan_sm90(problem: Problem, device: Device, tile: Tile, copies: tuple[str, .
         boxes=(("q", 64), ("k", row.block_n), ("v", row.block_n)),
         section=_tiles.section(row, problem, all_heads),
     )  # fmt: skip
-    return tensor_core_plan("sm90", problem, device, row, (kernel,), copies)
+    return tensor_core_plan("sm90", problem, device, row, mapped(problem, kernel, (KEY_MAP,)), copies)
 
 
 def plan_sm90_backward(

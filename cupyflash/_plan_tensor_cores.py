@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ._arrays import ArraySpec
+from ._block_map import KEY_MAP, map_arrays, map_bytes, mapped
 from ._compile import Spec
 from ._plan import (
     FEATURES_OFF,
@@ -42,12 +43,13 @@ def why_not_tensor_cores(problem: Problem, instruction: str) -> str | None:
 
 def tensor_core_plan(
     family: str, problem: Problem, device: Device, row: Blocks, kernels: tuple[KernelPlan, ...],
-    copies: tuple[str, ...], backward: bool = False, **more: Any,
+    copies: tuple[str, ...], backward: bool = False, workspace: int = 0, **more: Any,
 ) -> Plan:  # fmt: skip
     """A plan whose P, and dS, are rounded once."""
+    maps = map_arrays(problem, kernels)
     return plan_of(
-        family, device.name, problem, backward, (row.block_m, row.block_n),
-        kernels=kernels, copies=copies, rounds_p=True, **more,
+        family, device.name, problem, backward, (row.block_m, row.block_n), kernels=kernels, copies=copies,
+        rounds_p=True, maps=maps, workspace=workspace + map_bytes(maps), **more,
     )  # fmt: skip
 
 
@@ -124,7 +126,7 @@ def backward_plan(
 ) -> Plan:
     """The plan that runs these kernels, and then sums what was computed for each batch entry alone."""
     if "bias" in wrt:
-        kernels += (_bias_kernel(problem),)
+        kernels += mapped(problem, _bias_kernel(problem), (KEY_MAP,))
     if "sinks" in wrt:
         kernels += (sinks_kernel(problem),)
     return tensor_core_plan(

@@ -29,6 +29,7 @@
 #include "seqlen.cuh"
 #include "schedule.cuh"
 #include "mask.cuh"
+#include "block_walk.cuh"
 #include "score.cuh"
 #include "tile.cuh"
 #include "mma_simt.cuh"
@@ -86,9 +87,21 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS_V; ++chunk) clear(acc_dv[chunk]);
 
-  const BlockRange blocks = mask.query_blocks(work.block);
+  const BlockRange all_blocks = mask.query_blocks(work.block);
   const int group = params.num_heads / params.num_heads_k;
   const int first_head = work.head * group, end_head = first_head + group;
+  const auto walk_of = [&](int head) ALWAYS_INLINE { return query_walk(params, seq, head, work.block); };
+  const auto blocks_of = [&](int head) ALWAYS_INLINE { return walk_of(head).within(all_blocks); };
+  // The first head from `head` on that sees the keys, or end_head.
+  const auto head_from = [&](int head) ALWAYS_INLINE {
+    if constexpr (HIDES_PAIRS) {
+      for (; head < end_head; ++head) {
+        const BlockRange blocks = blocks_of(head);
+        if (blocks.begin < blocks.end) break;
+      }
+    }
+    return head;
+  };
   const int portions = CHUNKS + CHUNKS_V + (want_dk ? CHUNKS : 0);
   int slot = 0;  // of the portion to come
   const auto load_k = [&](int chunk, int to) ALWAYS_INLINE {
@@ -133,11 +146,15 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
     sync_block();
     const int here = slot;
     slot ^= 1;
-    const bool same_head = m_block + 1 < blocks.end;
     if (portion + 1 < portions) {
       load(head, m_block, portion + 1, slot);
-    } else if (same_head || head + 1 < end_head) {
-      load(same_head ? head : head + 1, same_head ? m_block + 1 : blocks.begin, 0, slot);
+      return here;
+    }
+    const int end = blocks_of(head).end;
+    const bool same_head = m_block + 1 < end;
+    const int next = same_head ? head : head_from(head + 1);
+    if (same_head || next < end_head) {
+      load(next, same_head ? walk_of(head).up(m_block + 1, end) : blocks_of(next).begin, 0, slot);
     }
     return here;
   };
@@ -178,17 +195,18 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
     }
   };
 
-  if (blocks.begin < blocks.end) {
+  const int first = head_from(first_head);
+  if (all_blocks.begin < all_blocks.end && (!HIDES_PAIRS || first < end_head)) {
     if (RESIDENT) {
       load_k(0, 0);
       load_v(0, 1);
     }
-    load(first_head, blocks.begin, 0, slot);
+    load(first, blocks_of(first).begin, 0, slot);
   }
   for (int head = first_head; head < end_head; ++head) {
-    for (int m_block = blocks.begin; m_block < blocks.full_begin; ++m_block) step(head, m_block, MASKED);
-    for (int m_block = blocks.full_begin; m_block < blocks.full_end; ++m_block) step(head, m_block, UNMASKED);
-    for (int m_block = blocks.full_end; m_block < blocks.end; ++m_block) step(head, m_block, MASKED);
+    walk_up(walk_of(head), blocks_of(head), [&](int m_block, bool masked) ALWAYS_INLINE {
+      step(head, m_block, masked);
+    });
   }
 
   // Where the block stands, once more: kept through the loop it would hold registers.

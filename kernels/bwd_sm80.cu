@@ -90,7 +90,7 @@ struct Job : FullEndOf<CUT_AT_BEGIN> {
     end = blocks.end;
     end_whole_tiles(blocks.full_end);
     // Keys beyond the end are masked in every turn: their logit of 0 may be far above lse.
-    full_begin = seq.seqlen_k - BLOCK_N < n_block * BLOCK_N ? blocks.end : blocks.full_begin;
+    full_begin = HIDES_PAIRS || seq.seqlen_k - BLOCK_N < n_block * BLOCK_N ? blocks.end : blocks.full_begin;
     const auto place = [&](const Tensor& tensor) ALWAYS_INLINE {
       return entry_offset(tensor, seq.batch_index) + first_head * tensor.head_stride;
     };
@@ -299,7 +299,7 @@ __device__ __forceinline__ void for_each_turn(const Params& params, Smem& smem, 
     next.advance(smem.job);
     if (LOADS && next.exists(smem.job)) load_queries<NUM_THREADS / 2>(params, smem, next);
     cp_async_commit();
-    if (SOME_WHOLE && turn.m_block >= full_begin && (!CUT_AT_BEGIN || turn.m_block < full_end)) {
+    if (!HIDES_PAIRS && turn.m_block >= full_begin && (!CUT_AT_BEGIN || turn.m_block < full_end)) {
       step(turn, UNMASKED);
     } else {
       step(turn, MASKED);

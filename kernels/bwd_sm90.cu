@@ -86,7 +86,7 @@ __device__ __forceinline__ void describe(Job& job, const Params& params, const W
   job.end = blocks.end;
   job.end_whole_tiles(blocks.full_end);
   // Keys beyond the end are masked in every turn: their logit of 0 may be far above lse.
-  job.full_begin = job.seq.seqlen_k - BLOCK_N < work.block * BLOCK_N ? blocks.end : blocks.full_begin;
+  job.full_begin = HIDES_PAIRS || job.seq.seqlen_k - BLOCK_N < work.block * BLOCK_N ? blocks.end : blocks.full_begin;
 }
 
 struct JobRing {
@@ -393,7 +393,7 @@ __device__ __forceinline__ void work_on_jobs(const Params& params, Smem& smem, B
 #pragma unroll 1
         for (; m_block >= first_block && m_block >= full_end; --m_block) turn_of(job, head, m_block, MASKED);
       }
-      if (SOME_WHOLE) {
+      if (!HIDES_PAIRS) {
 #pragma unroll 1
         for (; m_block >= full_begin; --m_block) turn_of(job, head, m_block, UNMASKED);
       }
