@@ -6,6 +6,7 @@ from . import _tiles_sm80 as _tiles
 from ._block_map import KEY_MAP, mapped
 from ._plan import Device, KernelPlan, Plan, Tile, grid, spec_of
 from ._plan_tensor_cores import (
+    backward_maps,
     backward_plan,
     backward_spec,
     backward_writes,
@@ -67,6 +68,7 @@ def plan_sm80_backward(
         writes=backward_writes(wrt),
         section=_tiles.ampere_backward_section(row, heads_k),
     )
-    kernels = (preparation(problem, row, wrt, deterministic), main)
+    *maps, main = mapped(problem, main, backward_maps(wrt))
+    kernels = (*maps, preparation(problem, row, wrt, deterministic), main)
     temporaries = temporaries_of(problem, row, wrt, 1 if deterministic else row.warps, row.block_m * widths[0])
     return backward_plan("sm80", problem, device, row, wrt, kernels, temporaries, copies)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ._arrays import ArraySpec
-from ._block_map import KEY_MAP, map_arrays, map_bytes, mapped
+from ._block_map import KEY_MAP, QUERY_MAP, map_arrays, map_bytes, mapped
 from ._compile import Spec
 from ._plan import (
     FEATURES_OFF,
@@ -86,6 +86,8 @@ def preparation(
         by_tile, gradient=problem.dtype, head_dim=16, head_dim_v=16, dim_chunk=16, block_n=16, num_stages=2,
         num_warps=warps, scale_sign=1, want_dq=True, want_dk=True, want_dv=True, **FEATURES_OFF,
     )  # fmt: skip
+    if "q" in wrt and not rounding and problem.options.hides_pairs:  # it reads the map of the main kernel's blocks
+        spec = replace(spec, block_n=row.block_n, has_mask=by_tile.has_mask, segments=by_tile.segments)
     tiles = grid(problem.seqlen_q, row.block_m, problem.num_heads * problem.batch)
     of_dq = ("semaphores", *(() if rounding else ("dq",)), *(() if deterministic else ("dq_sums",)))
     return KernelPlan(
@@ -112,6 +114,11 @@ def temporaries_of(
         ("semaphores", (heads, tiles * semaphores), integers),
         ("dq_sums", (heads, tiles, numbers), accumulator),
     )
+
+
+def backward_maps(wrt: frozenset[str]) -> tuple[str, ...]:
+    """The maps that the main kernel reads: of dq's key blocks where there is dq."""
+    return (QUERY_MAP, KEY_MAP) if "q" in wrt else (QUERY_MAP,)
 
 
 def backward_plan(
