@@ -1,4 +1,4 @@
-"""The maps of what a mask and segments leave of blocks of pairs: kernels/block_map.cu, which runs before its readers."""
+"""The maps of what a mask and segments leave of blocks of pairs: by kernels/block_map.cu, before their readers run."""
 
 from __future__ import annotations
 

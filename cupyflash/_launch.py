@@ -187,8 +187,8 @@ def _launch(problem: Problem, step: KernelPlan, device: int, layouts: tuple[Layo
     if not step.boxes:
         own, summed = problem.batch_shape, None
         if step.name == "block_map":
-            *own, heads = map_entries(problem)
-            own, numbers = tuple(own), replace(numbers, num_heads=heads)
+            entries = map_entries(problem)
+            own, numbers = entries[:-1], replace(numbers, num_heads=entries[-1])
         if step.name.startswith("bwd_bias") and not (step.spec.sum_rows or step.spec.sum_cols):
             own = problem.bias_shape[:ndim]
             summed = tuple(n // o if o else 1 for n, o in zip(problem.batch_shape, own, strict=True))

@@ -95,10 +95,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
   // The first head from `head` on that sees the keys, or end_head.
   const auto head_from = [&](int head) ALWAYS_INLINE {
     if constexpr (HIDES_PAIRS) {
-      for (; head < end_head; ++head) {
-        const BlockRange blocks = blocks_of(head);
-        if (blocks.begin < blocks.end) break;
-      }
+      while (head < end_head && walk_of(head).up(all_blocks.begin, all_blocks.end) == all_blocks.end) ++head;
     }
     return head;
   };
@@ -139,6 +136,16 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
       if (!still_there) load_q(head, m0, chunk, to);
     }
   };
+  // HIDES_PAIRS: the turn after this one is of the next block that sees the keys, maybe in another head.
+  const auto load_next_turn = [&](int head, int m_block) ALWAYS_INLINE {
+    m_block = walk_of(head).up(m_block + 1, all_blocks.end);
+    if (m_block == all_blocks.end) {
+      head = head_from(head + 1);
+      if (head == end_head) return;
+      m_block = blocks_of(head).begin;
+    }
+    load(head, m_block, 0, slot);
+  };
   // Waits for a portion, sends for the one after it, and says in which slot the portion lies.
   const auto arrive = [&](int head, int m_block, int portion) ALWAYS_INLINE {
     wait_copies();
@@ -146,15 +153,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
     sync_block();
     const int here = slot;
     slot ^= 1;
+    const bool same_head = !HIDES_PAIRS && m_block + 1 < all_blocks.end;
     if (portion + 1 < portions) {
       load(head, m_block, portion + 1, slot);
-      return here;
-    }
-    const int end = blocks_of(head).end;
-    const bool same_head = m_block + 1 < end;
-    const int next = same_head ? head : head_from(head + 1);
-    if (same_head || next < end_head) {
-      load(next, same_head ? walk_of(head).up(m_block + 1, end) : blocks_of(next).begin, 0, slot);
+    } else if (HIDES_PAIRS) {
+      load_next_turn(head, m_block);
+    } else if (same_head || head + 1 < end_head) {
+      load(same_head ? head : head + 1, same_head ? m_block + 1 : all_blocks.begin, 0, slot);
     }
     return here;
   };

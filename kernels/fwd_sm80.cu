@@ -89,24 +89,17 @@ __device__ __forceinline__ void load_q(const Params& params, Smem& smem, const Q
   }
 }
 
-// How far tiles of K, or of V, have been sent for. Without a map, block n of a row of them is known anyway.
-template <bool ON>
-struct AheadOf {
-  __device__ __forceinline__ explicit AheadOf(const BlockRange&) {}
-  __device__ __forceinline__ int take(const BlockWalk&, const BlockRange&, int n_block) const { return n_block; }
-};
-template <>
-struct AheadOf<true> {
+// How far tiles of K, or of V, have been sent for, where the walk has gaps.
+struct Ahead {
   int next;
 
-  __device__ __forceinline__ explicit AheadOf(const BlockRange& blocks) : next(blocks.end - 1) {}
-  __device__ __forceinline__ int take(const BlockWalk& walk, const BlockRange& blocks, int) {
+  __device__ __forceinline__ explicit Ahead(const BlockRange& blocks) : next(blocks.end - 1) {}
+  __device__ __forceinline__ int take(const BlockWalk& walk, const BlockRange& blocks) {
     const int n_block = next;
     next = walk.down(n_block - 1, blocks.begin);
     return n_block;
   }
 };
-using Ahead = AheadOf<HIDES_PAIRS>;
 
 // First row of a warp's fragment in the tile.
 __device__ __forceinline__ int fragment_row(int fragment) {
@@ -183,11 +176,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   Softmax<2> softmax[FRAGMENTS];
   int slot = 0;  // of the tile at hand
 
-  // K and V are each sent for in the order of the walk.
+  // HIDES_PAIRS: K and V are each sent for in the order of the walk.
   Ahead ahead_k(blocks), ahead_v(blocks);
   // Sends for a tile, or for nothing: either way a group of copies, so that waits can count.
   const auto load_k = [&](int n_block, int to, bool whole) ALWAYS_INLINE {
-    n_block = ahead_k.take(walk, blocks, n_block);
+    if constexpr (HIDES_PAIRS) n_block = ahead_k.take(walk, blocks);
     if (n_block >= blocks.begin) {
       const auto k = rows_from(params.k, smem.k);
       load_tile(smem.slot[to].k, k, smem.k_bytes, n_block * BLOCK_N, keys_end, params.head_dim, whole);
@@ -195,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
     cp_async_commit();
   };
   const auto load_v = [&](int n_block, int to, bool whole) ALWAYS_INLINE {
-    if (!OVERLAP || n_block < blocks.end) n_block = ahead_v.take(walk, blocks, n_block);
+    if (HIDES_PAIRS && (!OVERLAP || n_block < blocks.end)) n_block = ahead_v.take(walk, blocks);
     if (n_block >= blocks.begin && (!OVERLAP || n_block < blocks.end)) {
       const auto v = rows_from(params.v, smem.v);
       load_tile(smem.slot[to].v, v, smem.v_bytes, n_block * BLOCK_N, keys_end, params.head_dim_v, whole);
