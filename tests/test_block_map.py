@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import PROFILE
 from emulator import Device, Schedule, why_not
+from nvrtc import compile_spec
 
 from cupyflash import Tile, _launch, attention, attention_backward, explain
 from cupyflash._compile import FLOAT32, Spec, kernel_text
@@ -225,6 +226,16 @@ def _same_view(xp, mask):
     return xp.ndarray(mask.shape, mask.dtype, xp.asarray(mask.base).data + (first[0] - first[1]), mask.strides)
 
 
+@pytest.mark.nvrtc
+@pytest.mark.parametrize("arch", ["sm_60", "sm_75", "sm_80", "sm_90a", "sm_120"])
+@pytest.mark.parametrize(
+    "fields", [{"has_mask": True}, {"segments": True}, {"has_mask": True, "segments": True}], ids="-".join
+)
+def test_the_kernel_compiles_into_registers(arch, fields):
+    compiled = compile_spec(_spec(block_m=128, block_n=96, **fields), 64, arch)
+    assert compiled.spill_bytes == compiled.stack_bytes == 0, compiled.log
+
+
 # ---------------------------------------------------------------------------------------------------------- the walk
 
 PROBE = """
@@ -284,11 +295,15 @@ def test_the_walk_against_python(blocks, share):
 
 @functools.cache
 def _probe_text():
-    spec = Spec(
+    return _spec(block_m=32, block_n=32, has_mask=True).prelude() + kernel_text("block_map") + PROBE
+
+
+def _spec(**fields):
+    """The kernel that makes the maps."""
+    return Spec(
         kernel="block_map", element=FLOAT32, output=FLOAT32, accumulator=FLOAT32, gradient=FLOAT32, head_dim=16,
-        head_dim_v=16, dim_chunk=16, block_m=32, block_n=32, num_stages=2, num_warps=8, causal=False, has_mask=True,
+        head_dim_v=16, dim_chunk=16, num_stages=2, num_warps=8, causal=False, **fields,
     )  # fmt: skip
-    return spec.prelude() + kernel_text("block_map") + PROBE
 
 
 # ------------------------------------------------------------------------------------- main loops that keep to the map
