@@ -17,6 +17,7 @@ import numpy as np
 
 from . import _compile
 from ._arrays import Array, ArraySpec, address, import_cupy, misaligned, on_device
+from ._block_map import MAPS, map_entries
 from ._params import TAIL_AXES, Template, element_strides, make_template, scalars
 from ._plan import KernelPlan, Plan
 from ._problem import Problem
@@ -101,9 +102,8 @@ def forward(problem: Problem, plan: Plan, device: int, inputs: Tensors, results:
     """
     with on_device(device):
         tensors = {name: x for name, x in (_readable(plan, inputs) | results).items() if x is not None}
-        (step,) = plan.kernels
-        zeroed = (("tickets", (), np.dtype(np.int32)),) if "tickets" in step.writes else ()
-        ready = _make_ready(problem, plan.kernels, device, tensors, (), zeroed)
+        zeroed = (("tickets", (), np.dtype(np.int32)),) if "tickets" in plan.kernels[-1].writes else ()
+        ready = _make_ready(problem, plan.kernels, device, tensors, plan.maps, zeroed)
         ready.run(tensors)
     return None if plan.copies else ready
 
@@ -123,7 +123,7 @@ def backward(
         tensors |= {name: partials[name].by_entry if name in partials else x for name, x in gradients.items()}
         temporaries = tuple((name, (*problem.batch_shape, *tail), dtype) for name, tail, dtype in plan.temporaries)
         steps = tuple(step for step in plan.kernels if step.name != "bwd_finish")
-        ready = _make_ready(problem, steps, device, tensors, temporaries, ())
+        ready = _make_ready(problem, steps, device, tensors, temporaries + plan.maps, ())
         ready.run(tensors)
         for step in plan.kernels[len(steps) :]:
             partials[step.writes[0]].finish(step, device)
@@ -145,23 +145,35 @@ def _make_ready(
     temporaries: tuple[ArraySpec, ...],
     zeroed: tuple[ArraySpec, ...],
 ) -> Ready:
-    made = [(name, shape, _contiguous(shape, dtype), dtype.itemsize) for name, shape, dtype in (*temporaries, *zeroed)]
+    made = []
+    for name, shape, dtype in (*temporaries, *zeroed):
+        strides = _contiguous(shape, dtype)
+        made.append((name, shape, _shared(shape, strides) if name in MAPS else strides, dtype.itemsize))
     given = [(name, x.shape, x.strides, x.itemsize) for name, x in tensors.items()]
     launches = []
     for step in steps:
         if step.grid:
             # A gradient is known to the kernels that write it.
-            named = (layout for layout in (*given, *made) if layout[0] not in RESULTS or layout[0] in step.writes)
+            unknown = RESULTS - set(step.writes)
+            named = (layout for layout in (*given, *made) if layout[0] not in unknown)
+            if step.name == "block_map":
+                named = (layout for layout in named if layout[0] in (*HIDING, *step.writes))
             launches.append(_launch(problem, step, device, tuple(named)))
     return Ready(device, tuple(launches), temporaries, zeroed)
 
 
 RESULTS = frozenset({"dq", "dk", "dv", "dbias", "dsinks"})
+HIDING = ("mask", "q_segments", "kv_segments")  # all that block_map reads
 
 
 def _contiguous(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
     """The strides of a new array, in bytes."""
     return tuple(dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _shared(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of an array of which an axis of length 1 is there for all: 0 along it."""
+    return tuple(0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))
 
 
 @lru_cache(maxsize=4096)
@@ -174,6 +186,9 @@ def _launch(problem: Problem, step: KernelPlan, device: int, layouts: tuple[Layo
     numbers = scalars(problem, step.section)
     if not step.boxes:
         own, summed = problem.batch_shape, None
+        if step.name == "block_map":
+            entries = map_entries(problem)
+            own, numbers = entries[:-1], replace(numbers, num_heads=entries[-1])
         if step.name.startswith("bwd_bias") and not (step.spec.sum_rows or step.spec.sum_cols):
             own = problem.bias_shape[:ndim]
             summed = tuple(n // o if o else 1 for n, o in zip(problem.batch_shape, own, strict=True))

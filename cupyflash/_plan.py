@@ -151,6 +151,8 @@ class Plan:
     rounds_p: bool = False
     # Temporary arrays of the backward: name, axes behind the leading ones, dtype. Partial sums come beside them.
     temporaries: tuple[ArraySpec, ...] = ()
+    # Those of blocks that single pairs are hidden in, with all their axes.
+    maps: tuple[ArraySpec, ...] = ()
 
     def __str__(self) -> str:
         lines = [

@@ -8,6 +8,7 @@
 #include "seqlen.cuh"
 #include "schedule.cuh"
 #include "mask.cuh"
+#include "block_walk.cuh"
 
 struct BiasTile {
   int m_block, n_block;  // 0 along what is summed
@@ -81,7 +82,8 @@ struct BiasTurn {
   __device__ __forceinline__ void skip_unseen(const Params& params) {
     while (exists(params)) {
       const BlockRange blocks = mask_of(params, seq).key_blocks(m_block * BLOCK_M, BLOCK_M);
-      if (n_block >= blocks.begin && n_block < blocks.end) return;
+      const bool seen = key_walk(params, seq, head, m_block).up(n_block, n_block + 1) == n_block;
+      if (n_block >= blocks.begin && n_block < blocks.end && seen) return;
       step(params);
     }
   }

@@ -186,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
     const Mask mask = mask_of(params, seq);
     const Features features(params, seq, turn.head);
     const BlockRange blocks = mask.key_blocks(turn.m_block * BLOCK_M, BLOCK_M);
-    const bool masked = turn.n_block < blocks.full_begin || turn.n_block >= blocks.full_end;
+    const bool masked = !needs_no_look(key_walk(params, seq, turn.head, turn.m_block), blocks, turn.n_block);
     const auto at = [&](int f, int r, int c) ALWAYS_INLINE {
       using Part = Fragment<BLOCK_N>;
       return Pair{turn.m_block * BLOCK_M + first_row + 16 * f + Part::warp_row(r),
