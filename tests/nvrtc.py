@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,12 @@ class Compiled:
     spill_bytes: int
     stack_bytes: int  # arrays that registers could not hold
     serialised: bool  # wgmma waits for itself, which ptxas says in warning C7510 or one of its neighbours
+    code_bytes: int  # of the kernel's instructions
     log: str
+
+    def row(self) -> list[int | bool]:
+        """What the table has of a kernel."""
+        return [self.registers, self.spill_bytes, self.serialised, self.code_bytes]
 
 
 def nvrtc():
@@ -55,12 +61,27 @@ def compile_spec(spec: Spec, smem: int, arch: str) -> Compiled:
     except binding.NVRTCError as error:
         pytest.fail(f"{spec.kernel} for {arch}: {error}\n{binding.getProgramLog(program)}\n{spec.prelude()}")
     log = binding.getProgramLog(program)
+    code = _code_bytes(binding.getCUBIN(program))
     binding.destroyProgram(program)
     spills = [int(n) for n in re.findall(r"stack frame, (\d+) bytes spill stores", log)]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     assert registers, f"ptxas reports no registers:\n{log}"
     stack = [int(n) for n in re.findall(r"(\d+) bytes stack frame", log)]
-    return Compiled(max(registers), sum(spills), sum(stack), re.search(r"C75\d\d", log) is not None, log)
+    return Compiled(max(registers), sum(spills), sum(stack), re.search(r"C75\d\d", log) is not None, code, log)
+
+
+def _code_bytes(cubin: bytes) -> int:
+    """The size of the .text sections of an ELF file of 64 bits; 0 where there is none, for a virtual architecture."""
+    if not cubin:
+        return 0
+    (table,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<3H", cubin, 0x3A)
+    headers = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(count)]
+    strings = headers[names][4]
+
+    def is_code(name: int) -> bool:
+        return cubin[strings + name :].startswith(b".text")
+
+    return sum(header[5] for header in headers if is_code(header[0]))
 
 
 def version() -> str | None:
@@ -74,6 +95,7 @@ def version() -> str | None:
 # ------------------------------------------------------------------------ what ptxas says of the tensor-core families
 
 TABLE = Path(__file__).with_name("registers.json")
+COLUMNS = "registers, spilled bytes, serialised, bytes of code"
 PAIRS = (*((width, width) for width in _tiles.WIDTHS), (192, 128), (64, 128), (128, 64), (256, 64), (64, 256), (64, 48))
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)  # every row of the tile tables is for one of them
 
@@ -149,12 +171,9 @@ def main() -> None:
     specs = {text: (*spec, "sm_90a") for text, spec in hopper_specs().items()} | ampere_specs()
     with ThreadPoolExecutor() as pool:
         made = pool.map(lambda item: compile_spec(*item), specs.values())
-        rows = {
-            text: [compiled.registers, compiled.spill_bytes, compiled.serialised]
-            for text, compiled in zip(specs, made, strict=True)
-        }
+        rows = {text: compiled.row() for text, compiled in zip(specs, made, strict=True)}
     lines = ",\n".join(f"    {json.dumps(text)}: {json.dumps(row)}" for text, row in sorted(rows.items()))
-    kernels = f'  "registers, spilled bytes, serialised": {{\n{lines}\n  }}\n'
+    kernels = f'  "{COLUMNS}": {{\n{lines}\n  }}\n'
     TABLE.write_text(f'{{\n  "nvrtc": {json.dumps(version())},\n{kernels}}}\n')
 
 
