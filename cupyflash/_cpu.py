@@ -45,6 +45,7 @@ from ._cpu_backward import BackwardCall, BackwardWorker
 from ._cpu_blocks import Array, Cells, chunks, is_packed
 from ._cpu_forward import ForwardCall, ForwardWorker, OneBlockForward, Small
 from ._cpu_logits import Logits
+from ._cpu_packed import clear_rest, unpack
 from ._options import PLAIN
 from ._problem import Problem
 from ._workers import check_variable, run
@@ -117,6 +118,8 @@ def forward(
     if cells.group > 1:
         q, k, v, out = cells.rows(q), cells.keys(k), cells.keys(v), cells.rows(out)
         lse = None if lse is None else cells.row_values(lse)
+    if problem.options.packed is not None:
+        q, k, v, out, lse = _unpack_forward(problem, beside, q, k, v, out, lse)
     if size is _Size.ONE_CHUNK:
         packed = all(is_packed(x, problem.accumulator) for x in (q, k, v, out))
         compute = OneBlockForward(problem, keeps=False, packed=packed)
@@ -162,12 +165,20 @@ def backward(
             gradient[...] = 0
         return
     cells = Cells(problem, beside)
-    sides = {"dq": cells.rows, "dk": cells.keys, "dv": cells.keys, "dbias": cells.pairs}
+    sides = {
+        "dout": cells.rows, "q": cells.rows, "k": cells.keys, "v": cells.keys, "out": cells.rows,
+        "lse": cells.row_values, "dlse": cells.row_values,
+        "dq": cells.rows, "dk": cells.keys, "dv": cells.keys, "dbias": cells.pairs,
+    }  # fmt: skip
+    given = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse, "dlse": dlse, **gradients}
+    x = {name: side(given[name]) for name, side in sides.items() if given.get(name) is not None}
+    if problem.options.packed is not None:
+        clear_rest({name: y for name, y in x.items() if name in gradients}, beside)
+        x = unpack(problem, x, beside)
     call = BackwardCall(
         cells,
-        *(cells.rows(dout), cells.rows(q), cells.keys(k), cells.keys(v), cells.rows(out), cells.row_values(lse)),
-        dlse=None if dlse is None else cells.row_values(dlse),
-        gradients={name: side(gradients[name]) for name, side in sides.items() if name in gradients},
+        **{name: x.get(name) for name in ("dout", "q", "k", "v", "out", "lse", "dlse")},
+        gradients={name: y for name, y in x.items() if name in gradients},
         block_m=min(block_m, problem.seqlen_q),
         block_n=max(1, min(block_n, problem.seqlen_k)),
         logits=None if cells.is_plain else Logits(cells, beside),
@@ -181,6 +192,16 @@ def backward(
             call.one_block(parts[0])
     else:
         run(lambda: call.one_block, parts)
+
+
+def _unpack_forward(
+    problem: Problem, beside: dict[str, Array], q: Array, k: Array, v: Array, out: Array, lse: Array | None
+) -> tuple[Any, ...]:
+    """Arrays of packed sequences with an axis of sequences; what lies behind the last one is written here."""
+    x = {"q": q, "k": k, "v": v, "out": out} | ({} if lse is None else {"lse": lse})
+    clear_rest({name: y for name, y in x.items() if name in ("out", "lse")}, beside)
+    x = unpack(problem, x, beside)
+    return x["q"], x["k"], x["v"], x["out"], x.get("lse")
 
 
 def _backward_with_options(call: BackwardCall, gradients: dict[str, Array]) -> None:

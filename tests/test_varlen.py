@@ -1,0 +1,323 @@
+"""Packed sequences: each one's result is that of attention() on its rows alone, forward and backward."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cupyflash import (
+    AttentionGradients,
+    Tile,
+    attention,
+    attention_backward,
+    attention_varlen,
+    attention_varlen_backward,
+    attention_varlen_vjp,
+)
+
+LENGTHS_Q = (5, 0, 33, 1, 64, 17)
+LENGTHS_K = (9, 20, 0, 1, 64, 40)
+HEADS, HEADS_K, D, DV = 4, 2, 16, 24
+SPARE = 7  # rows behind the last sequence
+
+
+def offsets(lengths, dtype=np.int32):
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(dtype)
+
+
+class Packed:
+    """Random packed sequences, NaN behind the last one, and the options of a call on them."""
+
+    def __init__(self, lengths_q=LENGTHS_Q, lengths_k=LENGTHS_K, dtype=np.float64, d=D, dv=DV, spare=SPARE, **options):
+        rng = np.random.default_rng(len(lengths_q) + d)
+        total_q, total_k = sum(lengths_q), sum(lengths_k)
+        self.shape = len(lengths_q), HEADS, max(lengths_q, default=0), max(lengths_k, default=0)
+        self.cu = offsets(lengths_q), offsets(lengths_k)
+
+        def rows(used, heads, columns):
+            x = np.full((used + spare, heads, columns), np.nan).astype(dtype)
+            x[:used] = rng.standard_normal((used, heads, columns))
+            return x
+
+        self.q, self.k, self.v = rows(total_q, HEADS, d), rows(total_k, HEADS_K, d), rows(total_k, HEADS_K, dv)
+        self.dout = rows(total_q, HEADS, dv)
+        accumulator = np.float64 if dtype == np.float64 else np.float32
+        self.dlse = rng.standard_normal((HEADS, total_q + spare)).astype(accumulator)
+        self.dlse[:, total_q:] = np.nan
+        self.options = {name: make(rng, self.shape) if callable(make) else make for name, make in options.items()}
+
+    def sequence(self, b):
+        """Slices of queries and keys."""
+        return tuple(slice(int(cu[b]), int(cu[b + 1])) for cu in self.cu)
+
+    def options_of(self, b):
+        """The options of one sequence, as attention() takes them."""
+        found = dict(self.options)
+        queries, keys = (s.stop - s.start for s in self.sequence(b))
+        for name in ("bias", "mask"):
+            if name in found:
+                whole = np.broadcast_to(found[name], self.shape)
+                found[name] = whole[b, :, :queries, :keys]
+        if "alibi_slopes" in found:
+            found["alibi_slopes"] = np.broadcast_to(found["alibi_slopes"], self.shape[:2])[b]
+        if np.ndim(found.get("q_offset", 0)):
+            found["q_offset"] = int(found["q_offset"][b])
+        return found
+
+    def each(self, wrt):
+        """out, lse and gradients, sequence by sequence; what lies behind them as it should be."""
+        out = np.zeros((len(self.q), HEADS, self.v.shape[2]))
+        lse = np.full((HEADS, len(self.q)), -np.inf)
+        likes = {"q": self.q, "k": self.k, "v": self.v, **self.options}
+        grads = {name: np.zeros(likes[name].shape) for name in wrt}
+        whole = np.zeros(self.shape)
+        for b in range(self.shape[0]):
+            rows, keys = self.sequence(b)
+            q, dout = self.q[rows].swapaxes(0, 1), self.dout[rows].swapaxes(0, 1)
+            k, v = self.k[keys].swapaxes(0, 1), self.v[keys].swapaxes(0, 1)
+            options = self.options_of(b)
+            if options.get("bias") is not None:
+                options["bias"] = np.array(options["bias"])
+            o, s = attention(q, k, v, return_lse=True, **options)
+            g = attention_backward(dout, q, k, v, o, s, dlse=self.dlse[:, rows], wrt=wrt, **options)
+            out[rows], lse[:, rows] = o.swapaxes(0, 1), s
+            grads["q"][rows], grads["k"][keys] = g.dq.swapaxes(0, 1), g.dk.swapaxes(0, 1)
+            grads["v"][keys] = g.dv.swapaxes(0, 1)
+            if "bias" in wrt:
+                whole[b, :, : q.shape[1], : k.shape[1]] = g.dbias
+            if "sinks" in wrt:
+                grads["sinks"] += g.dsinks
+        if "bias" in wrt:
+            shape = self.options["bias"].shape
+            axes = tuple(i for i, (n, m) in enumerate(zip(shape, self.shape, strict=True)) if n != m)
+            grads["bias"] = whole.sum(axes, keepdims=True)
+        return out, lse, grads
+
+    def run(self, wrt, xp=np, **more):
+        """The same from the packed arrays."""
+        on = {name: xp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in self.options.items()} | more
+        q, k, v, dout, dlse = map(xp.asarray, (self.q, self.k, self.v, self.dout, self.dlse))
+        cu = tuple(map(xp.asarray, self.cu))
+        out, lse = attention_varlen(q, k, v, *cu, return_lse=True, **on)
+        g = attention_varlen_backward(dout, q, k, v, out, lse, *cu, dlse=dlse, wrt=wrt, **on)
+        host = (lambda x: x) if xp is np else (lambda x: x.get())
+        return host(out), host(lse), {name: host(getattr(g, f"d{name}")) for name in wrt}
+
+
+def wrt_of(options):
+    return ("q", "k", "v", *(name for name in ("bias", "sinks") if name in options))
+
+
+def check(packed, xp=np, bound=1e-12, **more):
+    """Against every sequence alone, which is computed in float64 from the same numbers."""
+    wrt = wrt_of(packed.options)
+    got = packed.run(wrt, xp, **more)
+    want = packed.each(wrt)
+    names = ("out", "lse", *want[2])
+    for name, x, y in zip(names, (*got[:2], *got[2].values()), (*want[:2], *want[2].values()), strict=True):
+        x = x.astype(np.float64)
+        finite = np.isfinite(y)
+        np.testing.assert_array_equal(x[~finite], y[~finite], err_msg=name)
+        np.testing.assert_allclose(
+            x[finite], y[finite], rtol=0, atol=bound * max(1, np.abs(y[finite]).max(initial=0)), err_msg=name
+        )
+
+
+def pairs(*shape):
+    """A bias of this shape, where 0 stands for all of an axis."""
+    return lambda rng, full: rng.standard_normal([n or m for n, m in zip(shape, full, strict=True)])
+
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "top left": {"causal": "top_left", "scale": -0.4},
+    "window": {"window": (6, 2)},
+    "window and causal": {"window": (9, None), "causal": True},
+    "softcap": {"softcap": 1.5},
+    "slopes": {"alibi_slopes": lambda rng, full: rng.random(full[:2])},
+    "one offset": {"q_offset": 3, "causal": True},
+    "offsets": {"q_offset": lambda rng, full: rng.integers(-5, 20, full[0]), "causal": True},
+    "bias": {"bias": pairs(0, 0, 0, 0)},
+    "bias of all sequences": {"bias": pairs(1, 0, 0, 0), "causal": True},
+    "bias of keys": {"bias": pairs(0, 1, 1, 0)},
+    "bias of queries": {"bias": pairs(1, 1, 0, 1)},
+    "mask": {"mask": lambda rng, full: rng.random(full) < 0.6},
+    "sinks": {"sinks": lambda rng, full: rng.standard_normal(full[1])},
+    "many": {
+        "softcap": 2.0, "bias": pairs(0, 1, 0, 0), "sinks": lambda rng, full: rng.standard_normal(full[1]),
+        "mask": lambda rng, full: rng.random((1, *full[1:])) < 0.7, "window": (30, 8),
+        "alibi_slopes": lambda rng, full: rng.random(full[1]),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_sequence_is_alone(name):
+    check(Packed(**OPTIONS[name]))
+
+
+@pytest.mark.parametrize("tile", [Tile(block_m=8, block_n=8), Tile(block_m=16, block_n=64)])
+@pytest.mark.parametrize("name", ["causal", "many"])
+def test_tiles(name, tile):
+    check(Packed(**OPTIONS[name]), tile=tile)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_sequences_take_threads(causal):
+    check(Packed((700, 3, 400), (300, 900, 2), causal=causal))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_dtypes(dtype):
+    """16-bit results are rounded once from float32, as those of attention() are: to the same number or a neighbour."""
+    got = Packed(dtype=dtype, causal=True)
+    bound = 2 * float(ml_dtypes.finfo(dtype).eps) if np.dtype(dtype).itemsize == 2 else 2e-5
+    check(got, bound=bound)
+
+
+def test_dropout_counts_in_the_sequence():
+    """The weights that fall are those of a batch of padded sequences."""
+    packed = Packed(dropout=0.4, seed=2**40 + 3)
+    out, lse, grads = packed.run(("q", "k", "v"))
+    batch, _, queries, keys = packed.shape
+
+    def padded(x, side, rows):
+        full = np.zeros((batch, x.shape[1], rows, x.shape[2]))
+        for b in range(batch):
+            own = x[packed.sequence(b)[side]].swapaxes(0, 1)
+            full[b, :, : own.shape[1]] = own
+        return full
+
+    q, dout = padded(packed.q, 0, queries), padded(packed.dout, 0, queries)
+    k, v = padded(packed.k, 1, keys), padded(packed.v, 1, keys)
+    lens = {"q_lens": np.diff(packed.cu[0]), "kv_lens": np.diff(packed.cu[1])}
+    dlse = padded(packed.dlse.T[..., None], 0, queries)[..., 0]
+    wanted = attention(q, k, v, return_lse=True, **lens, **packed.options)
+    wanted_grads = attention_backward(dout, q, k, v, *wanted, dlse=dlse, **lens, **packed.options)
+    undropped = Packed().run(("q", "k", "v"))
+    np.testing.assert_allclose(lse, undropped[1], atol=1e-12)
+    assert np.abs(out - undropped[0]).max() > 0.1
+    for b in range(batch):
+        rows, own = packed.sequence(b)
+        n, m = rows.stop - rows.start, own.stop - own.start
+        for got, want, part, count in (
+            (out, wanted.out, rows, n), (grads["q"], wanted_grads.dq, rows, n),
+            (grads["k"], wanted_grads.dk, own, m), (grads["v"], wanted_grads.dv, own, m),
+        ):  # fmt: skip
+            np.testing.assert_allclose(got[part].swapaxes(0, 1), want[b, :, :count], atol=1e-12)
+
+
+def test_any_strides_and_outputs_in_place():
+    packed = Packed(causal=True)
+    want = packed.run(("q", "k", "v"))
+
+    def strided(x):
+        room = np.full((x.shape[1], 2 * x.shape[0], 3 * x.shape[2]), np.nan)
+        view = room[::-1, 1::2, 2::3].swapaxes(0, 1)
+        view[...] = x
+        return view
+
+    packed.q, packed.k, packed.v, packed.dout = map(strided, (packed.q, packed.k, packed.v, packed.dout))
+    packed.dlse = np.repeat(packed.dlse, 2, 1)[:, ::2]
+    packed.cu = tuple(np.repeat(cu.astype(np.int64), 3)[::3] for cu in packed.cu)
+    got = packed.run(("q", "k", "v"))
+    assert (got[0] == want[0]).all()
+    assert (got[1] == want[1]).all()
+    for name in want[2]:
+        assert (got[2][name] == want[2][name]).all()
+    out, lse = strided(np.full_like(want[0], np.nan)), np.full_like(want[1], np.nan)
+    result = attention_varlen(packed.q, packed.k, packed.v, *packed.cu, causal=True, out=(out, lse))
+    assert result.out is out
+    assert result.lse is lse
+    assert (out == want[0]).all()
+    assert (lse == want[1]).all()
+    into = AttentionGradients(dq=strided(np.full(packed.q.shape, np.nan)), dv=np.full(packed.v.shape, np.nan))
+    g = attention_varlen_backward(
+        packed.dout, packed.q, packed.k, packed.v, out, lse, *packed.cu, dlse=packed.dlse, causal=True, grads_out=into,
+        wrt=("q", "v"),
+    )  # fmt: skip
+    assert g.dq is into.dq
+    assert g.dk is None
+    np.testing.assert_allclose(g.dq, want[2]["q"], atol=1e-12)
+    np.testing.assert_allclose(into.dv, want[2]["v"], atol=1e-12)
+
+
+def test_vjp():
+    packed = Packed(**OPTIONS["many"])
+    (out, lse), vjp = attention_varlen_vjp(
+        packed.q, packed.k, packed.v, *packed.cu, return_lse=True, **packed.options
+    )  # fmt: skip
+    g = vjp(packed.dout, packed.dlse)
+    want = packed.run(wrt_of(packed.options))
+    assert (out == want[0]).all()
+    assert (lse == want[1]).all()
+    assert all((getattr(g, f"d{name}") == x).all() for name, x in want[2].items())
+    alone, _ = attention_varlen_vjp(packed.q, packed.k, packed.v, *packed.cu, **packed.options)
+    assert (alone == out).all()
+
+
+@pytest.mark.parametrize(
+    "lengths", [((), ()), ((0,), (0,)), ((0, 0), (3, 4)), ((3, 4), (0, 0)), ((5,), (5,)), ((0, 2, 0), (0, 0, 0))]
+)
+@pytest.mark.parametrize("spare", [0, SPARE])
+def test_nothing_here_and_there(lengths, spare):
+    check(Packed(*lengths, spare=spare, causal=True))
+    check(Packed(*lengths, spare=spare, **OPTIONS["sinks"]))
+
+
+def test_longer_bounds_than_sequences():
+    packed = Packed(causal=True)
+    want = packed.run(("q", "k", "v"))
+    got = packed.run(("q", "k", "v"), max_seqlen_q=100, max_seqlen_k=np.int64(90))
+    np.testing.assert_allclose(got[0], want[0], atol=1e-12)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("side", "cu", "error", "says"),
+    [
+        (0, [0, 3, 2, 5], ValueError, r"cu_seqlens_q\[1\]=3, cu_seqlens_q\[2\]=2"),
+        (1, [0, 3, 2, 5], ValueError, r"cu_seqlens_k\[1\]=3, cu_seqlens_k\[2\]=2"),
+        (0, [1, 2, 3, 5], ValueError, r"cu_seqlens_q\[0\]=1"),
+        (1, [0, 2, 3, 13], ValueError, r"cu_seqlens_k\[-1\]=13: k has 12 rows"),
+        (0, [0, 5], ValueError, "cu_seqlens_q has 2 numbers, cu_seqlens_k 4"),
+        (0, [], ValueError, r"cu_seqlens_q.shape=\(0,\)"),
+        (1, [[0, 1, 2, 3]], ValueError, r"cu_seqlens_k.shape=\(1, 4\)"),
+    ],
+)
+def test_offsets_that_do_not_fit(side, cu, error, says):
+    q = np.ones((12, 2, 8), np.float32)
+    both = [np.array([0, 2, 3, 5]), np.array([0, 2, 3, 5])]
+    both[side] = np.array(cu, np.int64)
+    with pytest.raises(error, match=says):
+        attention_varlen(q, q, q, *both)
+    with pytest.raises(error, match=says):
+        attention_varlen_backward(q, q, q, q, q, np.zeros((2, 12), np.float32), *both)
+
+
+def test_arguments_that_do_not_fit():
+    q, cu = np.ones((12, 2, 8), np.float32), np.array([0, 2, 3, 12])
+    with pytest.raises(TypeError, match=r"cu_seqlens_q\.dtype=float64"):
+        attention_varlen(q, q, q, cu * 1.0, cu)
+    with pytest.raises(TypeError, match="cu_seqlens_k is a list"):
+        attention_varlen(q, q, q, cu, [0, 2, 3, 12])
+    with pytest.raises(ValueError, match="max_seqlen_k=8: the longest sequence of cu_seqlens_k has 9 rows"):
+        attention_varlen(q, q, q, cu, cu, max_seqlen_k=8)
+    with pytest.raises(ValueError, match="max_seqlen_q=-1"):
+        attention_varlen(q, q, q, cu, cu, max_seqlen_q=-1)
+    with pytest.raises(TypeError, match=r"max_seqlen_q=9\.0"):
+        attention_varlen(q, q, q, cu, cu, max_seqlen_q=9.0)
+    with pytest.raises(ValueError, match=r"k.shape=\(1, 12, 2, 8\): packed sequences have 3 axes"):
+        attention_varlen(q, q[None], q, cu, cu)
+    with pytest.raises(ValueError, match=r"bias.shape=\(3, 2, 8, 9\) does not broadcast"):
+        attention_varlen(q, q, q, cu, cu, bias=np.zeros((3, 2, 8, 9)))
+    with pytest.raises(ValueError, match=r"q_offset.shape=\(2,\)"):
+        attention_varlen(q, q, q, cu, cu, causal=True, q_offset=np.array([1, 2]))
+    with pytest.raises(ValueError, match="both place the diagonal"):
+        attention_varlen(q, q, q, cu, cu, causal="top_left", q_offset=1)
+    with pytest.raises(ValueError, match=r"out.shape=\(12, 2, 9\)"):
+        attention_varlen(q, q, q, cu, cu, out=np.zeros((12, 2, 9), np.float32))
+    with pytest.raises(ValueError, match=r"lse.shape=\(12, 2\)"):
+        attention_varlen_backward(q, q, q, q, q, np.zeros((12, 2), np.float32), cu, cu)
+    with pytest.raises(ValueError, match="k has 12 rows, v has 11"):
+        attention_varlen(q, q, q[1:], cu, cu)
