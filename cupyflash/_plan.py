@@ -328,7 +328,7 @@ def sinks_kernel(problem: Problem) -> KernelPlan:
 
 
 def rest_kernel(problem: Problem, wrt: frozenset[str] | None) -> KernelPlan:
-    """packed_rest: results in rows behind the last packed sequence. Its blocks are few: mostly there are no such rows."""
+    """packed_rest: results in rows behind the last packed sequence. Few blocks: mostly there are no such rows."""
     warps = 8
     spec = Spec(
         kernel="packed_rest", element=problem.dtype, output=problem.out_dtype, accumulator=problem.accumulator,

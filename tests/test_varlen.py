@@ -3,6 +3,8 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import PROFILE
+from emulator import Device, Schedule, why_not
 
 from cupyflash import (
     AttentionGradients,
@@ -321,3 +323,156 @@ def test_arguments_that_do_not_fit():
         attention_varlen_backward(q, q, q, q, q, np.zeros((12, 2), np.float32), cu, cu)
     with pytest.raises(ValueError, match="k has 12 rows, v has 11"):
         attention_varlen(q, q, q[1:], cu, cu)
+
+
+# ---------------------------------------------------------------------------------------------- kernels, emulated
+
+# Lengths below, at and beyond blocks, alone and side by side.
+EMULATED_Q, EMULATED_K = (70, 0, 1, 64, 33), (33, 20, 0, 64, 130)
+
+
+@pytest.fixture
+def emulator():
+    why_not()
+
+
+def device(seed, arch):
+    """Under the race checker, each launch under a schedule of its own."""
+    return Device(lambda n: Schedule.draw(seed and 100 * seed + n), arch=arch, undefined=PROFILE != "ci")
+
+
+def bound_of(dtype):
+    """P and dS of 16-bit types are rounded once each, as is the result, to u of their own; other sums are short."""
+    return {2: 8 * float(ml_dtypes.finfo(dtype).eps), 4: 2e-5, 8: 1e-12}[np.dtype(dtype).itemsize]
+
+
+FAMILIES = {
+    "sm80": ("sm80", np.float16, 90, 40, 24),
+    "sm80 wide": ("sm80", ml_dtypes.bfloat16, 80, 136, 64),
+    "simt": ("simt", np.float32, 75, 20, 33),
+    "simt float64": ("simt", np.float64, 75, 16, 16),
+    "simt wide": ("simt", np.float32, 90, 130, 40),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.share(8)
+def test_kernels(emulator, family, name):
+    family, dtype, arch, d, dv = FAMILIES[family]
+    with device(3, arch) as xp:
+        check(Packed(EMULATED_Q, EMULATED_K, dtype, d, dv, **OPTIONS[name]), xp, bound_of(dtype), family=family)
+
+
+@pytest.mark.parametrize("family", ["sm80", "simt"])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_kernels_under_schedules(emulator, family, seed):
+    """Plain causal calls, in order and with several blocks at a time; a fixed order and that of arrival."""
+    family, dtype, arch, d, dv = FAMILIES[family]
+    for deterministic in (True, False):
+        with device(seed, arch) as xp:
+            packed = Packed(EMULATED_Q, EMULATED_K, dtype, d, dv, causal=True)
+            arrays = map(xp.asarray, (packed.q, packed.k, packed.v, *packed.cu))
+            result, vjp = attention_varlen_vjp(
+                *arrays, causal=True, family=family, return_lse=True, deterministic=deterministic
+            )  # fmt: skip
+            g = vjp(xp.asarray(packed.dout), xp.asarray(packed.dlse))
+            got = [x.get().astype(np.float64) for x in (result.out, g.dq, g.dk, g.dv)]
+        out, _, grads = packed.each(("q", "k", "v"))
+        for x, y in zip(got, (out, *grads.values()), strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=bound_of(dtype) * max(1, np.abs(y).max()))
+
+
+def test_tiles_that_heads_share(emulator):
+    """Few queries of many heads: rows of a tile are (query, head) pairs."""
+    with device(2, 80) as xp:
+        packed = Packed((3, 0, 1, 9), (40, 5, 90, 70), np.float16, 64, 64, causal=True)
+        packed.k, packed.v = packed.k[:, :1], packed.v[:, :1]
+        arrays = map(xp.asarray, (packed.q, packed.k, packed.v, *packed.cu))
+        out, lse = (x.get() for x in attention_varlen(*arrays, causal=True, return_lse=True))
+    for b in range(4):
+        rows, keys = packed.sequence(b)
+        x = (packed.q[rows], packed.k[keys], packed.v[keys])
+        want = attention(*x, causal=True, layout="shd", return_lse=True)
+        np.testing.assert_allclose(out[rows].astype(float), want.out.astype(float), atol=4e-3)
+        np.testing.assert_allclose(lse[:, rows], want.lse, atol=1e-4)
+    assert (out[packed.cu[0][-1] :] == 0).all()
+
+
+def test_dropout_of_kernels(emulator):
+    """The same weights fall as on the CPU."""
+    packed = Packed(EMULATED_Q, EMULATED_K, np.float64, 16, 16, dropout=0.3, seed=77)
+    want = packed.run(("q", "k", "v"))
+    with device(1, 75) as xp:
+        got = packed.run(("q", "k", "v"), xp)
+    for x, y in zip((*got[:2], *got[2].values()), (*want[:2], *want[2].values()), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("lengths", [((), ()), ((0, 0), (3, 4)), ((3, 4), (0, 0))])
+def test_kernels_with_nothing_here_and_there(emulator, lengths):
+    with device(1, 75) as xp:
+        check(Packed(*lengths, d=16, dv=16, **OPTIONS["sinks"]), xp)
+
+
+def test_offsets_of_any_kind(emulator, monkeypatch):
+    """int32, int64, strided, from the host: the same bits. With bounds given, nothing is copied to the host."""
+    packed = Packed(EMULATED_Q, EMULATED_K, np.float64, 16, 16)
+    with device(0, 75) as xp:
+        q, k, v = map(xp.asarray, (packed.q, packed.k, packed.v))
+        kinds = {
+            "int32": [xp.asarray(cu) for cu in packed.cu],
+            "int64": [xp.asarray(cu.astype(np.int64)) for cu in packed.cu],
+            "strided": [xp.asarray(np.repeat(cu.astype(np.int64), 2)[::-1].copy())[::-2] for cu in packed.cu],
+            "host": list(packed.cu),
+        }
+        outs = {name: attention_varlen(q, k, v, *cu).get() for name, cu in kinds.items()}
+        assert all((out == outs["int32"]).all() for out in outs.values())
+
+        def refuse(self):
+            raise AssertionError("copied to the host")
+
+        with monkeypatch.context() as context:
+            context.setattr(xp.ndarray, "get", refuse)
+            bounds = {"max_seqlen_q": max(EMULATED_Q), "max_seqlen_k": max(EMULATED_K)}
+            bounded = [attention_varlen(q, k, v, *cu, **bounds) for cu in kinds.values()]
+            with pytest.raises(AssertionError, match="copied"):
+                attention_varlen(q, k, v, *kinds["int32"], max_seqlen_q=70)
+        assert all((out.get() == outs["int32"]).all() for out in bounded)
+
+
+# What an array of the device may hold, unseen by the host.
+WRONG = {
+    "falling": [0, 9, 3, 12, 12],
+    "beyond": [0, 5, 40, 1000, 2**31 - 1],
+    "negative": [-7, -1, 2, 8, -3],
+    "not from 0": [4, 6, 8, 9, 11],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("family", ["sm80", "simt float64"])
+def test_wrong_offsets_stay_inside(emulator, name, family, monkeypatch):
+    """Nothing outside the arrays is read or written, which the emulator would report; those who ask are told."""
+    family, dtype, arch, *_ = FAMILIES[family]
+    q = np.ones((12, 2, 16), dtype)
+    with device(4, arch) as xp:
+        # The emulator tells of a race where sequences overlap, and of reads of what no sequence has written.
+        x, cu, right = xp.asarray(q), xp.asarray(np.array(WRONG[name])), xp.asarray(np.array([0, 3, 3, 9, 12]))
+        bounds = {"max_seqlen_q": 6, "max_seqlen_k": 6, "family": family}
+        out, lse = attention_varlen(x, x, x, right, cu, return_lse=True, **bounds)
+        attention_varlen_backward(x, x, x, x, out, lse, right, cu, wrt=("q",), **bounds)
+        monkeypatch.setenv("CUPYFLASH_CHECK", "1")
+        with pytest.raises(ValueError, match="cu_seqlens_k"):
+            attention_varlen(x, x, x, right, cu, **bounds)
+
+
+def test_devices_and_families(emulator):
+    packed = Packed((40,), (40,), np.float16, 16, 16)
+    with device(0, 90) as xp:
+        q, k, v = map(xp.asarray, (packed.q, packed.k, packed.v))
+        cu = tuple(map(xp.asarray, packed.cu))
+        with pytest.raises(ValueError, match="family='sm90': packed sequences"):
+            attention_varlen(q, k, v, *cu, family="sm90")
+        with pytest.raises(TypeError, match="cu_seqlens_q is a CuPy array, q a NumPy array"):
+            attention_varlen(packed.q, packed.k, packed.v, *cu)
