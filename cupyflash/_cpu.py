@@ -45,8 +45,8 @@ from ._cpu_backward import BackwardCall, BackwardWorker
 from ._cpu_blocks import Array, Cells, chunks, is_packed
 from ._cpu_forward import ForwardCall, ForwardWorker, OneBlockForward, Small
 from ._cpu_logits import Logits
-from ._cpu_packed import clear_rest, unpack
-from ._options import PLAIN
+from ._cpu_packed import clear_rest, sequences, unpack
+from ._options import PLAIN, Options
 from ._problem import Problem
 from ._workers import check_variable, run
 
@@ -113,6 +113,9 @@ def forward(
         if lse is not None:
             lse[...] = -np.inf
         return None
+    if _has_short_sequences(problem):
+        _forward_one_by_one(problem, q, k, v, beside, out, lse, block_m, block_n)
+        return None
     if beside:
         cells = Cells(problem, beside)
     if cells.group > 1:
@@ -164,6 +167,9 @@ def backward(
         for gradient in gradients.values():
             gradient[...] = 0
         return
+    if _has_short_sequences(problem):
+        _backward_one_by_one(problem, dout, q, k, v, out, lse, dlse, beside, gradients, block_m, block_n)
+        return
     cells = Cells(problem, beside)
     sides = {
         "dout": cells.rows, "q": cells.rows, "k": cells.keys, "v": cells.keys, "out": cells.rows,
@@ -192,6 +198,42 @@ def backward(
             call.one_block(parts[0])
     else:
         run(lambda: call.one_block, parts)
+
+
+def _has_short_sequences(problem: Problem) -> bool:
+    """Whether packed sequences are plain and so short that each is one chunk: 3 to 6 times as fast as their blocks."""
+    packed = problem.options.packed
+    return (
+        packed is not None
+        and problem.options == Options(packed=packed)
+        and problem.num_heads * _weight(problem) <= CHUNK
+    )
+
+
+def _forward_one_by_one(
+    problem: Problem, q: Array, k: Array, v: Array, beside: dict[str, Array], out: Array, lse: Array | None,
+    block_m: int, block_n: int,
+) -> None:  # fmt: skip
+    """The forward of short packed sequences, as that of each alone."""
+    clear_rest({"out": out} | ({} if lse is None else {"lse": lse}), beside)
+    for own, rows, keys in sequences(problem, beside):
+        own_lse = None if lse is None else lse[:, rows]
+        forward(own, q[:, rows], k[:, keys], v[:, keys], {}, out[:, rows], own_lse, block_m, block_n)
+
+
+def _backward_one_by_one(
+    problem: Problem, dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, dlse: Array | None,
+    beside: dict[str, Array], gradients: dict[str, Array], block_m: int, block_n: int,
+) -> None:  # fmt: skip
+    """The backward of short packed sequences, as that of each alone."""
+    clear_rest(gradients, beside)
+    for own, rows, keys in sequences(problem, beside):
+        own_dlse = None if dlse is None else dlse[:, rows]
+        into = {name: x[:, rows if name == "dq" else keys] for name, x in gradients.items()}
+        backward(
+            own, dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, rows], own_dlse, {}, into,
+            block_m, block_n,
+        )  # fmt: skip
 
 
 def _unpack_forward(

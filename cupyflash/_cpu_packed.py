@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from ._cpu_blocks import Array, Index
+from ._options import PLAIN
 from ._problem import Problem
 
 # The side whose offsets a tensor's rows follow, and how many axes it has from its rows on.
@@ -57,3 +61,29 @@ def clear_rest(results: dict[str, Array], beside: dict[str, Array]) -> None:
             rest = slice(int(beside[f"cu_seqlens_{side}"][-1]), None)
             behind = x[..., rest, :] if core == 2 else x[..., rest]
             behind[...] = -np.inf if name == "lse" else 0
+
+
+def sequences(problem: Problem, beside: dict[str, Array]) -> Iterator[tuple[Problem, slice, slice]]:
+    """Each sequence of a plain packed problem as a problem of its own, with its rows and its keys."""
+    q_offset: Any = beside.get("q_offsets", problem.q_offset)
+    offsets = np.broadcast_to(q_offset, problem.batch_shape)
+    cu_q, cu_k = (beside[name].tolist() for name in ("cu_seqlens_q", "cu_seqlens_k"))
+    for b, offset in enumerate(offsets.tolist()):
+        rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+        seqlens = rows.stop - rows.start, keys.stop - keys.start
+        yield _alone(problem, *seqlens, seqlens[1] - seqlens[0] if problem.bottom_right else offset), rows, keys
+
+
+@lru_cache(maxsize=4096)
+def _alone(problem: Problem, seqlen_q: int, seqlen_k: int, q_offset: int) -> Problem:
+    """One sequence of a packed problem that has no other options."""
+    return replace(
+        problem,
+        batch_shape=(),
+        leading=tuple((name, ()) for name, _ in problem.leading),
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        q_offset=q_offset,
+        options=PLAIN,
+        bottom_right=False,
+    )
