@@ -13,6 +13,7 @@ from .attention import (
     explain,
     prepare,
 )
+from .varlen import attention_varlen, attention_varlen_backward, attention_varlen_vjp
 
 __all__ = [
     "AttentionGradients",
@@ -25,6 +26,9 @@ __all__ = [
     "__version__",
     "attention",
     "attention_backward",
+    "attention_varlen",
+    "attention_varlen_backward",
+    "attention_varlen_vjp",
     "attention_vjp",
     "explain",
     "prepare",

@@ -14,7 +14,7 @@ import numpy as np
 
 from . import _cpu, _tuned
 from ._arrays import Array, address, import_cupy, is_cupy, misaligned, on_device, place, same_place, take
-from ._options import PLAIN, Asked, Shape, read_options, read_seed
+from ._options import PLAIN, Asked, Options, Shape, read_options, read_seed
 from ._plan import DEVICES, Device, Plan
 from ._planner import plan_cpu, plan_gpu
 from ._problem import Problem, read_problem
@@ -55,23 +55,27 @@ class Call:
         options = {} if asked.is_plain else asked.arrays()
         self.inputs.update(options)
         self.place = same_place(self.inputs)
-        self.problem: Problem = read_problem(
-            q, k, v, scale=asked.scale, causal=asked.causal, q_offset=asked.q_offset, layout=asked.layout,
-            precision=asked.precision, out_dtype=None if out is None else out.dtype,
-        )  # fmt: skip
-        if not asked.is_plain:
-            self._read_options(asked, options)
+        self._read_problem(asked, options, None if out is None else out.dtype)
         if self.problem.q_offset is None:
             self.inputs["q_offset"] = _integers("q_offset", asked.q_offset, self.place)
         self.device = _device(self.place) if device is None else _named_device(device)
 
-    def _read_options(self, asked: Asked, arrays: dict[str, Array]) -> None:
-        """The problem's options; their small arrays of integers are taken as kernels read them."""
-        problem = self.problem
-        shape = Shape(problem.batch_shape, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
-        options = read_options(asked, arrays, shape)
-        bottom_right = options.lens and asked.q_offset is None and asked.causal != "top_left"
-        self.problem = replace(problem, options=options, bottom_right=bottom_right)
+    def _read_problem(self, asked: Asked, arrays: dict[str, Array], out_dtype: np.dtype | None) -> None:
+        """The problem of q, k, v and options."""
+        problem = read_problem(
+            self.inputs["q"], self.inputs["k"], self.inputs["v"], scale=asked.scale, causal=asked.causal,
+            q_offset=asked.q_offset, layout=asked.layout, precision=asked.precision, out_dtype=out_dtype,
+        )  # fmt: skip
+        if not asked.is_plain:
+            shape = Shape(problem.batch_shape, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
+            options = read_options(asked, arrays, shape)
+            bottom_right = options.lens and asked.q_offset is None and asked.causal != "top_left"
+            problem = replace(problem, options=options, bottom_right=bottom_right)
+            self._take_integers(asked, arrays, options)
+        self.problem: Problem = problem
+
+    def _take_integers(self, asked: Asked, arrays: dict[str, Array], options: Options) -> None:
+        """The options' small arrays of integers, as kernels read them."""
         for name in ("q_segments", "kv_segments"):
             if name in arrays:
                 self.inputs[name] = _integers(name, arrays[name], self.place)

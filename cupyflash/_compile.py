@@ -63,6 +63,7 @@ class Spec:
     # what a logit is made of, and who sees whom:
     window: bool = False
     lens: bool = False
+    packed: bool = False  # entries lie one behind the other, and have lengths of their own
     softcap: bool = False
     alibi: bool = False
     slope: np.dtype = FLOAT32

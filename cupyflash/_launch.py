@@ -102,7 +102,8 @@ def forward(problem: Problem, plan: Plan, device: int, inputs: Tensors, results:
     """
     with on_device(device):
         tensors = {name: x for name, x in (_readable(plan, inputs) | results).items() if x is not None}
-        zeroed = (("tickets", (), np.dtype(np.int32)),) if "tickets" in plan.kernels[-1].writes else ()
+        tickets = any("tickets" in step.writes for step in plan.kernels)
+        zeroed = (("tickets", (), np.dtype(np.int32)),) if tickets else ()
         ready = _make_ready(problem, plan.kernels, device, tensors, plan.maps, zeroed)
         ready.run(tensors)
     return None if plan.copies else ready
@@ -256,7 +257,7 @@ class Partial:
         )
         heads, rows, columns = tail
         self._template = make_template(
-            replace(scalars(problem), num_heads=heads, seqlen_q=rows, head_dim=columns),
+            replace(scalars(problem), num_heads=heads, seqlen_q=rows, head_dim=columns, packed=None),
             (*(own[i] for i in kept), 1),
             tensors,
             (1,) * len(kept) + (count,),

@@ -6,6 +6,7 @@ Options is hashable and holds no array. The arrays themselves go beside q, k, v 
     alibi_slopes, sinks        (*batch_shape, heads)
     q_segments, kv_segments    (*batch_shape, seqlen_q), (*batch_shape, seqlen_k), int64
     q_lens, kv_lens            batch_shape, int64
+    cu_seqlens_q, _k           (batch + 1,): where packed sequences begin and end; int64, on a device int32
     seed                       (), uint64
     q_offsets                  broadcasts to batch_shape, int64
 """
@@ -55,6 +56,8 @@ class Options:
     bias, mask, alibi_slopes, sinks : Side or None
     segments, q_lens, kv_lens : bool
         Whether there are arrays of them.
+    packed : (int, int) or None
+        The rows of q and of k in which all entries lie one behind the other, each of a length of its own.
     """
 
     window_left: int | None = None
@@ -68,6 +71,7 @@ class Options:
     segments: bool = False
     q_lens: bool = False
     kv_lens: bool = False
+    packed: tuple[int, int] | None = None
 
     def __hash__(self) -> int:
         return self._hash
@@ -104,7 +108,7 @@ class Options:
     @cached_property
     def lens(self) -> bool:
         """Whether each batch entry has lengths of its own."""
-        return self.q_lens or self.kv_lens
+        return self.q_lens or self.kv_lens or self.packed is not None
 
 
 PLAIN = Options()
@@ -341,7 +345,7 @@ def read_options(asked: Asked, arrays: dict[str, Array], shape: Shape) -> Option
         if lengths is not None:
             check_lens(name, lengths, length, shape.batch)
     checks = {"bias": check_bias, "mask": check_mask, "alibi_slopes": check_slopes, "sinks": check_sinks}
-    sides = {name: check(arrays[name], shape) for name, check in checks.items() if name in arrays}
+    sides: dict[str, Any] = {name: check(arrays[name], shape) for name, check in checks.items() if name in arrays}
     return Options(
         window_left=left,
         window_right=right,

@@ -21,15 +21,21 @@ BATCH_AXES = 4
 TENSORS = (
     "q", "k", "v", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "partial", "exponents", "dq_sums",
     "semaphores", "q_offsets", "tickets", "bias", "mask", "alibi_slopes", "sinks", "q_segments", "kv_segments",
-    "q_lens", "kv_lens", "seed", "dbias", "dsinks", "key_map", "query_map",
+    "q_lens", "kv_lens", "seed", "dbias", "dsinks", "key_map", "query_map", "cu_seqlens_q", "cu_seqlens_k",
 )  # fmt: skip
 _TENSOR = struct.Struct(f"<{1 + BATCH_AXES + 3}q")  # data, batch_stride[], head_stride, row_stride, col_stride
-_SCALARS = struct.Struct(f"<qdqqqdd{2 * BATCH_AXES + 7}iIi")  # see Scalars
+_SCALARS = struct.Struct(f"<qdqqqdd{2 * BATCH_AXES + 7}iI3i")  # see Scalars
 # Axes after the leading ones, where they are not 3.
 TAIL_AXES = {
     "lse": 2, "dlse": 2, "delta": 2, "exponents": 2, "semaphores": 2, "q_offsets": 0, "tickets": 0, "alibi_slopes": 1,
     "sinks": 1, "q_segments": 2, "kv_segments": 2, "q_lens": 0, "kv_lens": 0, "seed": 0, "dsinks": 1,
+    "cu_seqlens_q": 1, "cu_seqlens_k": 1,
 }  # fmt: skip
+# Packed sequences have one leading axis. Along two others that a kernel can walk, an index is a sequence's first query
+# or first key: these tensors have their rows along the one or the other.
+FIRST_QUERY, FIRST_KEY = 0, 1
+_PACKED = dict.fromkeys(("q", "out", "lse", "dout", "dlse", "dq"), FIRST_QUERY)
+_PACKED |= dict.fromkeys(("k", "v", "dk", "dv"), FIRST_KEY)
 NO_BOUND = 2**62  # of a window
 _FIRST_BATCH = len(TENSORS) * _TENSOR.size // 8 + 2  # where it lies, in units of 8 bytes
 PARAMS_BYTES = -(-(len(TENSORS) * _TENSOR.size + _SCALARS.size) // 8) * 8
@@ -56,6 +62,7 @@ class Scalars:
     undropped: float = 1.0
     drop_below: int = 0
     bottom_right: bool = False
+    packed: tuple[int, int] | None = None
 
 
 def scalars(problem: Problem, section: int = 1) -> Scalars:
@@ -78,6 +85,7 @@ def scalars(problem: Problem, section: int = 1) -> Scalars:
         undropped=1 / (1 - options.dropout),
         drop_below=int(options.dropout * 2**32),
         bottom_right=problem.bottom_right,
+        packed=options.packed,
     )
 
 
@@ -145,7 +153,9 @@ def make_template(
     pad = BATCH_AXES - (len(shape) - outer)
     packed = bytearray(PARAMS_BYTES)
     for name, s in strides.items():
-        inner = (0,) * pad + s[outer:]
+        inner = [0] * pad + list(s[outer:])
+        if numbers.packed is not None and name in _PACKED:
+            inner[_PACKED[name]] = inner[BATCH_AXES + 1]
         _TENSOR.pack_into(packed, TENSORS.index(name) * _TENSOR.size, 0, *inner)
     _SCALARS.pack_into(
         packed, len(TENSORS) * _TENSOR.size, numbers.q_offset, numbers.scale,
@@ -153,6 +163,7 @@ def make_template(
         *(1,) * pad, *shape[outer:], *(1,) * pad, *reduce[outer:],
         numbers.num_heads, numbers.num_heads_k, numbers.seqlen_q, numbers.seqlen_k,
         numbers.head_dim, numbers.head_dim_v, numbers.section, numbers.drop_below, numbers.bottom_right,
+        *(numbers.packed or (0, 0)),
     )  # fmt: skip
     walks = itertools.product(*(range(n) for n in shape[:outer]))
     offsets = tuple(

@@ -226,8 +226,8 @@ def spec_of(
 def feature_fields(options: Options) -> dict[str, Any]:
     """The fields of Spec that options turn on."""
     fields: dict[str, Any] = {
-        "window": options.window, "lens": options.lens, "softcap": options.softcap is not None,
-        "segments": options.segments, "dropout": options.dropout > 0,
+        "window": options.window, "lens": options.lens, "packed": options.packed is not None,
+        "softcap": options.softcap is not None, "segments": options.segments, "dropout": options.dropout > 0,
     }  # fmt: skip
     if options.changes_logits:
         fields["scale_sign"] = 1  # the scale is not split
@@ -302,6 +302,7 @@ def row_kernel(kernel: str, problem: Problem, writes: tuple[str, ...]) -> Kernel
             num_warps=warps,
             causal=False,
             lens=problem.options.lens and name == "delta",
+            packed=problem.options.packed is not None and name == "delta",
         ),
         grid=blocks,
         threads=32 * warps,
@@ -316,7 +317,8 @@ def sinks_kernel(problem: Problem) -> KernelPlan:
     spec = Spec(
         kernel="bwd_sinks", element=problem.dtype, output=problem.out_dtype, accumulator=problem.accumulator,
         gradient=problem.accumulator, head_dim=16, head_dim_v=16, dim_chunk=16, block_m=16, block_n=16, num_stages=2,
-        num_warps=warps, causal=False, lens=problem.options.lens, sinks=True, sink=side(problem.options.sinks).dtype,
+        num_warps=warps, causal=False, lens=problem.options.lens, packed=problem.options.packed is not None,
+        sinks=True, sink=side(problem.options.sinks).dtype,
     )  # fmt: skip
     return KernelPlan(
         spec=spec,
@@ -325,6 +327,19 @@ def sinks_kernel(problem: Problem) -> KernelPlan:
         smem=32 * warps * problem.accumulator.itemsize,
         writes=("dsinks",),
     )
+
+
+def rest_kernel(problem: Problem, wrt: frozenset[str] | None) -> KernelPlan:
+    """packed_rest: results in rows behind the last packed sequence. Few blocks: mostly there are no such rows."""
+    warps = 8
+    spec = Spec(
+        kernel="packed_rest", element=problem.dtype, output=problem.out_dtype, accumulator=problem.accumulator,
+        gradient=problem.dtype, head_dim=16, head_dim_v=16, dim_chunk=16, block_m=16, block_n=16, num_stages=2,
+        num_warps=warps, causal=False, lens=True, packed=True,
+    )  # fmt: skip
+    writes = ("out", "lse") if wrt is None else tuple(f"d{name}" for name in ("q", "k", "v") if name in wrt)
+    rows = max(problem.options.packed or (0, 0)) if writes else 0
+    return KernelPlan(spec=spec, grid=min(64, grid(rows, warps, 1)), threads=32 * warps, smem=0, writes=writes)
 
 
 def bias_sums(problem: Problem) -> tuple[bool, bool, bool]:

@@ -25,6 +25,8 @@ def why_not_sm90(problem: Problem, device: Device) -> str | None:
     """Why the Hopper family does not take a problem, or None."""
     if device.arch != 90:
         return f"{device.name} has compute capability {device.arch / 10}: TMA and wgmma are those of 9.0"
+    if problem.options.packed is not None:
+        return "packed sequences: TMA reads whole tiles, and rows of the next sequence must not be used"
     if problem.options.lens:
         return "q_lens, kv_lens: TMA reads whole tiles, and what lies beyond an entry's own length must not be used"
     return why_not_tensor_cores(problem, "wgmma")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from . import _cpu
-from ._plan import Device, Plan, Tile, plan_of
+from ._plan import Device, Plan, Tile, plan_of, rest_kernel
 from ._plan_simt import plan_simt
 from ._plan_sm80 import plan_sm80, plan_sm80_backward, why_not_sm80
 from ._plan_sm90 import plan_sm90, plan_sm90_backward, why_not_sm90
@@ -105,6 +105,8 @@ def _plan_gpu(
             if wrt is None
             else plan_sm90_backward(problem, device, tile, wrt, copies + unmapped, deterministic)
         )
+    if problem.options.packed is not None:
+        plan = replace(plan, kernels=(rest_kernel(problem, wrt), *plan.kernels))
     tuned = tuple(f"{step.name}: a tile that tune() has kept" for step in plan.kernels if tile.row(step.name))
     return replace(plan, declined=declined, notes=plan.notes + tuned)
 
@@ -127,6 +129,7 @@ def _check_gpu_limits(problem: Problem) -> None:
     for name, width in (("q", problem.head_dim), ("v", problem.head_dim_v)):
         if width > MAX_HEAD_DIM:
             raise ValueError(f"{name}.shape[-1]={width}: the GPU families take head widths from 1 to {MAX_HEAD_DIM}")
-    for name, length in (("q", problem.seqlen_q), ("k", problem.seqlen_k)):
+    rows = problem.options.packed or (problem.seqlen_q, problem.seqlen_k)
+    for name, length in zip("qk", map(max, rows, (problem.seqlen_q, problem.seqlen_k)), strict=True):
         if length > MAX_SEQLEN:
             raise ValueError(f"{name} has {length} rows: the GPU families take at most {MAX_SEQLEN}")

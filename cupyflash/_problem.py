@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Container
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -107,6 +107,8 @@ class Problem:
     @cached_property
     def out_shape(self) -> tuple[int, ...]:
         """Shape of out and dout, in the user's layout."""
+        if self.options.packed is not None:
+            return (self.options.packed[0], self.num_heads, self.head_dim_v)
         if self.single_head:
             return (self.seqlen_q, self.head_dim_v)
         if self.layout == "hsd":
@@ -116,6 +118,8 @@ class Problem:
     @cached_property
     def lse_shape(self) -> tuple[int, ...]:
         """Shape of lse and dlse, in every layout."""
+        if self.options.packed is not None:
+            return (self.num_heads, self.options.packed[0])
         return (self.seqlen_q,) if self.single_head else (*self.batch_shape, self.num_heads, self.seqlen_q)
 
     @cached_property
@@ -222,6 +226,23 @@ def _read_problem(
         q_offset=_resolve_offset(q_offset, causal, sq, sk, batch_shape),
         layout=layout,
         precision=precision,
+    )
+
+
+def pack_problem(
+    problem: Problem, batch: int, seqlens: tuple[int, int], causal: object, q_offset: object, options: Options
+) -> Problem:
+    """The Problem of ``batch`` sequences of at most ``seqlens`` queries and keys, from that of their packed arrays."""
+    offset = _resolve_offset(_diagonal(q_offset), _causal(causal), *seqlens, (batch,))
+    return replace(
+        problem,
+        batch_shape=(batch,),
+        leading=tuple((name, (batch,)) for name, _ in problem.leading),
+        seqlen_q=seqlens[0],
+        seqlen_k=seqlens[1],
+        q_offset=offset,
+        options=options,
+        bottom_right=q_offset is None and causal != "top_left",
     )
 
 

@@ -74,6 +74,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
   const int num_blocks = ceil_div(params.seqlen_k, BLOCK_N);
   const Work work = scheduled_work(params, num_blocks, params.num_heads_k, Longest::FIRST_BLOCK);
   const Sequence seq = sequence_of(params, work.batch);
+  if (PACKED && work.block * BLOCK_N >= seq.seqlen_k) return;
   share_batch_index(smem.batch_index, seq);
   const Mask mask = mask_of(params, seq);
   const Score score = score_of(params);

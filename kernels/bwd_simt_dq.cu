@@ -59,6 +59,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
   const int num_blocks = ceil_div(params.seqlen_q, BLOCK_M);
   const Work work = scheduled_work(params, num_blocks, params.num_heads, Longest::LAST_BLOCK);
   const Sequence seq = sequence_of(params, work.batch);
+  if (PACKED && work.block * BLOCK_M >= seq.seqlen_q) return;
   share_batch_index(smem.batch_index, seq);
   const Mask mask = mask_of(params, seq);
   const Score score = score_of(params);

@@ -448,6 +448,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_sm80(const Para
   if (thread_index() == 0) smem.job.describe(params, take_ticket(static_cast<int*>(params.tickets.data)));
   if (thread_index() == 0) smem.added = nullptr;
   sync_block();  // the job is there
+  if (PACKED && smem.job.n_block * BLOCK_N >= smem.job.seq.seqlen_k) return;
   const TurnOf first(params, smem.job);
   if (first.exists(smem.job)) {
     load_keys(params, smem);

@@ -153,6 +153,7 @@ __device__ __forceinline__ void store_results(
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(const Params params) {
   DYNAMIC_SHARED(Smem, smem);
   const QueryTile tile(params);
+  if (PACKED && tile.row0 >= tile.row_end) return;
   const Mask mask = mask_of(params, tile.seq);
   const Score score = score_of(params);
   const Features features(params, tile.seq, tile.head);

@@ -26,6 +26,7 @@ struct Params {
   Tensor seed;                     // one uint64
   Tensor dbias, dsinks;            // as bias and sinks came, lengths of 1 along what they were broadcast over
   Tensor key_map, query_map;       // (batch axes, head, block, bytes): see block_walk.cuh
+  Tensor cu_seqlens_q, cu_seqlens_k;  // PACKED: int32 along head_stride, one more than sequences
   long long q_offset;   // query row i sits on key i + q_offset
   double softmax_scale;
   long long first_batch;                // of this launch, among all batch entries of a call
@@ -40,6 +41,7 @@ struct Params {
   int section;  // persistent kernels: how many heads run side by side
   unsigned drop_below;  // a weight whose random word is below this is dropped
   int bottom_right;     // an entry's diagonal ends at its own last query and key, q_offset is for whole ones
+  int rows_q, rows_k;   // PACKED: of the arrays in which the sequences lie; seqlen_q, seqlen_k bound one sequence
 };
 
 static_assert(sizeof(Params) == PARAMS_BYTES, "kernels/params.cuh and cupyflash/_params.py have drifted apart");

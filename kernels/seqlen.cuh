@@ -2,6 +2,7 @@
 // packed or paged sequences differs here.
 #pragma once
 #include "params.cuh"
+#include "basics.cuh"
 #include "memory.cuh"
 #include "rows.cuh"
 
@@ -16,6 +17,10 @@ struct OffsetOf<true> {
   using Type = long long;
 };
 using Offset = OffsetOf<FAR_DIAGONAL>::Type;
+
+// Packed sequences: entries have one leading axis, which is the last of the four. Along two others a tensor that is
+// packed has its rows, so that an index there is the entry's first query or first key, and leads to where it begins.
+constexpr int FIRST_QUERY = 0, FIRST_KEY = 1;
 
 struct Sequence {
   int batch_index[4];  // of the entry, along the leading axes
@@ -40,6 +45,19 @@ __device__ __forceinline__ int own_length(const Tensor& lens, const int (&batch_
   return n < 0 ? 0 : n > length ? length : static_cast<int>(n);
 }
 
+// Where the n-th packed sequence begins; never outside the tensor's `rows`, whatever the array says.
+__device__ __forceinline__ int first_row(const Tensor& cu_seqlens, int n, int rows) {
+  const int row = load_global<1>(static_cast<const int*>(cu_seqlens.data) + n * cu_seqlens.head_stride).at[0];
+  return row < 0 ? 0 : smaller(row, rows);
+}
+
+// Of the n-th packed sequence: its length, at most `longest`; `begin` becomes its first row.
+__device__ __forceinline__ int packed_length(const Tensor& cu_seqlens, int n, int rows, int longest, int& begin) {
+  begin = first_row(cu_seqlens, n, rows);
+  const int length = first_row(cu_seqlens, n + 1, rows) - begin;
+  return length < 0 ? 0 : smaller(length, longest);
+}
+
 // The index along each of some axes, of the n-th in C order.
 __device__ __forceinline__ void unravel(int (&index)[4], const int (&shape)[4], int n) {
 #pragma unroll
@@ -56,7 +74,13 @@ __device__ __forceinline__ void describe(Sequence& seq, const Params& params) {
   seq.seqlen_q = params.seqlen_q;
   seq.seqlen_k = params.seqlen_k;
   long long q_offset = params.q_offset;
-  if constexpr (LENS) {
+  if constexpr (PACKED) {
+    const int n = seq.batch_index[3];
+    int* first = seq.batch_index;
+    seq.seqlen_q = packed_length(params.cu_seqlens_q, n, params.rows_q, params.seqlen_q, first[FIRST_QUERY]);
+    seq.seqlen_k = packed_length(params.cu_seqlens_k, n, params.rows_k, params.seqlen_k, first[FIRST_KEY]);
+    if (params.bottom_right) q_offset = static_cast<long long>(seq.seqlen_k) - seq.seqlen_q;
+  } else if constexpr (LENS) {
     seq.seqlen_q = own_length(params.q_lens, seq.batch_index, params.seqlen_q);
     seq.seqlen_k = own_length(params.kv_lens, seq.batch_index, params.seqlen_k);
     if (params.bottom_right) q_offset = static_cast<long long>(seq.seqlen_k) - seq.seqlen_q;
@@ -83,6 +107,7 @@ __device__ __forceinline__ Sequence sequence_of(const Params& params, int batch)
 
 // The index of an entry among all of a call.
 __device__ __forceinline__ int flat_batch(const Params& params, const int (&batch_index)[4]) {
+  if constexpr (PACKED) return batch_index[3];
   int batch = 0;
 #pragma unroll
   for (int axis = 0; axis < 4; ++axis) {
@@ -92,12 +117,12 @@ __device__ __forceinline__ int flat_batch(const Params& params, const int (&batc
 }
 
 // Rows and keys that a tensor has: an entry of its own length leaves some of them without a meaning, and their results
-// are written too.
+// are written too. Not so where the next entry's rows follow.
 __device__ __forceinline__ int rows_to_write(const Params& params, const Sequence& seq) {
-  return LENS ? params.seqlen_q : seq.seqlen_q;
+  return LENS && !PACKED ? params.seqlen_q : seq.seqlen_q;
 }
 __device__ __forceinline__ int keys_to_write(const Params& params, const Sequence& seq) {
-  return LENS ? params.seqlen_k : seq.seqlen_k;
+  return LENS && !PACKED ? params.seqlen_k : seq.seqlen_k;
 }
 
 // The rows of a head that begins at `data`.
