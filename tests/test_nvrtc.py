@@ -7,6 +7,7 @@ Each architecture gets each kernel, for each row of the tile table that it takes
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,9 @@ from nvrtc import COLUMNS, TABLE, ampere_specs, compile_spec, hopper_candidates,
 
 from cupyflash import _tiles, explain
 from cupyflash._compile import Spec, kernels_dir, source
+from cupyflash._options import PLAIN
+from cupyflash._plan import rest_kernel
+from cupyflash._problem import read_problem
 
 pytestmark = pytest.mark.nvrtc
 # Hopper is compiled as 90a, where its own instructions exist.
@@ -103,9 +107,68 @@ def test_the_table_has_what_is_shipped():
     assert set(json.loads(TABLE.read_text())[COLUMNS]) == {*HOPPER, *AMPERE}
 
 
+def _broadcast(shape, dtype=np.float32):
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+SEQLEN = 512
+OPTIONS = {
+    "window": {"window": (100, 0)},
+    "softcap": {"softcap": 30.0, "causal": True},
+    "alibi": {"alibi_slopes": _broadcast((4,))},
+    "bias": {"bias": _broadcast((1, 4, SEQLEN, SEQLEN), ml_dtypes.bfloat16)},
+    "bias of keys": {"bias": _broadcast((2, 1, 1, SEQLEN)), "causal": True},
+    "mask": {"mask": _broadcast((1, 4, SEQLEN, SEQLEN), bool)},
+    "segments": {"segment_ids": (_broadcast((2, SEQLEN), np.int64),) * 2},
+    "sinks": {"sinks": _broadcast((4,)), "causal": True},
+    "lens": {"kv_lens": _broadcast((2,), np.int64)},
+    "dropout": {"dropout": 0.1, "seed": 1},
+}
+OPTIONS["all"] = {name: value for options in OPTIONS.values() for name, value in options.items()}
+
+
+def option_specs() -> dict[str, tuple[Spec, int, str]]:
+    """Kernels of every option, family and direction, with shared memory and architecture, by a text."""
+    found = {}
+    families = {"sm_60": ("simt",), "sm_90": ("simt", "sm80", "sm90")}
+    for device, name, dim in itertools.product(("sm_60", "sm_80", "sm_86", "sm_90", "sm_120"), OPTIONS, (64, 128, 256)):
+        for family in families.get(device, ("simt", "sm80")):
+            if family == "sm90" and "kv_lens" in OPTIONS[name]:
+                continue
+            dtype = np.float32 if family == "simt" else ml_dtypes.bfloat16
+            x = _broadcast((2, 4, SEQLEN, dim), dtype)
+            for backward in (False, True):
+                plan = explain(x, x, x, backward=backward, device=device, family=family, **OPTIONS[name])
+                for step in plan.kernels:
+                    text = f"{device}, {family}, {name}, {dim}, {step.name}"
+                    found[text] = step.spec, step.smem, ARCHS[device]
+    return found
+
+
+OPTION_SPECS = option_specs()
+
+
+@pytest.mark.parametrize("text", OPTION_SPECS)
+@pytest.mark.share(16)
+def test_kernels_with_options_compile(text):
+    """What they spill costs time; the tables say for which tiles that was measured."""
+    compiled = compile_spec(*OPTION_SPECS[text])
+    assert not compiled.serialised, compiled.log
+
+
+@pytest.mark.parametrize("device", ARCHS)
+@pytest.mark.share(2)
+def test_the_rest_of_packed_rows_compiles(device):
+    x = np.zeros((4, 16, 8), np.float16)
+    problem = read_problem(x, x, x, scale=None, causal=False, q_offset=None, layout="hsd", precision=None)
+    step = rest_kernel(replace(problem, options=replace(PLAIN, packed=(64, 64))), None)
+    compile_spec(step.spec, step.smem, ARCHS[device])
+
+
 def test_every_kernel_file_is_compiled_here():
     kernels = {path.stem for path in kernels_dir().glob("*.cu")}
-    assert kernels == set(specs("sm_90")) | {made[0].kernel for made in (*HOPPER.values(), *AMPERE.values())}
+    made = (*HOPPER.values(), *AMPERE.values(), *OPTION_SPECS.values())
+    assert kernels == set(specs("sm_90")) | {spec.kernel for spec, *_ in made} | {"packed_rest"}
 
 
 def test_messages_point_at_the_real_file():
