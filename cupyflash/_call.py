@@ -14,10 +14,12 @@ import numpy as np
 
 from . import _cpu, _tuned
 from ._arrays import Array, address, import_cupy, is_cupy, misaligned, on_device, place, same_place, take
+from ._functions import Functions, check_functions, take_functions
 from ._options import PLAIN, Asked, Shape, read_options, read_seed
 from ._plan import DEVICES, Device, Plan
 from ._planner import plan_cpu, plan_gpu
 from ._problem import Problem, read_problem
+from ._score_args import argument_place
 from ._tma import MAP_TYPES, MAPPED, unreadable
 
 if TYPE_CHECKING:
@@ -53,23 +55,26 @@ class Call:
         if beside is not None:
             self.inputs.update(beside)
         options = {} if asked.is_plain else asked.arrays()
+        functions = None if asked.is_plain else take_functions(asked)
+        if functions is not None:
+            options |= {name: x for name, x in functions.arrays.items() if name not in functions.numbers}
         self.inputs.update(options)
         self.place = same_place(self.inputs)
         self.problem: Problem = read_problem(
             q, k, v, scale=asked.scale, causal=asked.causal, q_offset=asked.q_offset, layout=asked.layout,
             precision=asked.precision, out_dtype=None if out is None else out.dtype,
         )  # fmt: skip
-        if not asked.is_plain:
-            self._read_options(asked, options)
+        if functions is not None:
+            self._read_options(asked, options, functions)
         if self.problem.q_offset is None:
             self.inputs["q_offset"] = _integers("q_offset", asked.q_offset, self.place)
         self.device = _device(self.place) if device is None else _named_device(device)
 
-    def _read_options(self, asked: Asked, arrays: dict[str, Array]) -> None:
-        """The problem's options; their small arrays of integers are taken as kernels read them."""
+    def _read_options(self, asked: Asked, arrays: dict[str, Array], functions: Functions) -> None:
+        """The problem's options; their small arrays of integers are taken as kernels read them, and so are numbers."""
         problem = self.problem
         shape = Shape(problem.batch_shape, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
-        options = read_options(asked, arrays, shape)
+        options = read_options(asked, arrays, shape, score=functions.score, mask_function=functions.mask)
         bottom_right = options.lens and asked.q_offset is None and asked.causal != "top_left"
         self.problem = replace(problem, options=options, bottom_right=bottom_right)
         for name in ("q_segments", "kv_segments"):
@@ -80,6 +85,12 @@ class Call:
                 self.inputs[name] = _integers(name, lengths, self.place)
         if options.dropout:
             self.inputs["seed"] = _integers("seed", read_seed(asked.seed), self.place, np.uint64)
+        if problem.batch * problem.seqlen_q * problem.seqlen_k:
+            check_functions(functions)
+        for name in functions.numbers:
+            x = functions.arrays[name]
+            with on_device(self.place):
+                self.inputs[name] = x if self.place is None else import_cupy().asarray(x)
 
     def beside(self) -> dict[str, Array]:
         """What options and offsets bring, broadcast to where it is read: see `_options`."""
@@ -100,7 +111,7 @@ class Call:
         for name, own in (("q_offset", "q_offsets"), ("seed", "seed")):
             if name in self.inputs:
                 found[own] = self.inputs[name]
-        return found
+        return found | {name: x for name, x in self.inputs.items() if argument_place(name)}
 
     def plan(self, family: object, tile: object, wrt: frozenset[str] | None = None, deterministic: bool = True) -> Plan:
         """The plan of the forward, or of the backward for the gradients in ``wrt``."""

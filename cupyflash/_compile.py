@@ -18,6 +18,7 @@ import numpy as np
 from ._arrays import import_cupy
 from ._params import PARAMS_BYTES
 from ._problem import BFLOAT16
+from ._score_args import FUNCTION_ARGS_BYTES
 from ._tma import MAPPED_PARAMS_BYTES
 
 _INCLUDE = re.compile(r'^\s*#include "([\w.]+)"\s*$')
@@ -69,6 +70,9 @@ class Spec:
     has_bias: bool = False
     bias: np.dtype = FLOAT32
     has_mask: bool = False
+    has_score: bool = False
+    mask_function: bool = False
+    functions: str = ""  # the CUDA C of these two, behind kernels/traced.cuh
     segments: bool = False
     sinks: bool = False
     sink: np.dtype = FLOAT32
@@ -95,6 +99,7 @@ class Spec:
             elif isinstance(value, int):
                 lines.append(f"constexpr int {field.name.upper()} = {value};")
         lines.append(f"constexpr int PARAMS_BYTES = {PARAMS_BYTES}, MAPPED_PARAMS_BYTES = {MAPPED_PARAMS_BYTES};")
+        lines.append(f"constexpr int FUNCTION_ARGS_BYTES = {FUNCTION_ARGS_BYTES};")
         return "\n".join(lines) + "\n"
 
 
@@ -107,9 +112,12 @@ def kernels_dir() -> Path:
     raise FileNotFoundError(f"no kernels folder in {here} or {here.parent}: the installation is incomplete")
 
 
+_TRACED = "traced.cuh"  # the word that a call's functions follow
+
+
 @lru_cache(maxsize=64)
-def kernel_text(kernel: str) -> str:
-    """The text of kernels/<kernel>.cu with every word it includes inlined once."""
+def kernel_text(kernel: str, functions: str = "") -> str:
+    """The text of kernels/<kernel>.cu with every word it includes inlined once, and with a call's functions."""
     lines: list[str] = []
     seen: set[str] = set()
 
@@ -126,6 +134,8 @@ def kernel_text(kernel: str) -> str:
                 lines.append(line)
             else:
                 lines.append("")
+        if name == _TRACED:
+            lines.extend(functions.splitlines())
 
     inline(f"{kernel}.cu")
     return "\n".join(lines) + "\n"
@@ -133,7 +143,7 @@ def kernel_text(kernel: str) -> str:
 
 def source(spec: Spec) -> str:
     """All that is compiled for a Spec."""
-    return spec.prelude() + kernel_text(spec.kernel)
+    return spec.prelude() + kernel_text(spec.kernel, spec.functions)
 
 
 OPTIONS = ("-std=c++17",)

@@ -8,6 +8,7 @@ Options is hashable and holds no array. The arrays themselves go beside q, k, v 
     q_lens, kv_lens            batch_shape, int64
     seed                       (), uint64
     q_offsets                  broadcasts to batch_shape, int64
+    score_args[0], ...         of any shape: what a score function reads, and mask_args[0], ... a mask function
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import numbers
 import os
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from ._arrays import Array, take
+
+if TYPE_CHECKING:
+    from ._trace import TracedMask, TracedScore
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64))
@@ -55,6 +59,8 @@ class Options:
     bias, mask, alibi_slopes, sinks : Side or None
     segments, q_lens, kv_lens : bool
         Whether there are arrays of them.
+    score, mask_function : traced function or None
+        Equal for functions that do the same with arguments of the same dtypes and ranks.
     """
 
     window_left: int | None = None
@@ -68,6 +74,8 @@ class Options:
     segments: bool = False
     q_lens: bool = False
     kv_lens: bool = False
+    score: TracedScore | None = None
+    mask_function: TracedMask | None = None
 
     def __hash__(self) -> int:
         return self._hash
@@ -84,17 +92,17 @@ class Options:
     @cached_property
     def changes_logits(self) -> bool:
         """Whether a logit is more than a scaled product."""
-        return self.softcap is not None or self.alibi_slopes is not None or self.bias is not None
+        return any(x is not None for x in (self.softcap, self.alibi_slopes, self.bias, self.score))
 
     @cached_property
     def weights_apart(self) -> bool:
         """Whether dS is a multiple of something else than the weights that dv is made of."""
-        return self.softcap is not None or self.dropout > 0
+        return self.softcap is not None or self.score is not None or self.dropout > 0
 
     @cached_property
     def hides_pairs(self) -> bool:
         """Whether a pair may be hidden by more than where the sequences end and where the diagonal runs."""
-        return self.mask is not None or self.segments
+        return self.mask is not None or self.mask_function is not None or self.segments
 
     @cached_property
     def lens(self) -> bool:
@@ -124,6 +132,9 @@ class Asked(NamedTuple):
     seed: Any = None
     layout: Any = "hsd"
     precision: Any = None
+    score: Any = None
+    score_args: Any = ()
+    mask_args: Any = ()
 
     @property
     def is_plain(self) -> bool:
@@ -131,7 +142,8 @@ class Asked(NamedTuple):
         return (
             self.window is self.softcap is self.bias is self.mask is self.alibi_slopes is self.sinks is self.q_lens
             is self.kv_lens is self.segment_ids is self.seed is None and type(self.dropout) in (float, int)
-            and self.dropout == 0
+            and self.dropout == 0 and self.score is None
+            and type(self.score_args) is type(self.mask_args) is tuple and not self.score_args and not self.mask_args
         )  # fmt: skip
 
     @property
@@ -143,7 +155,8 @@ class Asked(NamedTuple):
         """The arrays among them, taken in, by the names they have inside; lengths and seeds only if arrays."""
         found: dict[str, Any] = {}
         for name in ("bias", "mask", "alibi_slopes", "sinks"):
-            if (x := getattr(self, name)) is not None:
+            x = getattr(self, name)
+            if x is not None and not (name == "mask" and callable(x)):
                 found[name] = take(name, x)
         if self.segment_ids is not None:
             if not isinstance(self.segment_ids, tuple) or len(self.segment_ids) != 2:
@@ -292,8 +305,11 @@ def _real(name: str, x: object) -> float:
         return math.inf if abs(x) == x else -math.inf
 
 
-def read_options(asked: Asked, arrays: dict[str, Array], shape: Shape) -> Options:
-    """The Options of a call; ValueError or TypeError, with value and rule, where there are none."""
+def read_options(asked: Asked, arrays: dict[str, Array], shape: Shape, **functions: Any) -> Options:
+    """The Options of a call; ValueError or TypeError, with value and rule, where there are none.
+
+    ``functions`` are those fields of Options.
+    """
     left, right = read_window(asked.window)
     read_seed(asked.seed)
     if "q_segments" in arrays:
@@ -312,4 +328,5 @@ def read_options(asked: Asked, arrays: dict[str, Array], shape: Shape) -> Option
         q_lens=asked.q_lens is not None,
         kv_lens=asked.kv_lens is not None,
         **sides,
+        **functions,
     )

@@ -237,13 +237,20 @@ def feature_fields(options: Options) -> dict[str, Any]:
             fields |= {flag: True, dtype: side.dtype}
     if options.mask is not None:
         fields["has_mask"] = True
+    functions = [function for function in (options.score, options.mask_function) if function is not None]
+    if functions:
+        fields |= {
+            "has_score": options.score is not None, "mask_function": options.mask_function is not None,
+            "functions": "\n".join(function.cuda for function in functions),
+        }  # fmt: skip
     return fields
 
 
 # What Spec holds of single pairs, where a kernel does not ask for it.
 FEATURES_OFF: dict[str, Any] = {
     "softcap": False, "alibi": False, "slope": FLOAT32, "has_bias": False, "bias": FLOAT32, "has_mask": False,
-    "segments": False, "sinks": False, "sink": FLOAT32, "dropout": False,
+    "segments": False, "sinks": False, "sink": FLOAT32, "dropout": False, "has_score": False, "mask_function": False,
+    "functions": "",
 }  # fmt: skip
 
 

@@ -183,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
         const Accumulator lse = load_shared<1>(&smem.exponents[row]).at[0];
 #pragma unroll
         for (int c = 0; c < acc_s[f].COLS; ++c) {
-          acc_s[f](r, c) = weight_of(score, features, acc_s[f](r, c), lse, sees(f, r, c), at(f, r, c)).p;
+          acc_s[f](r, c) = bias_weight_of(score, features, acc_s[f](r, c), lse, sees(f, r, c), at(f, r, c));
         }
       }
     }
