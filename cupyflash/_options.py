@@ -318,7 +318,7 @@ def read_options(asked: Asked, arrays: dict[str, Array], shape: Shape, **functio
         if lengths is not None:
             check_lens(name, lengths, length, shape.batch)
     checks = {"bias": check_bias, "mask": check_mask, "alibi_slopes": check_slopes, "sinks": check_sinks}
-    sides = {name: check(arrays[name], shape) for name, check in checks.items() if name in arrays}
+    sides: dict[str, Any] = {name: check(arrays[name], shape) for name, check in checks.items() if name in arrays}
     return Options(
         window_left=left,
         window_right=right,

@@ -160,8 +160,8 @@ def make_template(
         numbers.num_heads, numbers.num_heads_k, numbers.seqlen_q, numbers.seqlen_k,
         numbers.head_dim, numbers.head_dim_v, numbers.section, numbers.drop_below, numbers.bottom_right,
     )  # fmt: skip
-    for args, n, *layout in arguments:
-        pack_layout(packed, _argument(args, n), *layout)
+    for args, n, lengths, steps in arguments:
+        pack_layout(packed, _argument(args, n), lengths, steps)
     walks = itertools.product(*(range(n) for n in shape[:outer]))
     offsets = tuple(
         tuple(itemsize * sum(map(operator.mul, index, strides[name])) for name, _, itemsize in tensors)

@@ -1,4 +1,4 @@
-"""Named score and mask functions with their derivatives, written by hand: what cases call and the specification reads."""
+"""Named score and mask functions, and derivatives written by hand: what cases call and the specification reads."""
 
 from __future__ import annotations
 
