@@ -16,13 +16,12 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks import facts
-from benchmarks.cells import arguments, check, memory_of, result_line, too_large, warm_up
+from benchmarks.cells import arguments, build, check, memory_of, result_line, too_large, warm_up
 from benchmarks.exact import Exact
 from benchmarks.verdict import ANY_ORDER, REFERENCES, ROWS, SERIES, Bar, Judged, bars, chosen, means, share
 from cupyflash import _compile, explain
@@ -212,18 +211,7 @@ def compile_ahead(run: Run, cells: Iterable[Judged], flat: Arrays) -> None:
     if run.backend.name != "cupy":
         return
     specs = {spec for cell in cells for spec in specs_of(cell, views(flat, cell.workload))}
-
-    device = run.backend.xp.cuda.Device()
-
-    def build(spec: _compile.Spec) -> None:
-        try:
-            device.use()  # a new thread has no context yet
-            run.backend.xp.RawModule(code=_compile.source(spec), options=_compile.options(spec)).compile()
-        except Exception as error:  # the cells that need it show it again
-            print(f"{spec.kernel} does not compile: {error}", file=sys.stderr)
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(build, specs))
+    build(run.backend, specs)
     run.log(f"{len(specs)} kernels compiled")
 
 

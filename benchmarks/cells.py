@@ -7,9 +7,11 @@ import math
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from cupyflash import _compile
 from cupyflash._program.backend import Backend
 from cupyflash._program.contenders import Ours
 from cupyflash._program.terminal import seconds, size
@@ -31,6 +33,21 @@ def arguments(program: str, about: str | None, rounds: int, budget: float) -> ar
     parser.add_argument("--budget", type=float, default=budget, help="seconds after which no new cell begins")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and stop")
     return parser
+
+
+def build(backend: Backend, specs: Iterable[_compile.Spec]) -> None:
+    """Compile kernels side by side into CuPy's cache, since calls would load them one after the other."""
+    device = backend.xp.cuda.Device()
+
+    def build_one(spec: _compile.Spec) -> None:
+        try:
+            device.use()  # a new thread has no context yet
+            backend.xp.RawModule(code=_compile.source(spec), options=_compile.options(spec)).compile()
+        except Exception as error:  # the cells that need it show it again
+            print(f"{spec.kernel} does not compile: {error}", file=sys.stderr)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(build_one, specs))
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rows: int, columns: int) -> None:

@@ -71,8 +71,9 @@ class Spec:
     bias: np.dtype = FLOAT32
     has_mask: bool = False
     has_score: bool = False
+    score_text: str = ""  # its CUDA C, behind kernels/traced.cuh
     mask_function: bool = False
-    functions: str = ""  # the CUDA C of these two, behind kernels/traced.cuh
+    mask_text: str = ""
     segments: bool = False
     sinks: bool = False
     sink: np.dtype = FLOAT32
@@ -143,7 +144,7 @@ def kernel_text(kernel: str, functions: str = "") -> str:
 
 def source(spec: Spec) -> str:
     """All that is compiled for a Spec."""
-    return spec.prelude() + kernel_text(spec.kernel, spec.functions)
+    return spec.prelude() + kernel_text(spec.kernel, spec.score_text + spec.mask_text)
 
 
 OPTIONS = ("-std=c++17",)

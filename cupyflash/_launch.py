@@ -17,6 +17,7 @@ import numpy as np
 
 from . import _compile
 from ._arrays import Array, ArraySpec, address, import_cupy, misaligned, on_device
+from ._block_map import MAPS, map_entries
 from ._params import TAIL_AXES, Template, element_strides, make_template, scalars
 from ._plan import KernelPlan, Plan
 from ._problem import Problem
@@ -102,9 +103,8 @@ def forward(problem: Problem, plan: Plan, device: int, inputs: Tensors, results:
     """
     with on_device(device):
         tensors = {name: x for name, x in (_readable(plan, inputs) | results).items() if x is not None}
-        (step,) = plan.kernels
-        zeroed = (("tickets", (), np.dtype(np.int32)),) if "tickets" in step.writes else ()
-        ready = _make_ready(problem, plan.kernels, device, tensors, (), zeroed)
+        zeroed = (("tickets", (), np.dtype(np.int32)),) if "tickets" in plan.kernels[-1].writes else ()
+        ready = _make_ready(problem, plan.kernels, device, tensors, plan.maps, zeroed)
         ready.run(tensors)
     return None if plan.copies else ready
 
@@ -124,7 +124,7 @@ def backward(
         tensors |= {name: partials[name].by_entry if name in partials else x for name, x in gradients.items()}
         temporaries = tuple((name, (*problem.batch_shape, *tail), dtype) for name, tail, dtype in plan.temporaries)
         steps = tuple(step for step in plan.kernels if step.name != "bwd_finish")
-        ready = _make_ready(problem, steps, device, tensors, temporaries, ())
+        ready = _make_ready(problem, steps, device, tensors, temporaries + plan.maps, ())
         ready.run(tensors)
         for step in plan.kernels[len(steps) :]:
             partials[step.writes[0]].finish(step, device)
@@ -146,7 +146,10 @@ def _make_ready(
     temporaries: tuple[ArraySpec, ...],
     zeroed: tuple[ArraySpec, ...],
 ) -> Ready:
-    made = [(name, shape, _contiguous(shape, dtype), dtype.itemsize) for name, shape, dtype in (*temporaries, *zeroed)]
+    made = []
+    for name, shape, dtype in (*temporaries, *zeroed):
+        strides = _contiguous(shape, dtype)
+        made.append((name, shape, _shared(shape, strides) if name in MAPS else strides, dtype.itemsize))
     given = [(name, x.shape, x.strides, x.itemsize) for name, x in tensors.items()]
     launches = []
     for step in steps:
@@ -157,16 +160,26 @@ def _make_ready(
 
 
 RESULTS = frozenset({"dq", "dk", "dv", "dbias", "dsinks"})
+HIDING = ("mask", "q_segments", "kv_segments")  # what block_map reads, beside mask_args
 
 
 def _is_known(name: str, step: KernelPlan) -> bool:
     """Whether a kernel gets this tensor: gradients go to those that write them, arguments to those with a function."""
-    return (not argument_place(name) or bool(step.spec.functions)) and (name not in RESULTS or name in step.writes)
+    if place := argument_place(name):
+        return bool({"score_args": step.spec.score_text, "mask_args": step.spec.mask_text}[place[0]])
+    if step.name == "block_map":
+        return name in (*HIDING, *step.writes)
+    return name not in RESULTS or name in step.writes
 
 
 def _contiguous(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
     """The strides of a new array, in bytes."""
     return tuple(dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _shared(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of an array of which an axis of length 1 is there for all: 0 along it."""
+    return tuple(0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))
 
 
 @lru_cache(maxsize=4096)
@@ -185,6 +198,9 @@ def _launch(problem: Problem, step: KernelPlan, device: int, layouts: tuple[Layo
     numbers = scalars(problem, step.section)
     if not step.boxes:
         own, summed = problem.batch_shape, None
+        if step.name == "block_map":
+            entries = map_entries(problem)
+            own, numbers = entries[:-1], replace(numbers, num_heads=entries[-1])
         if step.name.startswith("bwd_bias") and not (step.spec.sum_rows or step.spec.sum_cols):
             own = problem.bias_shape[:ndim]
             summed = tuple(n // o if o else 1 for n, o in zip(problem.batch_shape, own, strict=True))

@@ -105,6 +105,11 @@ class Options:
         return self.mask is not None or self.mask_function is not None or self.segments
 
     @cached_property
+    def asks_of_pairs(self) -> bool:
+        """Whether something is added to a logit, looked up or drawn for each pair."""
+        return any(x is not None for x in (self.alibi_slopes, self.bias, self.score)) or self.dropout > 0
+
+    @cached_property
     def lens(self) -> bool:
         """Whether each batch entry has lengths of its own."""
         return self.q_lens or self.kv_lens
@@ -142,9 +147,50 @@ class Asked(NamedTuple):
         return (
             self.window is self.softcap is self.bias is self.mask is self.alibi_slopes is self.sinks is self.q_lens
             is self.kv_lens is self.segment_ids is self.seed is None and type(self.dropout) in (float, int)
-            and self.dropout == 0 and self.score is None
-            and type(self.score_args) is type(self.mask_args) is tuple and not self.score_args and not self.mask_args
+            and self.dropout == 0 and self.has_no_function
         )  # fmt: skip
+
+    @property
+    def has_no_function(self) -> bool:
+        """Whether there is neither a score nor a mask function, nor arguments for one."""
+        args = (self.score_args, self.mask_args)
+        return self.score is None and not callable(self.mask) and all(type(x) is tuple and not x for x in args)
+
+    def looked_up(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What calls with other options differ in, and the arrays among them, by the names they have inside.
+
+        None where a call must be looked at each time: numbers of an unusual type, arrays that kernels do not read as
+        they are, and lengths whose values are to be checked.
+        """
+        window, softcap, q_offset = self.window, self.softcap, self.q_offset
+        if not (
+            (self.scale is None or type(self.scale) is float)
+            and (self.causal is False or self.causal is True or type(self.causal) is str)
+            and (q_offset is None or type(q_offset) is int)
+        ):
+            return None
+        if self.is_plain:
+            return (self.scale, self.causal, q_offset, self.layout, self.precision), {}
+        if self.dropout or self.seed is not None or os.environ.get("CUPYFLASH_CHECK", "") == "1":
+            return None
+        if not self.has_no_function:
+            return None
+        if window is not None and not (
+            type(window) is tuple and len(window) == 2 and all(x is None or type(x) is int for x in window)
+        ):
+            return None
+        if softcap is not None and type(softcap) is not float:
+            return None
+        ids = (None, None) if self.segment_ids is None else self.segment_ids
+        if type(ids) is not tuple or len(ids) != 2:
+            return None
+        integers = {"q_segments": ids[0], "kv_segments": ids[1], "q_lens": self.q_lens, "kv_lens": self.kv_lens}
+        if any(x is not None and getattr(x, "dtype", None) != np.int64 for x in integers.values()):
+            return None
+        arrays = {name: getattr(self, name) for name in ("bias", "mask", "alibi_slopes", "sinks")} | integers
+        arrays = {name: x for name, x in arrays.items() if x is not None}
+        options = (self.scale, self.causal, q_offset, self.layout, self.precision, window, softcap, tuple(arrays))
+        return options, arrays
 
     @property
     def differentiable(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ BATCH_AXES = 4
 TENSORS = (
     "q", "k", "v", "out", "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "partial", "exponents", "dq_sums",
     "semaphores", "q_offsets", "tickets", "bias", "mask", "alibi_slopes", "sinks", "q_segments", "kv_segments",
-    "q_lens", "kv_lens", "seed", "dbias", "dsinks",
+    "q_lens", "kv_lens", "seed", "dbias", "dsinks", "key_map", "query_map",
 )  # fmt: skip
 _TENSOR = struct.Struct(f"<{1 + BATCH_AXES + 3}q")  # data, batch_stride[], head_stride, row_stride, col_stride
 _SCALARS = struct.Struct(f"<qdqqqdd{2 * BATCH_AXES + 7}iIi")  # see Scalars

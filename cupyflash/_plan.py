@@ -151,6 +151,8 @@ class Plan:
     rounds_p: bool = False
     # Temporary arrays of the backward: name, axes behind the leading ones, dtype. Partial sums come beside them.
     temporaries: tuple[ArraySpec, ...] = ()
+    # Those of blocks that single pairs are hidden in, with all their axes.
+    maps: tuple[ArraySpec, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -237,20 +239,18 @@ def feature_fields(options: Options) -> dict[str, Any]:
             fields |= {flag: True, dtype: side.dtype}
     if options.mask is not None:
         fields["has_mask"] = True
-    functions = [function for function in (options.score, options.mask_function) if function is not None]
-    if functions:
-        fields |= {
-            "has_score": options.score is not None, "mask_function": options.mask_function is not None,
-            "functions": "\n".join(function.cuda for function in functions),
-        }  # fmt: skip
+    if options.score is not None:
+        fields |= {"has_score": True, "score_text": options.score.cuda}
+    if options.mask_function is not None:
+        fields |= {"mask_function": True, "mask_text": options.mask_function.cuda}
     return fields
 
 
 # What Spec holds of single pairs, where a kernel does not ask for it.
 FEATURES_OFF: dict[str, Any] = {
     "softcap": False, "alibi": False, "slope": FLOAT32, "has_bias": False, "bias": FLOAT32, "has_mask": False,
-    "segments": False, "sinks": False, "sink": FLOAT32, "dropout": False, "has_score": False, "mask_function": False,
-    "functions": "",
+    "segments": False, "sinks": False, "sink": FLOAT32, "dropout": False, "has_score": False, "score_text": "",
+    "mask_function": False, "mask_text": "",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from . import _tiles_simt as _tiles
 from ._arrays import ArraySpec
+from ._block_map import KEY_MAP, QUERY_MAP, map_arrays, map_bytes, mapped
 from ._plan import (
     Device,
     KernelPlan,
@@ -31,25 +32,27 @@ def plan_simt(
 ) -> Plan:
     temporaries: tuple[ArraySpec, ...] = ()
     if wrt is None:
-        kernels = [_main_kernel("fwd_simt", problem, device, tile, ("out", "lse"))]
+        main = _main_kernel("fwd_simt", problem, device, tile, ("out", "lse"))
+        kernels = [*mapped(problem, main, (KEY_MAP,))]
         bytes_ = 0
     else:
         kernels = [row_kernel("bwd_delta", problem, ("delta",))]
         if keyed(wrt):
-            kernels.append(_main_kernel("bwd_simt_dkdv", problem, device, tile, keyed(wrt)))
+            kernels += mapped(problem, _main_kernel("bwd_simt_dkdv", problem, device, tile, keyed(wrt)), (QUERY_MAP,))
         if "q" in wrt:
-            kernels.append(_main_kernel("bwd_simt_dq", problem, device, tile, ("dq",)))
+            kernels += mapped(problem, _main_kernel("bwd_simt_dq", problem, device, tile, ("dq",)), (KEY_MAP,))
         if "bias" in wrt:
-            kernels.append(_bias_kernel(problem, device, tile))
+            kernels += mapped(problem, _bias_kernel(problem, device, tile), (KEY_MAP,))
         if "sinks" in wrt:
             kernels.append(sinks_kernel(problem))
         kernels += finishing(problem, wrt)
         temporaries = (("delta", (problem.num_heads, problem.seqlen_q), problem.accumulator),)
         bytes_ = workspace(problem, temporaries, partials(problem, wrt))
-    main = kernels[0] if wrt is None else kernels[1]
+    maps = map_arrays(problem, kernels)
+    main = next(step for step in kernels if step.name not in ("bwd_delta", "block_map"))
     return plan_of(
         "simt", device.name, problem, wrt is not None, (main.spec.block_m, main.spec.block_n),
-        kernels=tuple(kernels), workspace=bytes_, copies=copies, temporaries=temporaries,
+        kernels=tuple(kernels), workspace=bytes_ + map_bytes(maps), copies=copies, temporaries=temporaries, maps=maps,
     )  # fmt: skip
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from . import _tiles_sm80 as _tiles
+from ._block_map import KEY_MAP, mapped
 from ._plan import Device, KernelPlan, Plan, Tile, grid, spec_of
 from ._plan_tensor_cores import (
+    backward_maps,
     backward_plan,
     backward_spec,
     backward_writes,
@@ -42,7 +44,7 @@ def plan_sm80(problem: Problem, device: Device, tile: Tile, copies: tuple[str, .
         smem=_tiles.ampere_smem_bytes(row, *widths),
         writes=("out", "lse"),
     )  # fmt: skip
-    return tensor_core_plan("sm80", problem, device, row, (kernel,), copies)
+    return tensor_core_plan("sm80", problem, device, row, mapped(problem, kernel, (KEY_MAP,)), copies)
 
 
 def plan_sm80_backward(
@@ -66,6 +68,7 @@ def plan_sm80_backward(
         writes=backward_writes(wrt),
         section=_tiles.ampere_backward_section(row, heads_k),
     )
-    kernels = (preparation(problem, row, wrt, deterministic), main)
+    *maps, main = mapped(problem, main, backward_maps(wrt))
+    kernels = (*maps, preparation(problem, row, wrt, deterministic), main)
     temporaries = temporaries_of(problem, row, wrt, 1 if deterministic else row.warps, row.block_m * widths[0])
     return backward_plan("sm80", problem, device, row, wrt, kernels, temporaries, copies)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import _tiles_sm90 as _tiles
+from ._block_map import KEY_MAP, mapped
 from ._plan import MAX_GRID, Device, KernelPlan, Plan, Tile, grid, spec_of
 from ._plan_tensor_cores import (
+    backward_maps,
     backward_plan,
     backward_spec,
     backward_writes,
@@ -48,7 +50,7 @@ def plan_sm90(problem: Problem, device: Device, tile: Tile, copies: tuple[str, .
         boxes=(("q", 64), ("k", row.block_n), ("v", row.block_n)),
         section=_tiles.section(row, problem, all_heads),
     )  # fmt: skip
-    return tensor_core_plan("sm90", problem, device, row, (kernel,), copies)
+    return tensor_core_plan("sm90", problem, device, row, mapped(problem, kernel, (KEY_MAP,)), copies)
 
 
 def plan_sm90_backward(
@@ -75,7 +77,8 @@ def plan_sm90_backward(
         boxes=(("q", row.block_m), ("k", row.block_n), ("v", row.block_n), ("dout", row.block_m)),
         section=_tiles.backward_section(row, problem, deterministic, heads_k),
     )
-    kernels = [preparation(problem, row, wrt, deterministic, rounding=not deterministic), main]
+    *maps, main = mapped(problem, main, backward_maps(wrt))
+    kernels = [*maps, preparation(problem, row, wrt, deterministic, rounding=not deterministic), main]
     if "q" in wrt and not deterministic:
         kernels.append(_sm90_rounding(problem, row, wrt))
     temporaries = temporaries_of(problem, row, wrt, 1, _tiles.dq_numbers(row, *padded_widths(problem)))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ._arrays import ArraySpec
+from ._block_map import KEY_MAP, QUERY_MAP, map_arrays, map_bytes, mapped
 from ._compile import Spec
 from ._plan import (
     FEATURES_OFF,
@@ -42,12 +43,13 @@ def why_not_tensor_cores(problem: Problem, instruction: str) -> str | None:
 
 def tensor_core_plan(
     family: str, problem: Problem, device: Device, row: Blocks, kernels: tuple[KernelPlan, ...],
-    copies: tuple[str, ...], backward: bool = False, **more: Any,
+    copies: tuple[str, ...], backward: bool = False, workspace: int = 0, **more: Any,
 ) -> Plan:  # fmt: skip
     """A plan whose P, and dS, are rounded once."""
+    maps = map_arrays(problem, kernels)
     return plan_of(
-        family, device.name, problem, backward, (row.block_m, row.block_n),
-        kernels=kernels, copies=copies, rounds_p=True, **more,
+        family, device.name, problem, backward, (row.block_m, row.block_n), kernels=kernels, copies=copies,
+        rounds_p=True, maps=maps, workspace=workspace + map_bytes(maps), **more,
     )  # fmt: skip
 
 
@@ -84,6 +86,9 @@ def preparation(
         by_tile, gradient=problem.dtype, head_dim=16, head_dim_v=16, dim_chunk=16, block_n=16, num_stages=2,
         num_warps=warps, scale_sign=1, want_dq=True, want_dk=True, want_dv=True, **FEATURES_OFF,
     )  # fmt: skip
+    if "q" in wrt and not rounding and problem.options.hides_pairs:  # it reads the map of the main kernel's blocks
+        hides = {name: getattr(by_tile, name) for name in ("has_mask", "mask_function", "segments")}
+        spec = replace(spec, block_n=row.block_n, **hides)
     tiles = grid(problem.seqlen_q, row.block_m, problem.num_heads * problem.batch)
     of_dq = ("semaphores", *(() if rounding else ("dq",)), *(() if deterministic else ("dq_sums",)))
     return KernelPlan(
@@ -112,6 +117,11 @@ def temporaries_of(
     )
 
 
+def backward_maps(wrt: frozenset[str]) -> tuple[str, ...]:
+    """The maps that the main kernel reads: of dq's key blocks where there is dq."""
+    return (QUERY_MAP, KEY_MAP) if "q" in wrt else (QUERY_MAP,)
+
+
 def backward_plan(
     family: str,
     problem: Problem,
@@ -124,7 +134,7 @@ def backward_plan(
 ) -> Plan:
     """The plan that runs these kernels, and then sums what was computed for each batch entry alone."""
     if "bias" in wrt:
-        kernels += (_bias_kernel(problem),)
+        kernels += mapped(problem, _bias_kernel(problem), (KEY_MAP,))
     if "sinks" in wrt:
         kernels += (sinks_kernel(problem),)
     return tensor_core_plan(

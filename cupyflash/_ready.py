@@ -15,27 +15,14 @@ import numpy as np
 from ._arrays import Array, ArraySpec, extent
 from ._cpu import Small
 from ._launch import Ready
-from ._options import Asked
 from ._tma import ALIGNMENT
 
 _KEPT = 4096
 _calls: dict[Any, tuple[Ready | Small, tuple[tuple[int, int], ...]]] = {}
 
 
-def signature(direction: str, tensors: dict[str, Any], asked: Asked, more: tuple[Any, ...]) -> Any:
-    """The signature of a call, or None: where an array is not NumPy's or CuPy's own, or an option of an unusual kind.
-
-    Of numbers only those of one type each: 1 and True, or 1 and 1.0, are equal and not the same.
-    """
-    scale, causal, q_offset = asked.scale, asked.causal, asked.q_offset
-    if not (
-        asked.is_plain
-        and (scale is None or type(scale) is float)
-        and (causal is False or causal is True or type(causal) is str)
-        and (q_offset is None or type(q_offset) is int)
-    ):
-        return None
-    options = (scale, causal, q_offset, asked.layout, asked.precision, *more)
+def signature(direction: str, tensors: dict[str, Any], options: tuple[Any, ...]) -> Any:
+    """The signature of a call, or None where an array is not NumPy's or CuPy's own."""
     parts: list[Any] = [direction, options]
     for x in tensors.values():
         kind = type(x)

@@ -57,6 +57,19 @@ HOPPER_TABLE: dict[str, tuple[tuple[int, int, HopperRow], ...]] = {
         (256, 256, HopperRow(128, 80, 2, 1, True, False, "1.21, causal 1.37; in turns 1.19, 1.35")),
     ),
 }
+# Rows for options. Remarks: ours to the full forward of 16384 keys without a window, on an H200, for window=(1024, 0)
+# and (1024, 1024); or, at 4096 keys, to the same call without the option, and the next best.
+WINDOW_ROWS = (
+    (64, 64, HopperRow(192, 128, 2, 2, False, False, "0.112, 0.163; 128 x 128 in turns 0.108, 0.175")),
+    (128, 128, HopperRow(128, 128, 2, 1, True, True, "0.108, 0.159; 160 keys 0.117, 0.168")),
+)
+# Of pairs: what is added to a logit, looked up or drawn for each, which takes registers.
+PAIR_ROWS = (
+    (64, 64, HopperRow(128, 128, 2, 1, False, False, "bias 2.25, ALiBi 1.79, dropout 5.2; (192, 192) 5.6, 2.2, 6.0")),
+    (128, 128, HopperRow(128, 128, 2, 1, False, False, "bias 2.28, ALiBi 1.75, dropout 5.1; in turns 2.5, 1.9, 5.3")),
+    (192, 128, HopperRow(128, 96, 2, 1, False, False, "not compared")),
+    (256, 256, HopperRow(128, 64, 2, 1, False, False, "dropout 3.4, bias 2.1; 80 keys overlapped 3.7, 1.95")),
+)
 # Of K and V of a section. H100, causal: 1024 and 2048 keys run up to 9 % faster with 32 than with 12 MiB, 512 keys up
 # to 9 % faster with 12 than with 32, since what is read once then alternates with what is read again.
 SECTION_BYTES, SHORT_SECTION_BYTES = 2**25, 12 * 2**20
@@ -68,7 +81,7 @@ def choose_hopper(kernel: str, problem: Problem, tile: Tile, smem: int) -> Hoppe
     own: HopperRow | None = tile.row(kernel)
     if own is not None:
         return own
-    row = first_row(HOPPER_TABLE[kernel], problem, problem.seqlen_k)
+    row = first_row(_rows_for(kernel, problem), problem, problem.seqlen_k)
     wanted = {name: n for name in ("block_m", "block_n", "stages") if (n := getattr(tile, name)) is not None}
     if wanted:
         row = replace(row, **wanted)
@@ -79,6 +92,14 @@ def choose_hopper(kernel: str, problem: Problem, tile: Tile, smem: int) -> Hoppe
     if why is not None:
         raise ValueError(f"{tile} does not fit {kernel} (head widths {head_dim}, {head_dim_v}): {why}")
     return row
+
+
+def _rows_for(kernel: str, problem: Problem) -> tuple[tuple[int, int, HopperRow], ...]:
+    """The table for a problem's options."""
+    options = problem.options
+    if options.asks_of_pairs:
+        return PAIR_ROWS
+    return (*WINDOW_ROWS, *HOPPER_TABLE[kernel]) if options.window else HOPPER_TABLE[kernel]
 
 
 def check_hopper(row: HopperRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:

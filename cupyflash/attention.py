@@ -23,7 +23,10 @@ class AttentionResult(NamedTuple):
 
 
 class AttentionGradients(NamedTuple):
-    """Gradients by name, None where not asked for. Use the names: later versions may add fields at the end."""
+    """Gradients by name, None where not asked for. Use the names: later versions may add fields at the end.
+
+    dq, dk, dv, dbias and dsinks have the shape and dtype of q, k, v, bias and sinks.
+    """
 
     dq: Any = None
     dk: Any = None
@@ -63,6 +66,9 @@ def attention(
 ) -> Any:
     """Exact attention: out = softmax(scale * q k^T) v, in memory that grows with the sequence, not its square.
 
+    The logit of query row i and key j is softcap(scale * q_i . k_j) - slope |d_i - j| + bias_ij, with i's diagonal d_i,
+    and -inf where the pair is hidden: by causal, window, mask, segment_ids, q_lens or kv_lens.
+
     NumPy arrays are computed on the CPU, CuPy arrays on their device and CuPy's current stream. Objects with
     ``__dlpack__`` or ``__cuda_array_interface__`` are read in place.
 
@@ -77,10 +83,36 @@ def attention(
     scale : float, optional
         Factor on q k^T; any finite number. None is 1/sqrt(D).
     causal : bool or "top_left"
-        True: query row i sees keys j <= i + Sk - Sq (bottom-right). "top_left": j <= i.
+        True: query row i sees keys j <= d_i. The diagonal d_i is i + Sk - Sq (bottom-right), with lengths
+        i + kv_len - q_len. "top_left": d_i = i, and causal.
+    window : pair of int or None, optional
+        (left, right): row i sees keys d_i - left <= j <= d_i + right, with causal on or off. Each is at least 0; None
+        is no bound. [1]_
+    softcap : float, optional
+        Caps scaled products: s becomes softcap * tanh(s / softcap). Finite and above 0. [2]_
+    bias : array, broadcasts to (..., Hq, Sq, Sk), optional
+        Added to the logits, float16, bfloat16, float32 or float64 whatever q is. -inf hides a pair.
+    mask : boolean array, broadcasts to (..., Hq, Sq, Sk), optional
+        True where row i may see key j.
+    alibi_slopes : array, broadcasts to (..., Hq), optional
+        Adds -slope * abs(d_i - j). Any float dtype; has no gradient. [3]_
+    sinks : array, shape (Hq,), optional
+        One logit for each query head, which joins the denominator of the softmax and has no value. Any float dtype;
+        neither scaled nor capped. [4]_ [5]_
+    q_lens, kv_lens : int or integer array over the leading axes, optional
+        How many rows and keys each batch entry has, from 0 to Sq and Sk. What lies beyond is never used; there out is 0
+        and lse -inf. Arrays on a device are not looked at unless CUPYFLASH_CHECK=1 is in the environment: there a
+        length outside counts as the nearest inside.
     q_offset : int or integer array over the leading axes, optional
-        Places the diagonal instead: causal rows see j <= i + q_offset. An array may hold one offset for each
-        batch entry; it lies where q lies, or is a NumPy array, which is copied to the device.
+        Places the diagonal, with causal on or off: d_i = i + q_offset. An array may hold one offset for each
+        batch entry; it lies where q lies, or is a NumPy array, which is copied to the device. Not with "top_left".
+    segment_ids : pair of integer arrays, optional
+        (q_ids, kv_ids), which broadcast to (..., Sq) and (..., Sk): row i sees key j where their ids are equal.
+    dropout : float
+        Probability that a weight is dropped, at least 0 and below 1; what is kept is divided by 1 - dropout. lse is
+        that of all weights. Which pairs are kept is a function of seed, batch entry, head, i and j alone. [6]_
+    seed : int or array of int64 or uint64 without axes, optional
+        From 0 to 2**64 - 1; needed with dropout above 0.
     layout : "hsd" or "shd"
         Order of the last three axes of q, k, v and out: (heads, seqlen, head_dim) or (seqlen, heads, head_dim).
     precision : None, "highest" or "ieee"
@@ -88,8 +120,8 @@ def attention(
         tensor cores, which round P, and in the backward dS, once to q's dtype; everything else computes with IEEE
         fused multiply-adds of the accumulation type (float64 for float64, else float32).
     family : str, optional
-        Kernel family to insist on: "sm90" or "simt" for CuPy arrays, "cpu" for NumPy arrays. None lets the planner
-        choose.
+        Kernel family to insist on: "sm90", "sm80" or "simt" for CuPy arrays, "cpu" for NumPy arrays. None lets the
+        planner choose.
     tile : Tile, optional
         Block sizes for this call instead of the planner's.
     out : array or pair of arrays, optional
@@ -102,8 +134,8 @@ def attention(
     -------
     array, shape (..., Hq, Sq, Dv), or AttentionResult
         In q's layout and dtype. With ``return_lse``, (out, lse) where lse has shape (..., Hq, Sq) in every layout
-        and is the natural logarithm of sum_j exp(scale q.k_j) over visible keys: float32, float64 for float64.
-        A row that sees no key has out 0 and lse -inf.
+        and is the natural logarithm of the sum of exp(logit) over visible keys, and the sink: float32, float64 for
+        float64. A row that sees no key has out 0 and lse -inf, or the sink.
 
     Raises
     ------
@@ -116,7 +148,17 @@ def attention(
     -----
     The online softmax of Milakov and Gimelshein (2018), arXiv:1805.02867, over blocks as in FlashAttention-2,
     Dao (2023), arXiv:2307.08691, algorithm 1. Inputs are never written. The same call gives the same bits,
-    whatever the batch, strides or layout.
+    whatever the batch, strides or layout. Hidden pairs are discarded by selection: a NaN or inf of their logits reaches
+    nothing. Each option with an example: docs/options.md.
+
+    References
+    ----------
+    .. [1] Beltagy, Peters and Cohan (2020), "Longformer", arXiv:2004.05150.
+    .. [2] Gemma Team (2024), "Gemma 2", arXiv:2408.00118.
+    .. [3] Press, Smith and Lewis (2021), "Train Short, Test Long" (ALiBi), arXiv:2108.12409.
+    .. [4] Xiao et al. (2023), "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453.
+    .. [5] OpenAI (2025), "gpt-oss-120b & gpt-oss-20b Model Card", arXiv:2508.10925: sinks as learned logits.
+    .. [6] Philox 4x32-10: Salmon, Moraes, Dror and Shaw (2011), "Parallel random numbers: as easy as 1, 2, 3".
 
     Examples
     --------
@@ -129,16 +171,21 @@ def attention(
     _check_flag("return_lse", return_lse)
     given = out
     tensors = {"q": q, "k": k, "v": v}
-    if isinstance(out, tuple) and len(out) == 2:
-        tensors["out"], tensors["lse"] = out
-    elif out is not None:
-        tensors["out"] = out
-    outputs = len(tensors) - 3
     asked = Asked(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
         dropout, seed, layout, precision, score, score_args, mask_args,
     )  # fmt: skip
-    key = _ready.signature("forward", tensors, asked, (family, tile, bool(return_lse)))
+    key = None
+    if (known := asked.looked_up()) is not None:
+        tensors |= known[1]
+    inputs = len(tensors)
+    if isinstance(out, tuple) and len(out) == 2:
+        tensors["out"], tensors["lse"] = out
+    elif out is not None:
+        tensors["out"] = out
+    outputs = len(tensors) - inputs
+    if known is not None:
+        key = _ready.signature("forward", tensors, (*known[0], family, tile, bool(return_lse)))
     if (done := _ready.run(key, tensors, outputs)) is not None:
         out, lse = done["out"], done.get("lse")
     else:
@@ -199,15 +246,19 @@ def attention_backward(
     dout : array, shape of out
         Gradient of a scalar with respect to out, in q's dtype.
     q, k, v : array
-        What ``attention`` was called with; likewise scale, causal, q_offset, layout, precision.
+        What ``attention`` was called with.
     out, lse : array
         What ``attention(..., return_lse=True)`` returned. out may be float32 for 16-bit q.
     dlse : array, shape of lse, optional
         Gradient of the scalar with respect to lse. It is not read where lse is -inf.
-    wrt : tuple of {"q", "k", "v"}, optional
-        Which gradients to compute; None is all three.
+    wrt : tuple of {"q", "k", "v", "bias", "sinks"}, optional
+        Which gradients to compute. None: those of q, k, v, and of bias and sinks where given.
     grads_out : AttentionGradients, optional
         Arrays to write into; None entries are allocated. Each has its input's shape and dtype.
+    scale, causal, window, softcap, bias, mask, alibi_slopes, sinks
+        What ``attention`` was called with.
+    q_lens, kv_lens, q_offset, segment_ids, dropout, seed, layout, precision
+        What ``attention`` was called with: the seed too.
     family, tile : optional
         As for ``attention``, for this call's kernels.
     deterministic : bool
@@ -217,18 +268,21 @@ def attention_backward(
     Returns
     -------
     AttentionGradients
-        dq, dk, dv: shape, layout and dtype of q, k, v, summed over broadcast leading axes and over the query heads
-        of a group in the accumulation type, in a fixed order. None where ``wrt`` leaves one out.
+        dq, dk, dv, dbias, dsinks: shape, layout and dtype of their inputs, summed over broadcast axes and over the
+        query heads of a group in the accumulation type, in a fixed order. None where ``wrt`` leaves one out. dbias is 0
+        at hidden pairs; dq of rows beyond q_lens, and dk, dv of keys beyond kv_lens, are 0.
 
     Raises
     ------
     ValueError, TypeError
-        As for ``attention``.
+        As for ``attention``; ValueError if ``wrt`` names what the call does not have.
 
     Notes
     -----
     With p = exp(s - lse), dp = dout v^T, delta = sum_d dout out - dlse and ds = p (dp - delta): dv = p^T dout,
-    dq = scale ds k, dk = scale ds^T q. FlashAttention-2, Dao (2023), arXiv:2307.08691, algorithm 2.
+    dq = scale ds k, dk = scale ds^T q. FlashAttention-2, Dao (2023), arXiv:2307.08691, algorithm 2. dbias is ds; dsinks
+    is the sum over rows of -exp(sink - lse) delta. softcap multiplies ds in dq and dk by its slope,
+    1 - tanh(scale q.k / softcap)^2; dropout multiplies dp, and p in dv, by 0 or 1 / (1 - dropout).
     """
     _check_flag("deterministic", deterministic)
     asked = Asked(
@@ -240,12 +294,15 @@ def attention_backward(
     tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse}
     if dlse is not None:
         tensors["dlse"] = dlse
+    key = None
+    if (known := asked.looked_up()) is not None:
+        tensors |= known[1]
     tensors |= given
-    key = _ready.signature(
-        "backward", tensors, asked, (family, tile, bool(deterministic), names, tuple(given))
-    )  # fmt: skip
-    if (known := _ready.run(key, tensors, len(given))) is not None:
-        return AttentionGradients(**{f"d{name}": known[f"d{name}"] for name in names})
+    if known is not None:
+        options = (*known[0], family, tile, bool(deterministic), names, tuple(given))
+        key = _ready.signature("backward", tensors, options)
+    if (done := _ready.run(key, tensors, len(given))) is not None:
+        return AttentionGradients(**{f"d{name}": done[f"d{name}"] for name in names})
     beside = {"dout": take("dout", dout), "out": take("out", out), "lse": take("lse", lse)}
     if dlse is not None:
         beside["dlse"] = take("dlse", dlse)
@@ -292,7 +349,9 @@ def attention_vjp(
 
     Parameters
     ----------
-    q, k, v, scale, causal, q_offset, layout, precision, family, tile, return_lse
+    q, k, v, scale, causal, window, softcap, bias, mask, alibi_slopes, sinks
+        As for ``attention``.
+    q_lens, kv_lens, q_offset, segment_ids, dropout, seed, layout, precision, family, tile, return_lse
         As for ``attention``.
     deterministic
         As for ``attention_backward``.
@@ -301,7 +360,7 @@ def attention_vjp(
     -------
     out : array, or AttentionResult with ``return_lse``
     vjp : callable
-        ``vjp(dout, dlse=None, wrt=None)`` returns AttentionGradients. It holds q, k, v, q_offset, out and lse by
+        ``vjp(dout, dlse=None, wrt=None)`` returns AttentionGradients. It holds all arrays, out and lse among them, by
         reference: do not change them before the last call.
 
     Raises
@@ -361,7 +420,9 @@ def explain(
 
     Parameters
     ----------
-    q, k, v, scale, causal, q_offset, layout, precision, family, tile, out
+    q, k, v, scale, causal, window, softcap, bias, mask, alibi_slopes, sinks
+        As for ``attention``.
+    q_lens, kv_lens, q_offset, segment_ids, dropout, seed, layout, precision, family, tile, out
         As for ``attention``.
     backward : bool
         Explain ``attention_backward`` instead.
@@ -431,7 +492,9 @@ def prepare(
 
     Parameters
     ----------
-    q, k, v, scale, causal, q_offset, layout, precision, family, tile, out
+    q, k, v, scale, causal, window, softcap, bias, mask, alibi_slopes, sinks
+        As for ``attention``.
+    q_lens, kv_lens, q_offset, segment_ids, dropout, seed, layout, precision, family, tile, out
         As for ``attention``.
     backward : bool
         Prepare ``attention_backward`` too, for the gradients in ``wrt``.

@@ -8,6 +8,7 @@
 #include "seqlen.cuh"
 #include "schedule.cuh"
 #include "mask.cuh"
+#include "block_walk.cuh"
 
 struct BiasTile {
   int m_block, n_block;  // 0 along what is summed
@@ -31,17 +32,20 @@ struct BiasTile {
   }
 };
 
-// One turn: one block of pairs of one head of one entry. Those that nobody sees are left out.
+// One turn: one block of pairs of one head of one entry. Those that nobody sees are left out. The entry is described
+// once, when its turn comes: that takes divisions.
 struct BiasTurn {
+  BiasTile tile;
   int m_block, n_block, head, entry;  // entry: of those that are summed
+  int group, head_k;                  // heads that share a kv head, and the one of this head
+  Sequence seq;
 
-  __device__ __forceinline__ explicit BiasTurn(const Params& params) {
-    const BiasTile tile(params);
-    m_block = tile.m_block;
-    n_block = tile.n_block;
-    head = tile.head;
-    entry = 0;
+  __device__ __forceinline__ explicit BiasTurn(const Params& params)
+      : tile(params), m_block(tile.m_block), n_block(tile.n_block), head(tile.head), entry(0) {
+    group = params.num_heads / params.num_heads_k;
+    head_k = head / group;
     if (ceil_div(params.seqlen_q, BLOCK_M) == 0 || ceil_div(params.seqlen_k, BLOCK_N) == 0) entry = entries(params);
+    describe_entry(params);
     skip_unseen(params);
   }
   __device__ __forceinline__ bool exists(const Params& params) const { return entry < entries(params); }
@@ -49,34 +53,37 @@ struct BiasTurn {
     step(params);
     skip_unseen(params);
   }
-  __device__ __forceinline__ Sequence sequence(const Params& params) const {
-    const BiasTile tile(params);
-    Sequence seq;
-    unravel(seq.batch_index, params.reduce_shape, entry);
-#pragma unroll
-    for (int axis = 0; axis < 4; ++axis) seq.batch_index[axis] += tile.own_index[axis];
-    describe(seq, params);
-    return seq;
-  }
 
  private:
   static __device__ __forceinline__ int entries(const Params& params) {
     const int* count = params.reduce_shape;
     return count[0] * count[1] * count[2] * count[3];
   }
+  __device__ __forceinline__ void describe_entry(const Params& params) {
+    if (!exists(params)) return;
+    unravel(seq.batch_index, params.reduce_shape, entry);
+#pragma unroll
+    for (int axis = 0; axis < 4; ++axis) seq.batch_index[axis] += tile.own_index[axis];
+    describe(seq, params);
+  }
   __device__ __forceinline__ void step(const Params& params) {
     if (SUM_COLS && ++n_block < ceil_div(params.seqlen_k, BLOCK_N)) return;
     if (SUM_COLS) n_block = 0;
     if (SUM_ROWS && ++m_block < ceil_div(params.seqlen_q, BLOCK_M)) return;
     if (SUM_ROWS) m_block = 0;
-    if (SUM_HEADS && ++head < params.num_heads) return;
-    if (SUM_HEADS) head = 0;
+    if constexpr (SUM_HEADS) {
+      head = head + 1 < params.num_heads ? head + 1 : 0;
+      head_k = head / group;
+      if (head > 0) return;
+    }
     ++entry;
+    describe_entry(params);
   }
   __device__ __forceinline__ void skip_unseen(const Params& params) {
     while (exists(params)) {
-      const BlockRange blocks = mask_of(params, sequence(params)).key_blocks(m_block * BLOCK_M, BLOCK_M);
-      if (n_block >= blocks.begin && n_block < blocks.end) return;
+      const BlockRange blocks = mask_of(params, seq).key_blocks(m_block * BLOCK_M, BLOCK_M);
+      const bool seen = key_walk(params, seq, head, m_block).up(n_block, n_block + 1) == n_block;
+      if (n_block >= blocks.begin && n_block < blocks.end && seen) return;
       step(params);
     }
   }

@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_bias_simt(const
   int slot = 0, rows_slot = 0;  // of the portion to come; of lse and delta of the turn to come
 
   const auto load = [&](const BiasTurn& of, int portion, int to, int rows_to) ALWAYS_INLINE {
-    const Sequence seq = of.sequence(params);
+    const Sequence& seq = of.seq;
     const int m0 = of.m_block * BLOCK_M, n0 = of.n_block * BLOCK_N;
     if (portion == 0) {
       const auto lse = rows_of<const Accumulator>(params.lse, seq.batch_index, of.head);      // (seqlen_q)
@@ -84,16 +84,15 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_bias_simt(const
       load_numbers(smem.lse[rows_to], lse, m0, seq.seqlen_q, true, math::infinity<Accumulator>());
       load_numbers(smem.delta[rows_to], delta, m0, seq.seqlen_q);
     }
-    const int head_k = of.head / (params.num_heads / params.num_heads_k);
     if (portion < CHUNKS) {
       const auto q = rows_of<const Element>(params.q, seq.batch_index, of.head);  // (seqlen_q, head_dim)
-      const auto k = rows_of<const Element>(params.k, seq.batch_index, head_k);   // (seqlen_k, head_dim)
+      const auto k = rows_of<const Element>(params.k, seq.batch_index, of.head_k);   // (seqlen_k, head_dim)
       load_tile(smem.queries[to].q, q, m0, seq.seqlen_q, portion * CHUNK, params.head_dim);
       load_tile(smem.keys[to].k, k, n0, seq.seqlen_k, portion * CHUNK, params.head_dim);
     } else {
       const int col0 = (portion - CHUNKS) * CHUNK_V;
       const auto dout = rows_of<const Element>(params.dout, seq.batch_index, of.head);  // (seqlen_q, head_dim_v)
-      const auto v = rows_of<const Element>(params.v, seq.batch_index, head_k);         // (seqlen_k, head_dim_v)
+      const auto v = rows_of<const Element>(params.v, seq.batch_index, of.head_k);         // (seqlen_k, head_dim_v)
       load_tile(smem.queries[to].dout, dout, m0, seq.seqlen_q, col0, params.head_dim_v);
       load_tile(smem.keys[to].v, v, n0, seq.seqlen_k, col0, params.head_dim_v);
     }
@@ -118,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_bias_simt(const
   if (turn.exists(params)) load(turn, 0, slot, rows_slot);
 #pragma unroll 1
   for (; turn.exists(params); turn.advance(params), rows_slot ^= 1) {
-    const Sequence seq = turn.sequence(params);
+    const Sequence& seq = turn.seq;
     const Mask mask = mask_of(params, seq);
     const Features features(params, seq, turn.head);
     const auto at = [&](int r, int c) {
@@ -137,7 +136,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_bias_simt(const
       const Accumulator lse = lse_exponent(load_shared<1>(&smem.lse[rows_slot][acc.row(r)]).at[0]);
 #pragma unroll
       for (int c = 0; c < acc.COLS; ++c) {  // P waits there for its own thread, so that acc can be used again
-        const Accumulator p = bias_weight_of(score, features, acc(r, c), lse, visible(r, c), at(r, c));
+        const Accumulator s = features.unscored(score, score.scaled(acc(r, c)), at(r, c));
+        const Accumulator p = bias_weight_of(score, features, s, lse, visible(r, c), at(r, c));
         store_shared(&smem.tile_p.at[acc.row(r)][acc.col(c)], Vector<Accumulator, 1>{{p}});
       }
     }
@@ -158,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_bias_simt(const
     }
   }
 
-  const BiasTile tile(params);
+  const BiasTile& tile = turn.tile;
   const auto dbias = tile.rows(params);  // (seqlen_q or 1, seqlen_k or 1)
   if constexpr (SUM_ROWS) {
     if constexpr (SUM_COLS) {

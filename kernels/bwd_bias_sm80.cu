@@ -23,6 +23,10 @@
 #include "softmax.cuh"
 #include "bias_turns.cuh"
 
+// A bias of queries and keys is the same in every turn: dbias is summed over what the bias is broadcast over. Its tile
+// stays in registers.
+constexpr bool BIAS_STAYS = !SUM_ROWS && !SUM_COLS;
+
 constexpr int FRAGMENTS = BLOCK_M / (16 * NUM_WARPS);
 static_assert(BLOCK_M == 16 * NUM_WARPS * FRAGMENTS && BLOCK_N % 16 == 0, "products are dealt out in steps of 16");
 static_assert(BLOCK_M <= NUM_THREADS, "a thread for the numbers of each row");
@@ -39,23 +43,34 @@ constexpr int SMEM_BYTES = sizeof(Smem);
 
 // ---- loads, by the whole block
 
-__device__ __forceinline__ void load_q_k(const Params& params, Smem& smem, const BiasTurn& turn) {
-  const Sequence seq = turn.sequence(params);
-  const auto q = rows_of<const Element>(params.q, seq.batch_index, turn.head);  // (seqlen_q, head_dim)
-  const auto k = rows_of<const Element>(params.k, seq.batch_index, turn.head / (params.num_heads / params.num_heads_k));
-  load_tile(smem.q, q, bytes_at_a_time(q), turn.m_block * BLOCK_M, seq.seqlen_q, params.head_dim);
-  load_tile(smem.k, k, bytes_at_a_time(k), turn.n_block * BLOCK_N, seq.seqlen_k, params.head_dim);
+// How many bytes of a row can be copied as one, in any row of any head of any entry: a turn need not find out.
+__device__ __forceinline__ int bytes_in_any_row(const Tensor& tensor) {
+  unsigned long long all = static_cast<unsigned long long>(tensor.row_stride | tensor.head_stride);
+#pragma unroll
+  for (int axis = 0; axis < 4; ++axis) all |= static_cast<unsigned long long>(tensor.batch_stride[axis]);
+  return bytes_at_a_time(reinterpret_cast<unsigned long long>(tensor.data) | all * sizeof(Element), tensor.col_stride);
 }
-__device__ __forceinline__ void load_do_v(const Params& params, Smem& smem, const BiasTurn& turn) {
-  const Sequence seq = turn.sequence(params);
+struct Bytes {
+  int q, k, dout, v;
+};
+
+__device__ __forceinline__ void load_q_k(const Params& params, Smem& smem, const BiasTurn& turn, const Bytes& bytes) {
+  const Sequence& seq = turn.seq;
+  const auto q = rows_of<const Element>(params.q, seq.batch_index, turn.head);    // (seqlen_q, head_dim)
+  const auto k = rows_of<const Element>(params.k, seq.batch_index, turn.head_k);  // (seqlen_k, head_dim)
+  load_tile(smem.q, q, bytes.q, turn.m_block * BLOCK_M, seq.seqlen_q, params.head_dim);
+  load_tile(smem.k, k, bytes.k, turn.n_block * BLOCK_N, seq.seqlen_k, params.head_dim);
+}
+__device__ __forceinline__ void load_do_v(const Params& params, Smem& smem, const BiasTurn& turn, const Bytes& bytes) {
+  const Sequence& seq = turn.seq;
   const auto dout = rows_of<const Element>(params.dout, seq.batch_index, turn.head);  // (seqlen_q, head_dim_v)
-  const auto v = rows_of<const Element>(params.v, seq.batch_index, turn.head / (params.num_heads / params.num_heads_k));
-  load_tile(smem.dout, dout, bytes_at_a_time(dout), turn.m_block * BLOCK_M, seq.seqlen_q, params.head_dim_v);
-  load_tile(smem.v, v, bytes_at_a_time(v), turn.n_block * BLOCK_N, seq.seqlen_k, params.head_dim_v);
+  const auto v = rows_of<const Element>(params.v, seq.batch_index, turn.head_k);      // (seqlen_k, head_dim_v)
+  load_tile(smem.dout, dout, bytes.dout, turn.m_block * BLOCK_M, seq.seqlen_q, params.head_dim_v);
+  load_tile(smem.v, v, bytes.v, turn.n_block * BLOCK_N, seq.seqlen_k, params.head_dim_v);
 }
 // The numbers of a turn's rows; p of rows beyond the end is 0 by an lse of +inf.
 __device__ __forceinline__ void load_numbers(const Params& params, Smem& smem, const BiasTurn& turn) {
-  const Sequence seq = turn.sequence(params);
+  const Sequence& seq = turn.seq;
   const int row = turn.m_block * BLOCK_M + thread_index_again();
   if (thread_index_again() >= BLOCK_M) return;
   Accumulator exponent = math::infinity<Accumulator>(), delta = 0;
@@ -96,8 +111,7 @@ __device__ __forceinline__ Accumulator sum_rows(Smem& smem, const Fragment<BLOCK
 }
 
 __device__ __forceinline__ void store_results(
-    const Params& params, Smem& smem, Fragment<BLOCK_N> (&acc)[FRAGMENTS], int first_row) {
-  const BiasTile tile(params);
+    const Params& params, Smem& smem, const BiasTile& tile, Fragment<BLOCK_N> (&acc)[FRAGMENTS], int first_row) {
   const auto dbias = tile.rows(params);  // (seqlen_q or 1, seqlen_k or 1)
   const int m0 = tile.m_block * BLOCK_M + first_row, n0 = tile.n_block * BLOCK_N;
   if constexpr (SUM_COLS) {
@@ -142,27 +156,77 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
   Fragment<BLOCK_N> acc_ds[FRAGMENTS];  // (16 FRAGMENTS, BLOCK_N) of this warp
   clear(acc_ds);
   BiasTurn turn(params);
+  const Bytes bytes = {bytes_in_any_row(params.q), bytes_in_any_row(params.k), bytes_in_any_row(params.dout),
+                       bytes_in_any_row(params.v)};
+  Fragment<BLOCK_N> own_bias[FRAGMENTS];
   const int first_row = warp_uniform(thread_index() / 32) * 16 * FRAGMENTS;
   if (turn.exists(params)) {
-    load_q_k(params, smem, turn);
+    load_q_k(params, smem, turn, bytes);
     cp_async_commit();
-    load_do_v(params, smem, turn);
+    load_do_v(params, smem, turn, bytes);
   }
   cp_async_commit();
+  if (BIAS_STAYS && turn.exists(params)) {
+    const Added added(params, turn.seq, turn.head);
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f) {
+#pragma unroll
+      for (int i = 0; i < 2 * own_bias[f].COLS; ++i) {
+        const int r = i % 2, c = i / 2, row = turn.m_block * BLOCK_M + first_row + 16 * f + own_bias[f].warp_row(r);
+        const int col = turn.n_block * BLOCK_N + own_bias[f].first_col() + own_bias[f].ahead(c);
+        // Within the tensor, which an entry's own lengths may not fill.
+        own_bias[f](r, c) = added.bias_within(row, col, params.seqlen_q - 1, params.seqlen_k - 1);
+      }
+    }
+  }
 #pragma unroll 1
   while (turn.exists(params)) {
     Fragment<BLOCK_N> acc_s[FRAGMENTS], acc_dp[FRAGMENTS];
-    const Sequence seq = turn.sequence(params);
+    const Sequence& seq = turn.seq;
     const Mask mask = mask_of(params, seq);
     const Features features(params, seq, turn.head);
     const BlockRange blocks = mask.key_blocks(turn.m_block * BLOCK_M, BLOCK_M);
-    const bool masked = turn.n_block < blocks.full_begin || turn.n_block >= blocks.full_end;
+    const bool masked = !needs_no_look(key_walk(params, seq, turn.head, turn.m_block), blocks, turn.n_block);
     const auto at = [&](int f, int r, int c) ALWAYS_INLINE {
       using Part = Fragment<BLOCK_N>;
       return Pair{turn.m_block * BLOCK_M + first_row + 16 * f + Part::warp_row(r),
                   turn.n_block * BLOCK_N + Part::first_col() + Part::ahead(c)};
     };
-    const auto sees = [&](int f, int r, int c) ALWAYS_INLINE { return !masked || features.sees(mask, at(f, r, c)); };
+    const auto sees = [&](bool ask, int f, int r, int c) ALWAYS_INLINE {
+      return !ask || features.sees(mask, at(f, r, c));
+    };
+    // S becomes P; dP becomes dS, which is added.
+    const auto weigh = [&](bool ask) ALWAYS_INLINE {
+#pragma unroll
+      for (int f = 0; f < FRAGMENTS; ++f) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const Accumulator lse = load_shared<1>(&smem.exponents[first_row + 16 * f + acc_s[f].warp_row(r)]).at[0];
+#pragma unroll
+          for (int c = 0; c < acc_s[f].COLS; ++c) {
+            const Pair pair = at(f, r, c);
+            const Accumulator capped = score.capped(score.scaled(acc_s[f](r, c)));
+            const Accumulator s = features.added.behind_alibi(capped, pair.i, pair.j);
+            const Accumulator bias = BIAS_STAYS ? own_bias[f](r, c) : features.added.bias_of(pair.i, pair.j);
+            acc_s[f](r, c) = bias_weight_of(score, features, s + bias, lse, sees(ask, f, r, c), pair);
+          }
+        }
+      }
+    };
+    const auto add_ds = [&](bool ask) ALWAYS_INLINE {
+#pragma unroll
+      for (int f = 0; f < FRAGMENTS; ++f) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const Accumulator delta = load_shared<1>(&smem.delta[first_row + 16 * f + acc_s[f].warp_row(r)]).at[0];
+#pragma unroll
+          for (int c = 0; c < acc_s[f].COLS; ++c) {
+            acc_ds[f](r, c) += score_gradient(
+                features, acc_s[f](r, c), acc_dp[f](r, c), delta, sees(ask, f, r, c), at(f, r, c));
+          }
+        }
+      }
+    };
     BiasTurn next = turn;
     next.advance(params);
 
@@ -173,42 +237,27 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
     add_product<HEAD_DIM / 16>(
         acc_s, operand<Side::LEFT, Major::K>(smem.q, first_row), operand<Side::RIGHT, Major::K>(smem.k));
     sync_block();  // they are read: send for the next ones
-    if (next.exists(params)) load_q_k(params, smem, next);
+    if (next.exists(params)) load_q_k(params, smem, next, bytes);
     cp_async_commit();
-#pragma unroll
-    for (int f = 0; f < FRAGMENTS; ++f) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = first_row + 16 * f + acc_s[f].warp_row(r);
-        const Accumulator lse = load_shared<1>(&smem.exponents[row]).at[0];
-#pragma unroll
-        for (int c = 0; c < acc_s[f].COLS; ++c) {
-          acc_s[f](r, c) = bias_weight_of(score, features, acc_s[f](r, c), lse, sees(f, r, c), at(f, r, c));
-        }
-      }
+    if (masked) {
+      weigh(MASKED);
+    } else {
+      weigh(UNMASKED);
     }
     cp_async_wait<1>();
     sync_block();  // dO and V are written, by all threads
     clear(acc_dp);
     add_product<HEAD_DIM_V / 16>(
         acc_dp, operand<Side::LEFT, Major::K>(smem.dout, first_row), operand<Side::RIGHT, Major::K>(smem.v));
-#pragma unroll
-    for (int f = 0; f < FRAGMENTS; ++f) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = first_row + 16 * f + acc_s[f].warp_row(r);
-        const Accumulator delta = load_shared<1>(&smem.delta[row]).at[0];
-#pragma unroll
-        for (int c = 0; c < acc_s[f].COLS; ++c) {
-          acc_ds[f](r, c) += score_gradient(
-              features, acc_s[f](r, c), acc_dp[f](r, c), delta, sees(f, r, c), at(f, r, c));
-        }
-      }
+    if (masked) {
+      add_ds(MASKED);
+    } else {
+      add_ds(UNMASKED);
     }
     sync_block();  // dO, V and the rows' numbers are read: send for the next ones
-    if (next.exists(params)) load_do_v(params, smem, next);
+    if (next.exists(params)) load_do_v(params, smem, next, bytes);
     cp_async_commit();
     turn = next;
   }
-  store_results(params, smem, acc_ds, first_row);
+  store_results(params, smem, turn.tile, acc_ds, first_row);
 }

@@ -16,6 +16,7 @@
 #include "seqlen.cuh"
 #include "schedule.cuh"
 #include "mask.cuh"
+#include "block_walk.cuh"
 #include "tile.cuh"
 #include "mma_simt.cuh"
 #include "softmax.cuh"
@@ -49,7 +50,8 @@ __device__ __forceinline__ void prepare_dq(const Params& params, const Work& wor
   }
   const int m0 = work.block * BLOCK_M, rows = rows_to_write(params, seq);
   const int m_end = rows - m0 < BLOCK_M ? rows : m0 + BLOCK_M;
-  const BlockRange blocks = mask_of(params, seq).key_blocks(m0, BLOCK_M);
+  const BlockWalk walk = key_walk(params, seq, work.head, work.block);
+  const BlockRange blocks = walk.within(mask_of(params, seq).key_blocks(m0, BLOCK_M));
   if (blocks.begin < blocks.end) return;
   const auto dq = rows_of<Gradient_q>(params.dq, seq.batch_index, work.head);  // (seqlen_q, head_dim)
   for (int m = m0 + thread_index() / 32; m < m_end; m += NUM_WARPS) {

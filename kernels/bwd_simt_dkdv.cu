@@ -29,6 +29,7 @@
 #include "seqlen.cuh"
 #include "schedule.cuh"
 #include "mask.cuh"
+#include "block_walk.cuh"
 #include "score.cuh"
 #include "tile.cuh"
 #include "mma_simt.cuh"
@@ -86,9 +87,18 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS_V; ++chunk) clear(acc_dv[chunk]);
 
-  const BlockRange blocks = mask.query_blocks(work.block);
+  const BlockRange all_blocks = mask.query_blocks(work.block);
   const int group = params.num_heads / params.num_heads_k;
   const int first_head = work.head * group, end_head = first_head + group;
+  const auto walk_of = [&](int head) ALWAYS_INLINE { return query_walk(params, seq, head, work.block); };
+  const auto blocks_of = [&](int head) ALWAYS_INLINE { return walk_of(head).within(all_blocks); };
+  // The first head from `head` on that sees the keys, or end_head.
+  const auto head_from = [&](int head) ALWAYS_INLINE {
+    if constexpr (HIDES_PAIRS) {
+      while (head < end_head && walk_of(head).up(all_blocks.begin, all_blocks.end) == all_blocks.end) ++head;
+    }
+    return head;
+  };
   const int portions = CHUNKS + CHUNKS_V + (want_dk ? CHUNKS : 0);
   int slot = 0;  // of the portion to come
   const auto load_k = [&](int chunk, int to) ALWAYS_INLINE {
@@ -126,6 +136,16 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
       if (!still_there) load_q(head, m0, chunk, to);
     }
   };
+  // HIDES_PAIRS: the turn after this one is of the next block that sees the keys, maybe in another head.
+  const auto load_next_turn = [&](int head, int m_block) ALWAYS_INLINE {
+    m_block = walk_of(head).up(m_block + 1, all_blocks.end);
+    if (m_block == all_blocks.end) {
+      head = head_from(head + 1);
+      if (head == end_head) return;
+      m_block = blocks_of(head).begin;
+    }
+    load(head, m_block, 0, slot);
+  };
   // Waits for a portion, sends for the one after it, and says in which slot the portion lies.
   const auto arrive = [&](int head, int m_block, int portion) ALWAYS_INLINE {
     wait_copies();
@@ -133,11 +153,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
     sync_block();
     const int here = slot;
     slot ^= 1;
-    const bool same_head = m_block + 1 < blocks.end;
+    const bool same_head = !HIDES_PAIRS && m_block + 1 < all_blocks.end;
     if (portion + 1 < portions) {
       load(head, m_block, portion + 1, slot);
+    } else if (HIDES_PAIRS) {
+      load_next_turn(head, m_block);
     } else if (same_head || head + 1 < end_head) {
-      load(same_head ? head : head + 1, same_head ? m_block + 1 : blocks.begin, 0, slot);
+      load(same_head ? head : head + 1, same_head ? m_block + 1 : all_blocks.begin, 0, slot);
     }
     return here;
   };
@@ -178,17 +200,18 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dkdv(const
     }
   };
 
-  if (blocks.begin < blocks.end) {
+  const int first = head_from(first_head);
+  if (all_blocks.begin < all_blocks.end && (!HIDES_PAIRS || first < end_head)) {
     if (RESIDENT) {
       load_k(0, 0);
       load_v(0, 1);
     }
-    load(first_head, blocks.begin, 0, slot);
+    load(first, blocks_of(first).begin, 0, slot);
   }
   for (int head = first_head; head < end_head; ++head) {
-    for (int m_block = blocks.begin; m_block < blocks.full_begin; ++m_block) step(head, m_block, MASKED);
-    for (int m_block = blocks.full_begin; m_block < blocks.full_end; ++m_block) step(head, m_block, UNMASKED);
-    for (int m_block = blocks.full_end; m_block < blocks.end; ++m_block) step(head, m_block, MASKED);
+    walk_up(walk_of(head), blocks_of(head), [&](int m_block, bool masked) ALWAYS_INLINE {
+      step(head, m_block, masked);
+    });
   }
 
   // Where the block stands, once more: kept through the loop it would hold registers.

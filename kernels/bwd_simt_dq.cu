@@ -28,6 +28,7 @@
 #include "seqlen.cuh"
 #include "schedule.cuh"
 #include "mask.cuh"
+#include "block_walk.cuh"
 #include "score.cuh"
 #include "tile.cuh"
 #include "mma_simt.cuh"
@@ -69,7 +70,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) clear(acc_dq[chunk]);
 
-  const BlockRange blocks = mask.key_blocks(work.block * BLOCK_M, BLOCK_M);
+  const BlockWalk walk = key_walk(params, seq, work.head, work.block);
+  const BlockRange blocks = walk.within(mask.key_blocks(work.block * BLOCK_M, BLOCK_M));
   int slot = 0;  // of the portion to come
   const auto load_q = [&](int chunk, int to) ALWAYS_INLINE {
     const auto q = rows_of<const Element>(params.q, smem.batch_index, work.head);  // (seqlen_q, head_dim)
@@ -109,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
     if (portion + 1 < PORTIONS) {
       load(n_block, portion + 1, slot);
     } else if (n_block + 1 < blocks.end) {
-      load(n_block + 1, 0, slot);
+      load(walk.up(n_block + 1, blocks.end), 0, slot);
     }
     return here;
   };
@@ -158,9 +160,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_simt_dq(const P
     }
     load(blocks.begin, 0, slot);
   }
-  for (int n_block = blocks.begin; n_block < blocks.full_begin; ++n_block) step(n_block, MASKED);
-  for (int n_block = blocks.full_begin; n_block < blocks.full_end; ++n_block) step(n_block, UNMASKED);
-  for (int n_block = blocks.full_end; n_block < blocks.end; ++n_block) step(n_block, MASKED);
+  walk_up(walk, blocks, step);
 
   // Where the block stands, once more: kept through the loop it would hold registers.
   const Work here = scheduled_work(params, num_blocks, params.num_heads, Longest::LAST_BLOCK);

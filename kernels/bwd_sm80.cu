@@ -32,6 +32,7 @@
 #include "seqlen.cuh"
 #include "schedule.cuh"
 #include "mask.cuh"
+#include "block_walk.cuh"
 #include "score.cuh"
 #include "tile_sm80.cuh"
 #include "softmax.cuh"
@@ -110,16 +111,43 @@ struct Job : FullEndOf<CUT_AT_BEGIN> {
 struct TurnOf {
   int head, m_block, slot;  // head: behind the first
 
-  __device__ __forceinline__ explicit TurnOf(const Job& job)
-      : head(job.begin < job.end ? 0 : job.heads), m_block(job.end - 1), slot(0) {}
+  __device__ __forceinline__ TurnOf(const Params& params, const Job& job)
+      : head(job.begin < job.end ? 0 : job.heads), m_block(job.end - 1), slot(0) {
+    if constexpr (HIDES_PAIRS) find(params, job);
+  }
   __device__ __forceinline__ bool exists(const Job& job) const { return head < job.heads; }
-  __device__ __forceinline__ void advance(const Job& job) {
+  __device__ __forceinline__ void advance(const Params& params, const Job& job) {
     slot ^= 1;
     if (--m_block < job.begin) {
       m_block = job.end - 1;
       ++head;
     }
+    if constexpr (HIDES_PAIRS) find(params, job);
   }
+  __device__ __forceinline__ BlockWalk walk(const Params& params, const Job& job) const {
+    return query_walk(params, job.seq, job.first_head + head, job.n_block);
+  }
+
+ private:
+  // From here on, the first tile that sees the keys.
+  __device__ __forceinline__ void find(const Params& params, const Job& job) {
+    for (; exists(job); ++head) {
+      m_block = walk(params, job).down(m_block, job.begin);
+      if (m_block >= job.begin) return;
+      m_block = job.end - 1;
+    }
+  }
+};
+
+// The key blocks that a turn's tile sees, of which its dQ is the sum.
+struct Adders {
+  BlockWalk walk;
+  BlockRange range;
+
+  __device__ __forceinline__ Adders(const Params& params, const Job& job, const TurnOf& turn)
+      : walk(key_walk(params, job.seq, job.first_head + turn.head, turn.m_block)),
+        range(walk.within(mask_of(params, job.seq).key_blocks(turn.m_block * BLOCK_M, BLOCK_M))) {}
+  __device__ __forceinline__ int below(int n_block) const { return walk.count(range.begin, n_block); }
 };
 
 struct Smem {
@@ -209,10 +237,11 @@ __device__ __forceinline__ void await_blocks_below(const Params& params, Smem& s
   if constexpr (!DETERMINISTIC) return;
   if (thread_index_again() != NUM_THREADS / 2) return;
   const Job& job = smem.job;
-  const BlockRange blocks = mask_of(params, job.seq).key_blocks(turn.m_block * BLOCK_M, BLOCK_M);
+  const Adders adders(params, job, turn);
   int* semaphore = semaphore_of(params, job, turn);
-  smem.added = job.n_block == blocks.end - 1 ? nullptr : semaphore;
-  while (load_acquire(semaphore) < job.n_block - blocks.begin) {}
+  smem.added = job.n_block == adders.range.end - 1 ? nullptr : semaphore;
+  const int below = adders.below(job.n_block);
+  while (load_acquire(semaphore) < below) {}
 }
 
 // A unit in dq_sums, this thread's numbers of it.
@@ -235,8 +264,8 @@ __device__ __forceinline__ void add_dq(const Params& params, Smem& smem, const T
   constexpr int DOWN = BLOCK_M / UNIT_ROWS;
   const int warp = thread_index_again() / 32;
   const Job& job = smem.job;
-  const BlockRange blocks = mask_of(params, job.seq).key_blocks(turn.m_block * BLOCK_M, BLOCK_M);
-  const bool first = job.n_block == blocks.begin, last = job.n_block == blocks.end - 1;
+  const Adders adders(params, job, turn);
+  const bool first = job.n_block == adders.range.begin, last = job.n_block == adders.range.end - 1;
   float* const sums = job.dq_sums + turn.head * params.dq_sums.head_stride + turn.m_block * params.dq_sums.row_stride +
                       4 * (thread_index_again() % 32);
   Unit dq;
@@ -262,7 +291,7 @@ __device__ __forceinline__ void add_dq(const Params& params, Smem& smem, const T
   int* arrivals = semaphore_of(params, job, turn) + turn.m_block * (NUM_WARPS - 1) + warp;
   int before = 0;
   if (lane_index() == 0) before = add_acquire_release(arrivals, 1);
-  if (!warp_any(before == blocks.end - 1 - blocks.begin)) return;  // of one block all lanes say so
+  if (!warp_any(before == adders.below(adders.range.end) - 1)) return;  // of one block all lanes say so
   sync_warp();  // all lanes know
 #pragma unroll 1
   for (int unit = warp; unit < UNITS; unit += NUM_WARPS) {
@@ -289,17 +318,18 @@ template <bool LOADS, typename Step>
 __device__ __forceinline__ void for_each_turn(const Params& params, Smem& smem, Step step) {
   const int full_begin = warp_uniform(smem.job.full_begin);
   const int full_end = CUT_AT_BEGIN ? warp_uniform(smem.job.whole_tiles_end()) : 0;
-  TurnOf turn(smem.job);
+  TurnOf turn(params, smem.job);
 #pragma unroll 1
   while (turn.exists(smem.job)) {
     cp_async_wait<0>();
     // This turn's tiles are there, those of the turn before are read, and so are ds and p.
     barrier_sync(NEXT_TURN, NUM_THREADS);
     TurnOf next = turn;
-    next.advance(smem.job);
+    next.advance(params, smem.job);
     if (LOADS && next.exists(smem.job)) load_queries<NUM_THREADS / 2>(params, smem, next);
     cp_async_commit();
-    if (SOME_WHOLE && turn.m_block >= full_begin && (!CUT_AT_BEGIN || turn.m_block < full_end)) {
+    const bool whole = !HIDES_PAIRS || warp_any(turn.walk(params, smem.job).whole(turn.m_block));
+    if (whole && turn.m_block >= full_begin && (!CUT_AT_BEGIN || turn.m_block < full_end)) {
       step(turn, UNMASKED);
     } else {
       step(turn, MASKED);
@@ -418,7 +448,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_sm80(const Para
   if (thread_index() == 0) smem.job.describe(params, take_ticket(static_cast<int*>(params.tickets.data)));
   if (thread_index() == 0) smem.added = nullptr;
   sync_block();  // the job is there
-  const TurnOf first(smem.job);
+  const TurnOf first(params, smem.job);
   if (first.exists(smem.job)) {
     load_keys(params, smem);
     load_queries<NUM_THREADS>(params, smem, first);

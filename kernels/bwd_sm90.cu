@@ -44,6 +44,7 @@
 #include "seqlen.cuh"
 #include "schedule.cuh"
 #include "mask.cuh"
+#include "block_walk.cuh"
 #include "score.cuh"
 #include "params_sm90.cuh"
 #include "tile_sm90.cuh"
@@ -84,6 +85,13 @@ __device__ __forceinline__ void describe(Job& job, const Params& params, const W
   const BlockRange blocks = mask_of(params, job.seq).query_blocks(work.block);
   job.begin = blocks.begin;
   job.end = blocks.end;
+  if constexpr (HIDES_PAIRS) {
+    bool seen = false;
+    for (int head = job.first_head; head < job.end_head; ++head) {
+      seen |= query_walk(params, job.seq, head, job.n_block).up(job.begin, job.end) < job.end;
+    }
+    if (!seen) job.end = job.begin;
+  }
   job.end_whole_tiles(blocks.full_end);
   // Keys beyond the end are masked in every turn: their logit of 0 may be far above lse.
   job.full_begin = job.seq.seqlen_k - BLOCK_N < work.block * BLOCK_N ? blocks.end : blocks.full_begin;
@@ -175,11 +183,13 @@ constexpr int SMEM_BYTES = sizeof(Smem);
 
 // The turns of a job, in the order that all keep to.
 template <typename Visit>
-__device__ __forceinline__ void for_each_turn(const Job& job, Visit visit) {
+__device__ __forceinline__ void for_each_turn(const Params& params, const Job& job, Visit visit) {
 #pragma unroll 1
   for (int head = job.first_head; head < job.end_head; ++head) {
+    const BlockWalk walk = query_walk(params, job.seq, head, job.n_block);
+    int m_block = walk.down(job.end - 1, job.begin);
 #pragma unroll 1
-    for (int m_block = job.end - 1; m_block >= job.begin; --m_block) visit(head, m_block);
+    for (; m_block >= job.begin; m_block = walk.down(m_block - 1, job.begin)) visit(head, m_block);
   }
 }
 
@@ -213,7 +223,7 @@ __device__ __forceinline__ void take_jobs(const MappedParams& launch, Smem& smem
     smem.jobs.send(job_turn);
     if (!more) return;
     bool first = true;
-    for_each_turn(job, [&](int head, int m_block) ALWAYS_INLINE {
+    for_each_turn(params, job, [&](int head, int m_block) ALWAYS_INLINE {
       const unsigned full = smem.q_ring.refill(turn, sizeof smem.q[0] + sizeof smem.exponents[0]);
       send_rows(smem.q[turn.slot], smem.exponents[turn.slot], launch.map_q, params.q, params.exponents, job.seq, head,
                 m_block, full);
@@ -237,7 +247,7 @@ __device__ __forceinline__ void send_values(const MappedParams& launch, Smem& sm
     const Job& job = smem.jobs.await(job_turn);
     if (job.n_block < 0) return;
     bool first = true;
-    for_each_turn(job, [&](int head, int m_block) ALWAYS_INLINE {
+    for_each_turn(params, job, [&](int head, int m_block) ALWAYS_INLINE {
       const unsigned full = smem.dout_ring.refill(turn, sizeof smem.dout[0] + sizeof smem.delta[0]);
       send_rows(smem.dout[turn.slot], smem.delta[turn.slot], launch.map_dout, params.dout, params.delta, job.seq, head,
                 m_block, full);
@@ -264,15 +274,17 @@ __device__ __forceinline__ void await_blocks_below(const Params& params, Smem& s
   while (true) {
     const Job& job = smem.jobs.await(job_turn);
     if (job.n_block < 0) return;
-    for_each_turn(job, [&](int head, int m_block) ALWAYS_INLINE {
-      const BlockRange blocks = mask_of(params, job.seq).key_blocks(m_block * BLOCK_M, BLOCK_M);
+    for_each_turn(params, job, [&](int head, int m_block) ALWAYS_INLINE {
+      const BlockWalk walk = key_walk(params, job.seq, head, m_block);
+      const BlockRange blocks = walk.within(mask_of(params, job.seq).key_blocks(m_block * BLOCK_M, BLOCK_M));
       mbarrier_wait(shared_address(&smem.order.empty[turn.slot]), turn.parity ^ 1);
       smem.order.at[turn.slot].sums = tile_sums(params, job.seq.batch_index, head, m_block);
       smem.order.at[turn.slot].dq = rows_of<Gradient_q>(params.dq, job.seq.batch_index, head).data;
       smem.order.at[turn.slot].first = job.n_block == blocks.begin;
       smem.order.at[turn.slot].last = job.n_block == blocks.end - 1;
       const int* semaphore = semaphore_of(params, job, head, m_block);
-      while (load_acquire(semaphore) < job.n_block - blocks.begin) {}
+      const int below = walk.count(blocks.begin, job.n_block);
+      while (load_acquire(semaphore) < below) {}
       mbarrier_arrive(shared_address(&smem.order.full[turn.slot]));
       turn.advance();
     });
@@ -288,7 +300,7 @@ __device__ __forceinline__ void tell_block_above(const Params& params, Smem& sme
   while (true) {
     const Job& job = smem.jobs.await(job_turn);
     if (job.n_block < 0) return;
-    for_each_turn(job, [&](int head, int m_block) ALWAYS_INLINE {
+    for_each_turn(params, job, [&](int head, int m_block) ALWAYS_INLINE {
       mbarrier_wait(shared_address(&smem.order.added[turn.slot]), turn.parity);
       add_release(semaphore_of(params, job, head, m_block), 1);
       mbarrier_arrive(shared_address(&smem.order.empty[turn.slot]));
@@ -388,17 +400,35 @@ __device__ __forceinline__ void work_on_jobs(const Params& params, Smem& smem, B
     }
 #pragma unroll 1
     for (int head = warp_uniform(job.first_head); head < warp_uniform(job.end_head); ++head) {
-      int m_block = warp_uniform(job.end) - 1;
-      if (CUT_AT_BEGIN) {
+      if constexpr (HIDES_PAIRS) {
+        const BlockWalk walk = query_walk(params, job.seq, head, job.n_block);
+        const auto from = [&](int block) ALWAYS_INLINE { return warp_uniform(walk.down(block, first_block)); };
+        const auto whole = [&](int block) ALWAYS_INLINE {
+          return block >= full_begin && (!CUT_AT_BEGIN || block < full_end) && warp_any(walk.whole(block));
+        };
+        int m_block = from(warp_uniform(job.end) - 1);
 #pragma unroll 1
-        for (; m_block >= first_block && m_block >= full_end; --m_block) turn_of(job, head, m_block, MASKED);
-      }
-      if (SOME_WHOLE) {
+        while (m_block >= first_block) {
+#pragma unroll 1
+          for (; m_block >= first_block && whole(m_block); m_block = from(m_block - 1)) {
+            turn_of(job, head, m_block, UNMASKED);
+          }
+#pragma unroll 1
+          for (; m_block >= first_block && !whole(m_block); m_block = from(m_block - 1)) {
+            turn_of(job, head, m_block, MASKED);
+          }
+        }
+      } else {
+        int m_block = warp_uniform(job.end) - 1;
+        if (CUT_AT_BEGIN) {
+#pragma unroll 1
+          for (; m_block >= first_block && m_block >= full_end; --m_block) turn_of(job, head, m_block, MASKED);
+        }
 #pragma unroll 1
         for (; m_block >= full_begin; --m_block) turn_of(job, head, m_block, UNMASKED);
-      }
 #pragma unroll 1
-      for (; m_block >= first_block; --m_block) turn_of(job, head, m_block, MASKED);
+        for (; m_block >= first_block; --m_block) turn_of(job, head, m_block, MASKED);
+      }
     }
     if (job.has_turns()) {
       smem.k_ring.release({0, job.keys_parity});

@@ -30,9 +30,9 @@ struct Features : Scored {
   __device__ __forceinline__ Number unscored(const Score& score, Number s, const Pair& pair) const {
     return added.to(score.capped(s), pair.i, pair.j);
   }
-  // What mask.visible() says, of a query that may lie beyond the end, and of this pair alone.
+  // What mask.visible() says, of a query that may lie beyond the ends, and of this pair alone.
   __device__ __forceinline__ bool sees(const Mask& mask, const Pair& pair) const {
-    if ((LENS || HIDES_PAIRS) && pair.i >= mask.seqlen_q) return false;
+    if ((LENS || HIDES_PAIRS) && (pair.i < 0 || pair.i >= mask.seqlen_q)) return false;
     return mask.visible(pair.i, pair.j) && !hidden.hides(pair.i, pair.j);
   }
   __device__ __forceinline__ bool keeps(const Pair& pair) const { return kept.keeps(pair.i, pair.j); }

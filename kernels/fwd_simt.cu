@@ -25,6 +25,7 @@
 #include "seqlen.cuh"
 #include "schedule.cuh"
 #include "mask.cuh"
+#include "block_walk.cuh"
 #include "score.cuh"
 #include "tile.cuh"
 #include "mma_simt.cuh"
@@ -63,7 +64,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
   for (int chunk = 0; chunk < CHUNKS_V; ++chunk) clear(acc_o[chunk]);
   softmax.clear();
 
-  const BlockRange blocks = mask.key_blocks(m0, BLOCK_M);
+  const BlockWalk walk = key_walk(params, seq, work.head, work.block);
+  const BlockRange blocks = walk.within(mask.key_blocks(m0, BLOCK_M));
   int slot = 0;  // of the portion to come
   const auto load_q = [&](int chunk, int to) ALWAYS_INLINE {
     const auto q = rows_of<const Element>(params.q, smem.batch_index, work.head);  // (seqlen_q, head_dim)
@@ -90,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
     if (portion + 1 < PORTIONS) {
       load(n_block, portion + 1, slot);
     } else if (n_block + 1 < blocks.end) {
-      load(n_block + 1, 0, slot);
+      load(walk.up(n_block + 1, blocks.end), 0, slot);
     }
     return here;
   };
@@ -132,9 +134,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
     if (CHUNKS == 1) load_q(0, 0);
     load(blocks.begin, 0, slot);
   }
-  for (int n_block = blocks.begin; n_block < blocks.full_begin; ++n_block) step(n_block, MASKED);
-  for (int n_block = blocks.full_begin; n_block < blocks.full_end; ++n_block) step(n_block, UNMASKED);
-  for (int n_block = blocks.full_end; n_block < blocks.end; ++n_block) step(n_block, MASKED);
+  walk_up(walk, blocks, step);
 
   // Where the block stands, once more: kept through the loop it would hold registers.
   const Work here = scheduled_work(params, num_blocks, params.num_heads, Longest::LAST_BLOCK);

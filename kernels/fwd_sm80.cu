@@ -25,6 +25,7 @@
 #include "seqlen.cuh"
 #include "schedule.cuh"
 #include "mask.cuh"
+#include "block_walk.cuh"
 #include "score.cuh"
 #include "tile_sm80.cuh"
 #include "softmax.cuh"
@@ -88,6 +89,18 @@ __device__ __forceinline__ void load_q(const Params& params, Smem& smem, const Q
   }
 }
 
+// How far tiles of K, or of V, have been sent for, where the walk has gaps.
+struct Ahead {
+  int next;
+
+  __device__ __forceinline__ explicit Ahead(const BlockRange& blocks) : next(blocks.end - 1) {}
+  __device__ __forceinline__ int take(const BlockWalk& walk, const BlockRange& blocks) {
+    const int n_block = next;
+    next = walk.down(n_block - 1, blocks.begin);
+    return n_block;
+  }
+};
+
 // First row of a warp's fragment in the tile.
 __device__ __forceinline__ int fragment_row(int fragment) {
   return (thread_index_again() / 32 * FRAGMENTS + fragment) * 16;
@@ -144,7 +157,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   const Score score = score_of(params);
   const Features features(params, tile.seq, tile.head);
   const int keys_end = LENS ? tile.seq.seqlen_k : params.seqlen_k;
-  const BlockRange blocks = tile.key_blocks(mask);
+  const BlockWalk walk = key_walk(params, tile.seq, tile.head, tile.row0 / BLOCK_M);
+  const BlockRange blocks = walk.within(tile.key_blocks(mask));
   if (thread_index() == 0) {
     const auto k = rows_of<const Element>(params.k, tile.seq.batch_index, tile.head_k);  // (seqlen_k, head_dim)
     const auto v = rows_of<const Element>(params.v, tile.seq.batch_index, tile.head_k);  // (seqlen_k, head_dim_v)
@@ -162,8 +176,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   Softmax<2> softmax[FRAGMENTS];
   int slot = 0;  // of the tile at hand
 
+  // HIDES_PAIRS: K and V are each sent for in the order of the walk.
+  Ahead ahead_k(blocks), ahead_v(blocks);
   // Sends for a tile, or for nothing: either way a group of copies, so that waits can count.
   const auto load_k = [&](int n_block, int to, bool whole) ALWAYS_INLINE {
+    if constexpr (HIDES_PAIRS) n_block = ahead_k.take(walk, blocks);
     if (n_block >= blocks.begin) {
       const auto k = rows_from(params.k, smem.k);
       load_tile(smem.slot[to].k, k, smem.k_bytes, n_block * BLOCK_N, keys_end, params.head_dim, whole);
@@ -171,6 +188,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
     cp_async_commit();
   };
   const auto load_v = [&](int n_block, int to, bool whole) ALWAYS_INLINE {
+    if (HIDES_PAIRS && (!OVERLAP || n_block < blocks.end)) n_block = ahead_v.take(walk, blocks);
     if (n_block >= blocks.begin && (!OVERLAP || n_block < blocks.end)) {
       const auto v = rows_from(params.v, smem.v);
       load_tile(smem.slot[to].v, v, smem.v_bytes, n_block * BLOCK_N, keys_end, params.head_dim_v, whole);
@@ -186,13 +204,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   // How far on the tile is that takes the place of the one before this: one of the same kind, AHEAD / 2 blocks further
   // on, or one of the other kind. A block of K and its V are PAIR tiles apart.
   constexpr int AHEAD = NUM_STAGES - 1, PAIR = OVERLAP ? 3 : 1;
-  // `whole`: the block has no keys beyond the end, and what is sent for is no later block.
-  const auto arrive_k = [&](int n_block, bool whole) ALWAYS_INLINE {
+  // `before`: the block whose turn was before. `whole`: the block has no keys beyond the end, and what is sent for is no
+  // later block.
+  const auto arrive_k = [&](int n_block, int before, bool whole) ALWAYS_INLINE {
     const int free = arrive();
     if constexpr (AHEAD % 2 == 0) {
       load_k(n_block - AHEAD / 2, free, whole);
     } else {
-      load_v(n_block - (AHEAD - PAIR) / 2, free, whole && AHEAD >= PAIR);
+      load_v(AHEAD < PAIR ? before : n_block - (AHEAD - PAIR) / 2, free, whole && AHEAD >= PAIR);
     }
   };
   const auto arrive_v = [&](int n_block, bool whole) ALWAYS_INLINE {
@@ -251,16 +270,16 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   };
   const auto nothing = [](int) {};
 
-  // One turn, see above. OVERLAP: before it, acc_s has the logits of block n_block + 1, and their maxima are known.
-  const auto step = [&](int n_block, bool masked) ALWAYS_INLINE {
+  // One turn, see above. OVERLAP: acc_s has the logits of the block `before`, and their maxima are known.
+  const auto step = [&](int n_block, int before, bool masked) ALWAYS_INLINE {
     if constexpr (OVERLAP) {
       Fragment<BLOCK_N> next[FRAGMENTS];
-      arrive_k(n_block, !masked);
+      arrive_k(n_block, before, !masked);
       constexpr int PARTS = PARTS_OF<STEPS, BLOCK_N>, SLICES = FRAGMENTS * STEPS_V;
       score_tile(next, smem, slot, q_held, [&](int part) ALWAYS_INLINE {
 #pragma unroll
         for (int i = part * SLICES / PARTS; i < (part + 1) * SLICES / PARTS; ++i) {
-          weigh(i % FRAGMENTS, i / FRAGMENTS, n_block + 1);
+          weigh(i % FRAGMENTS, i / FRAGMENTS, before);
         }
       });
       leave();
@@ -270,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
         for (int f = 0; f < FRAGMENTS; ++f) become_logits(next[f], f, n_block);
         hide_invisible(next, n_block);
       }
-      arrive_v(n_block + 1, !masked);
+      arrive_v(before, !masked);
       constexpr int PARTS_V = PARTS_OF<STEPS_V, HEAD_DIM_V>, ROWS = 2 * FRAGMENTS;
       accumulate_pv(acc_o, smem, slot, p, [&](int part) ALWAYS_INLINE {
 #pragma unroll
@@ -283,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f) acc_s[f] = next[f];
     } else {
-      arrive_k(n_block, !masked);
+      arrive_k(n_block, before, !masked);
       score_tile(acc_s, smem, slot, q_held, nothing);
       leave();
 #pragma unroll
@@ -306,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   clear(acc_o);
 #pragma unroll
   for (int f = 0; f < FRAGMENTS; ++f) softmax[f].clear();
-  int n_block = blocks.end - 1;
+  int n_block = blocks.end - 1, before = blocks.end;
   if (blocks.begin < blocks.end) {
     load_q(params, smem, tile);
     load_k(n_block, 0, false);
@@ -333,12 +352,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       }
     }
     if constexpr (OVERLAP) {
-      arrive_k(n_block, false);
+      arrive_k(n_block, n_block + 1, false);
       score_tile(acc_s, smem, slot, q_held, nothing);
       leave();
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f) become_logits(acc_s[f], f, n_block);
-      if (n_block >= blocks.full_end || n_block < blocks.full_begin) hide_invisible(acc_s, n_block);
+      if (!needs_no_look(walk, blocks, n_block)) hide_invisible(acc_s, n_block);
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f) {
 #pragma unroll
@@ -352,27 +371,38 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
         load_k(n_block - (AHEAD + 1) / 2, free, false);
       }
       leave();
-      --n_block;
+      before = n_block;
+      n_block = walk.down(n_block - 1, blocks.begin);
     }
-    if (!OVERLAP || CUT_AT_END) {
+    if constexpr (HIDES_PAIRS) {
 #pragma unroll 1
-      for (; n_block >= blocks.begin && n_block >= blocks.full_end; --n_block) step(n_block, MASKED);
-    }
-    if (SOME_WHOLE) {
+      for (; n_block >= blocks.begin; before = n_block, n_block = walk.down(n_block - 1, blocks.begin)) {
+        if (needs_no_look(walk, blocks, n_block)) {
+          step(n_block, before, UNMASKED);
+        } else {
+          step(n_block, before, MASKED);
+        }
+      }
+    } else {
+      if (!OVERLAP || CUT_AT_END) {
 #pragma unroll 1
-      for (; n_block >= blocks.begin && n_block >= blocks.full_begin; --n_block) step(n_block, UNMASKED);
-    }
-    if (CUT_AT_BEGIN) {
+        for (; n_block >= blocks.begin && n_block >= blocks.full_end; --n_block) step(n_block, n_block + 1, MASKED);
+      }
 #pragma unroll 1
-      for (; n_block >= blocks.begin; --n_block) step(n_block, MASKED);
+      for (; n_block >= blocks.begin && n_block >= blocks.full_begin; --n_block) step(n_block, n_block + 1, UNMASKED);
+      if (CUT_AT_BEGIN) {
+#pragma unroll 1
+        for (; n_block >= blocks.begin; --n_block) step(n_block, n_block + 1, MASKED);
+      }
+      before = n_block + 1;
     }
     if constexpr (OVERLAP) {
 #pragma unroll
-      for (int i = 0; i < FRAGMENTS * STEPS_V; ++i) weigh(i / STEPS_V, i % STEPS_V, n_block + 1);
+      for (int i = 0; i < FRAGMENTS * STEPS_V; ++i) weigh(i / STEPS_V, i % STEPS_V, before);
       shrink_outputs();
-      arrive_k(n_block, false);  // nor does this tile exist
+      arrive_k(n_block, before, false);  // nor does this tile exist
       leave();
-      arrive_v(n_block + 1, false);
+      arrive_v(before, false);
       accumulate_pv(acc_o, smem, slot, p, nothing);
     }
   }

@@ -31,6 +31,7 @@
 #include "seqlen.cuh"
 #include "schedule.cuh"
 #include "mask.cuh"
+#include "block_walk.cuh"
 #include "score.cuh"
 #include "params_sm90.cuh"
 #include "tile_sm90.cuh"
@@ -66,12 +67,25 @@ constexpr int SMEM_BYTES = sizeof(Smem);
 
 // The first query of a tile. Where a tile has warpgroups without rows it is the last one; or, in a causal head, where
 // the last one is the longest, the first one, whose row0 is then below 0 by whole warpgroups. (Where BLOCK_M is no
-// more than BLOCK_N, every tile that begins at a multiple of it has one block on the diagonal, which is worth more.)
+// more than BLOCK_N, every tile that begins at a multiple of it has one block on the diagonal, which is worth more; and
+// a map of blocks counts from row 0.)
 __device__ __forceinline__ int row0_of(const Sequence& seq, const Work& work) {
-  constexpr bool FIRST_IS_CUT = CAUSAL && BLOCK_N < BLOCK_M;
+  constexpr bool FIRST_IS_CUT = CAUSAL && BLOCK_N < BLOCK_M && !HIDES_PAIRS;
   const int missing = FIRST_IS_CUT ? (ceil_div(seq.seqlen_q, BLOCK_M) * BLOCK_M - seq.seqlen_q) / 64 * 64 : 0;
   return work.block * BLOCK_M - missing;
 }
+
+// The key blocks of a tile, for all of its consumers.
+struct KeyBlocks {
+  BlockWalk walk;
+  BlockRange range;
+
+  __device__ __forceinline__ KeyBlocks(const Params& params, const Sequence& seq, const Work& work)
+      : walk(key_walk(params, seq, work.head, work.block)),
+        range(walk.within(mask_of(params, seq).key_blocks(row0_of(seq, work), BLOCK_M))) {}
+  // The next block, or one before range.begin.
+  __device__ __forceinline__ int below(int n_block) const { return walk.down(n_block - 1, range.begin); }
+};
 
 // ---- the senders, one thread each
 
@@ -92,10 +106,10 @@ __device__ __forceinline__ void send_keys(
   Turn<NUM_STAGES> turn;
   for (Work work = work_ring.take(work_turn); work.block >= 0; work = work_ring.take(work_turn)) {
     const Sequence seq = sequence_of(params, work.batch);
-    const BlockRange blocks = mask_of(params, seq).key_blocks(row0_of(seq, work), BLOCK_M);
+    const KeyBlocks blocks(params, seq, work);
     const MapPlace place = map_place(tensor, seq.batch_index, work.head / group);
 #pragma unroll 1
-    for (int n_block = blocks.end - 1; n_block >= blocks.begin; --n_block) {
+    for (int n_block = blocks.range.end - 1; n_block >= blocks.range.begin; n_block = blocks.below(n_block)) {
       const unsigned full = ring.refill(turn, sizeof tiles[0]);
       load_tile(tiles[turn.slot], map, full, n_block * BLOCK_N, place);
       turn.advance();
@@ -110,7 +124,7 @@ __device__ __forceinline__ void send_queries(const Params& params, const TensorM
   for (Work work = smem.work_ring.take(work_turn); work.block >= 0; work = smem.work_ring.take(work_turn)) {
     const Sequence seq = sequence_of(params, work.batch);
     const int row0 = row0_of(seq, work);
-    const BlockRange blocks = mask_of(params, seq).key_blocks(row0, BLOCK_M);
+    const BlockRange blocks = KeyBlocks(params, seq, work).range;
     if (blocks.begin == blocks.end) continue;  // rows that see nothing need no Q
     const MapPlace place = map_place(params.q, seq.batch_index, work.head);
 #pragma unroll 1
@@ -138,18 +152,28 @@ struct QueryTile {
   Features features;  // of its head
   int row0;
   Mask mask;
+  BlockWalk walk;
   int begin, end;  // the key blocks of all consumers
   BlockRange own;  // of this one
 
   __device__ __forceinline__ QueryTile(const Params& params, const Work& taken, int consumer)
       : QueryTile(params, taken, sequence_of(params, taken.batch), consumer) {}
   __device__ __forceinline__ QueryTile(const Params& params, const Work& taken, const Sequence& seq, int consumer)
-      : work(taken), features(params, seq, taken.head), mask(mask_of(params, seq)) {
+      : work(taken),
+        features(params, seq, taken.head),
+        mask(mask_of(params, seq)),
+        walk(key_walk(params, seq, taken.head, taken.block)) {
     const int tile_row0 = row0_of(seq, work);
     row0 = tile_row0 + 64 * consumer;
     // Read from memory, maybe: without this no loop's length would be known to be the same in all lanes.
     if (CAUSAL || WINDOW) mask.q_offset = warp_uniform(mask.q_offset);
-    const BlockRange blocks = mask.key_blocks(tile_row0, BLOCK_M);
+    BlockRange blocks = mask.key_blocks(tile_row0, BLOCK_M);
+    if constexpr (HIDES_PAIRS) {
+      if (!exists()) blocks.end = blocks.begin;  // the map has no such row
+      blocks = walk.within(blocks);
+      blocks.begin = warp_uniform(blocks.begin);
+      blocks.end = warp_uniform(blocks.end);
+    }
     begin = blocks.begin;
     end = blocks.end;
     own = mask.key_blocks(row0, 64);
@@ -161,6 +185,11 @@ struct QueryTile {
   // Where its rows end; it has none where that is not behind row0.
   __device__ __forceinline__ int row_end() const { return row0 < 0 ? row0 : mask.seqlen_q; }
   __device__ __forceinline__ bool sees_keys() const { return begin < end; }
+  // The next key block, or one before `begin`.
+  __device__ __forceinline__ int below(int n_block) const {
+    if constexpr (!HIDES_PAIRS) return n_block - 1;
+    return warp_uniform(walk.down(n_block - 1, begin));
+  }
 };
 
 // Rows that see no key: out = 0, lse = -inf, or the head's sink. By one warpgroup.
@@ -229,7 +258,7 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
   // Up to the first block that this consumer takes: its Q and K are there.
   const auto await_tile = [&](const QueryTile& tile) ALWAYS_INLINE {
 #pragma unroll 1
-    for (n_block = tile.end - 1; n_block >= tile.own.end; --n_block) {  // blocks that only other consumers see
+    for (n_block = tile.end - 1; n_block >= tile.own.end; n_block = tile.below(n_block)) {  // blocks that only other consumers see
       smem.k_ring.await(turn);
       smem.v_ring.await(turn);
       take_turn(consumer);
@@ -293,7 +322,7 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
       await_outputs(turn);
       turn.advance();
     }
-    --n_block;
+    n_block = tile.below(n_block);
   };
   if (TAKE_TURNS && consumer == 1) pass_turn(consumer);  // the first turn is consumer 0's
   QueryTile tile = next_tile();
@@ -309,21 +338,24 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
       if constexpr (OVERLAP) {
         if (!EARLY) score_tile();
         await_scores(false);
-        soften(tile, n_block >= tile.own.full_end || n_block < tile.own.full_begin);
+        soften(tile, !needs_no_look(tile.walk, tile.own, n_block));
         round_to(p, acc_s);
-        --n_block;
+        n_block = tile.below(n_block);
       }
-      if (!OVERLAP || CUT_AT_END) {
+      if constexpr (HIDES_PAIRS) {
 #pragma unroll 1
-        while (n_block >= tile.begin && n_block >= tile.own.full_end) step(tile, MASKED);
-      }
-      if (SOME_WHOLE) {
+        while (n_block >= tile.begin) step(tile, !needs_no_look(tile.walk, tile.own, n_block));
+      } else {
+        if (!OVERLAP || CUT_AT_END) {
+#pragma unroll 1
+          while (n_block >= tile.begin && n_block >= tile.own.full_end) step(tile, MASKED);
+        }
 #pragma unroll 1
         while (n_block >= tile.begin && n_block >= tile.own.full_begin) step(tile, UNMASKED);
-      }
-      if (CUT_AT_BEGIN) {
+        if (CUT_AT_BEGIN) {
 #pragma unroll 1
-        while (n_block >= tile.begin) step(tile, MASKED);
+          while (n_block >= tile.begin) step(tile, MASKED);
+        }
       }
       smem.q_ring[consumer].release(q_turn);
       q_turn.advance();

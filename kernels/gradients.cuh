@@ -18,8 +18,8 @@ __device__ __forceinline__ int own_col() {
   return static_cast<int>(thread % 4 * 2);
 }
 
-// Where a job's unmasked query tiles end: at its last one, unless a window ends too. A base, since it takes no room when
-// empty: what else lies in shared memory keeps its place, and registers are scarce.
+// Where a job's unmasked query tiles end: at its last one, unless a window ends too. A base, since it takes no room
+// when empty: what else lies in shared memory keeps its place, and registers are scarce.
 template <bool ON>
 struct FullEndOf {
   __device__ __forceinline__ void end_whole_tiles(int) {}

@@ -12,13 +12,13 @@ struct BlockRange {
   int begin, full_begin, full_end, end;
 };
 
-// Whether single pairs may be hidden: by a mask, or because their segments differ. Every pair of a block is asked for
-// then, and no block counts as unmasked.
+// Whether single pairs may be hidden: by a mask, by a function, or because their segments differ. Which blocks that
+// leaves, and which whole, is then a matter of block_walk.cuh too.
 constexpr bool HIDES_PAIRS = HAS_MASK || MASK_FUNCTION || SEGMENTS;
 
-// Which of these loops a kernel needs at all: whether blocks of keys are cut at the beginning, whether more than one is
-// at the end, and whether any is whole.
-constexpr bool CUT_AT_BEGIN = WINDOW, CUT_AT_END = CAUSAL || WINDOW || HIDES_PAIRS, SOME_WHOLE = !HIDES_PAIRS;
+// Which of these loops a kernel needs at all: whether blocks of keys are cut at the beginning, and whether more than one
+// is at the end.
+constexpr bool CUT_AT_BEGIN = WINDOW, CUT_AT_END = CAUSAL || WINDOW;
 
 // What a main loop's step is told: whether it must ask visible(). A constant at each call, so each loop is compiled
 // for itself.
@@ -111,7 +111,7 @@ struct Mask : WindowOf<WINDOW> {
     const int last = smaller(first, seqlen_q - rows) + rows - 1;
     if constexpr (!WINDOW) {
       const int end = ceil_div(keys_seen(last), BLOCK_N);
-      return {0, 0, HIDES_PAIRS ? 0 : keys_seen(first) / BLOCK_N, end};
+      return {0, 0, keys_seen(first) / BLOCK_N, end};
     } else {
       const int begin = first_key(first), end = keys_seen(last);
       if (begin >= end) return {0, 0, 0, 0};
@@ -131,7 +131,7 @@ struct Mask : WindowOf<WINDOW> {
     const int seen = first_query(first);
     if constexpr (!WINDOW) {
       const int begin = seen < seqlen_q ? seen / BLOCK_M : end;
-      return {begin, HIDES_PAIRS ? end : smaller(ceil_div(first_query(last), BLOCK_M), end), end, end};
+      return {begin, smaller(ceil_div(first_query(last), BLOCK_M), end), end, end};
     } else {
       const int cut = queries_seeing(last), cut_first = queries_seeing(first);
       if (seen >= cut) return {end, end, end, end};
@@ -144,11 +144,11 @@ struct Mask : WindowOf<WINDOW> {
   static __device__ __forceinline__ int clamp(long long x, int high) {
     return static_cast<int>(x < 0 ? 0 : x > high ? high : x);
   }
-  // Three loops that follow one another, whatever lies where; HIDES_PAIRS: no block is whole.
+  // Three loops that follow one another, whatever lies where.
   static __device__ __forceinline__ BlockRange ordered(int begin, int full_begin, int full_end, int end) {
     full_begin = smaller(full_begin, end);
     full_end = smaller(full_end, end);
-    if (HIDES_PAIRS || full_end < full_begin) full_begin = full_end = end;
+    if (full_end < full_begin) full_begin = full_end = end;
     return {begin, full_begin, full_end, end};
   }
 };
@@ -194,7 +194,8 @@ struct HiddenPairsOf<true> : MaskFunctionOf<MASK_FUNCTION> {
     if constexpr (SEGMENTS) {
       hidden |= load_global<1>(q_segments.at(i)).at[0] != load_global<1>(kv_segments.at(j)).at[0];
     }
-    return hidden || refuses(i, j);
+    if constexpr (MASK_FUNCTION) hidden |= refuses(i, j);
+    return hidden;
   }
 };
 using HiddenPairs = HiddenPairsOf<HIDES_PAIRS>;

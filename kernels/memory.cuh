@@ -32,6 +32,11 @@ __device__ __forceinline__ unsigned shuffle_xor(unsigned x, int mask) { return _
 // Whether any lane says so. Reached by all 32 lanes.
 __device__ __forceinline__ bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
+// The number of the lowest and of the highest bit that is set, of a word that is not 0; how many are.
+__device__ __forceinline__ int lowest_bit(unsigned bits) { return __ffs(static_cast<int>(bits)) - 1; }
+__device__ __forceinline__ int highest_bit(unsigned bits) { return 31 - __clz(static_cast<int>(bits)); }
+__device__ __forceinline__ int count_bits(unsigned bits) { return __popc(bits); }
+
 // The counter's value before this thread's one is added.
 __device__ __forceinline__ int take_ticket(int* counter) { return atomicAdd(counter, 1); }
 

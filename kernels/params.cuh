@@ -26,6 +26,7 @@ struct Params {
   Tensor q_lens, kv_lens;          // int64, one for each batch entry; nullptr: all have seqlen_q, seqlen_k
   Tensor seed;                     // one uint64
   Tensor dbias, dsinks;            // as bias and sinks came, lengths of 1 along what they were broadcast over
+  Tensor key_map, query_map;       // (batch axes, head, block, bytes): see block_walk.cuh
   long long q_offset;   // query row i sits on key i + q_offset
   double softmax_scale;
   long long first_batch;                // of this launch, among all batch entries of a call

@@ -13,7 +13,7 @@ constexpr bool CHANGES_LOGITS = SOFTCAP || ALIBI || HAS_BIAS || HAS_SCORE, SLOPE
 // tanh within 4 u of 1, not of itself: what a logit needs, whose error counts beside the softcap.
 __device__ __forceinline__ Accumulator bounded_tanh(Accumulator x) {
   const Accumulator e = math::exp2(x * static_cast<Accumulator>(2 * math::LOG2E));  // 0 and infinity give -1 and 1
-  return Accumulator(1) - Accumulator(2) / (e + Accumulator(1));
+  return math::fma(Accumulator(-2), math::reciprocal(e + Accumulator(1)), Accumulator(1));
 }
 __device__ __forceinline__ Dual bounded_tanh(Dual x) {
   const Accumulator t = bounded_tanh(x.value);
@@ -80,17 +80,26 @@ struct AddedOf<true> {
       slope = to_accumulator(load_global<1>(slopes.data).at[0]);
     }
   }
-  // Of a pair beyond the end of the sequences it adds that of the last one, which nobody looks at.
   template <typename Number>
   __device__ __forceinline__ Number to(Number s, int i, int j) const {
+    s = behind_alibi(s, i, j);
+    if constexpr (HAS_BIAS) s = s + bias_of(i, j);
+    return s;
+  }
+  template <typename Number>
+  __device__ __forceinline__ Number behind_alibi(Number s, int i, int j) const {
     if constexpr (ALIBI) {
       const Offset distance = j - q_offset - i;
       s = s - slope * static_cast<Accumulator>(distance < 0 ? -distance : distance);
     }
-    if constexpr (HAS_BIAS) {
-      s = s + to_accumulator(load_global<1>(bias.at(smaller(i, last_query), smaller(j, last_key))).at[0]);
-    }
     return s;
+  }
+  // Of a pair beyond the ends of the sequences (a tile may begin before the first row) that of a pair inside, which
+  // nobody looks at.
+  __device__ __forceinline__ Accumulator bias_of(int i, int j) const { return bias_within(i, j, last_query, last_key); }
+  __device__ __forceinline__ Accumulator bias_within(int i, int j, int last_i, int last_j) const {
+    const int row = i < 0 ? 0 : smaller(i, last_i);
+    return to_accumulator(load_global<1>(bias.at(row, smaller(j, last_j))).at[0]);
   }
 };
 using Added = AddedOf<ALIBI || HAS_BIAS>;
@@ -116,11 +125,12 @@ struct ScoredOf<true> {
         head(of_head),
         seqlen_q(seq.seqlen_q),
         seqlen_k(seq.seqlen_k) {}
-  // A pair beyond the end of the sequences is that of the last one to the function. What is hidden already, as by a
-  // bias of -inf, remains so: -inf may come back from a function as anything.
+  // A pair beyond the ends of the sequences is one inside to the function. What is hidden already, as by a bias of
+  // -inf, remains so: -inf may come back from a function as anything.
   template <typename Number>
   __device__ __forceinline__ Number scored(Number s, int i, int j) const {
-    const Number y = score_function(s, batch, head, smaller(i, seqlen_q - 1), smaller(j, seqlen_k - 1), *args);
+    const int query = i < 0 ? 0 : smaller(i, seqlen_q - 1), key = smaller(j, seqlen_k - 1);
+    const Number y = score_function(s, batch, head, query, key, *args);
     return math::value(s) == -math::infinity<Accumulator>() ? Number(-math::infinity<Accumulator>()) : y;
   }
 };

@@ -202,12 +202,15 @@ __device__ __forceinline__ Weight weight_of(
   }
 }
 
-// What dbias is a multiple of: p times the slope of what comes behind the bias.
+// What dbias is a multiple of: p times the slope of what comes behind the bias; s comes with the bias.
 __device__ __forceinline__ Accumulator bias_weight_of(
-    const Score& score, const Features& features, Accumulator product, Accumulator lse, bool visible, Pair pair) {
-  if constexpr (!HAS_SCORE) return weight_of(score, features, product, lse, visible, pair).p;
-  const Accumulator s = features.unscored(score, score.scaled(product), pair);
-  return weight_of(score, features.scored(Dual{s, Accumulator(1)}, pair.i, pair.j), lse, visible).sloped;
+    const Score& score, const Features& features, Accumulator s, Accumulator lse, bool visible, Pair pair) {
+  if constexpr (HAS_SCORE) {
+    return weight_of(score, features.scored(Dual{s, Accumulator(1)}, pair.i, pair.j), lse, visible).sloped;
+  } else {
+    const Accumulator p = math::exp2(math::fma(s, score.exponent, -lse));
+    return visible ? p : Accumulator(0);
+  }
 }
 
 // ds = p * (dp - delta), 0 where invisible: there dp may be anything, and 0 times infinity is NaN.

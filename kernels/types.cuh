@@ -77,6 +77,14 @@ __device__ __forceinline__ float exp2(float x) {
 }
 __device__ __forceinline__ double exp2(double x) { return ::exp2(x); }
 
+// 1 / x within 1 ulp; 0 at infinity, infinity at 0 and at subnormal numbers.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
+
 // The natural logarithm.
 __device__ __forceinline__ float log(float x) { return ::logf(x); }
 __device__ __forceinline__ double log(double x) { return ::log(x); }

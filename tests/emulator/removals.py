@@ -131,7 +131,7 @@ class Problem:
 
         q, k, v, _ = self.arrays()
         with Device(schedule, patches, undefined=False) as xp:
-            out, lse = attention(*(self._on(xp, x) for x in (q, k, v)), return_lse=True, **dict(self.options))
+            out, lse = attention(*(self._on(xp, x) for x in (q, k, v)), return_lse=True, **self._asked(xp))
         right = reference.forward(q, k, v, **self._meaning())
         _compare(out.get(), right.out)
         _compare(lse.get(), right.lse)
@@ -146,7 +146,7 @@ class Problem:
         lse = np.ascontiguousarray(lse, np.float64 if self.dtype == "float64" else np.float32)
         with Device(schedule, patches, undefined=False) as xp:
             device = [self._on(xp, x) for x in (dout, q, k, v, out, lse)]
-            got = attention_backward(*device, **dict(self.options))[:3]
+            got = attention_backward(*device, **self._asked(xp))[:3]
         for x, y in zip(got, reference.backward(dout, q, k, v, out, lse, **self._meaning())[:3], strict=True):
             if x is not None:
                 _compare(x.get(), y)
@@ -154,6 +154,10 @@ class Problem:
     def _meaning(self) -> dict[str, Any]:
         """The options that change what is right, not how it is computed."""
         return {name: x for name, x in self.options if name not in ("tile", "wrt", "deterministic", "family")}
+
+    def _asked(self, xp: Any) -> dict[str, Any]:
+        """The options, their arrays on the device."""
+        return {name: xp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in self.options}
 
     def _on(self, xp: Any, x: np.ndarray) -> Any:
         if not self.unaligned:
@@ -171,6 +175,10 @@ def _compare(got: np.ndarray, right: np.ndarray) -> None:
 
 # One chunk and several, so that every branch on them is taken.
 PROBLEMS = (Problem("float32", 16, 140, 140), Problem("float32", 160, 40, 70))
+
+
+# Whole, hidden and mixed blocks.
+MASKED = Problem("float32", 16, 140, 140, (("mask", np.arange(140) // 70 * 70 + np.arange(140)[:, None] // 9 < 100),))
 
 
 def ampere_forward(row: AmpereRow, **more: Any) -> Problem:
@@ -251,6 +259,8 @@ def runs_of(removal: Removal) -> list[Run]:
     sample = file.removesuffix(".cu")
     if sample in SAMPLES:
         return [lambda patches, schedule: _run_sample(sample, patches, schedule)]
+    if file == "block_map.cu":
+        return [MASKED.forward]
     if file in ("bwd_sm80.cu", "gradients.cuh"):
         return [p.backward for p in AMPERE_BACKWARD]
     if file.endswith(("_sm80.cu", "_sm80.cuh")):

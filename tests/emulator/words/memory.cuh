@@ -23,6 +23,10 @@ __device__ __forceinline__ unsigned shuffle_xor(unsigned x, int mask) {
 }
 __device__ __forceinline__ bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
+__device__ __forceinline__ int lowest_bit(unsigned bits) { return __ffs(static_cast<int>(bits)) - 1; }
+__device__ __forceinline__ int highest_bit(unsigned bits) { return 31 - __clz(static_cast<int>(bits)); }
+__device__ __forceinline__ int count_bits(unsigned bits) { return __popc(bits); }
+
 __device__ __forceinline__ int take_ticket(int* counter) { return atomicAdd(counter, 1); }
 
 #define DYNAMIC_SHARED(Type, name) \

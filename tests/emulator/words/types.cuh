@@ -56,6 +56,10 @@ constexpr double LN2 = 0.69314718055994530942;
 __device__ __forceinline__ float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 __device__ __forceinline__ double fma(double a, double b, double c) { return ::fma(a, b, c); }
 
+// As rcp.approx.ftz, whose last bit is its own.
+__device__ __forceinline__ float reciprocal(float x) { return 1 / x; }
+__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
+
 // As ex2.approx.ftz: subnormal arguments and results are 0.
 __device__ __forceinline__ float exp2(float x) {
   const float y = ::exp2f(x);

@@ -1,0 +1,211 @@
+"""What options cost, as ratios of our own calls in one run on a GPU: bfloat16, forward and backward.
+
+    python -m benchmarks.options --out benchmarks/results/h200-options.json
+
+Each ratio is the time of a call with an option over that of a call it is held against, in turns, medians over the
+rounds. Three have bars: windows at 16384 keys (0.10 and 0.16 of the full forward), and the backward with dbias of a
+bias (1, H, S, S) at batch 8, 2048 keys, d = 64 (1.6 of the same backward without dbias). The others say what an option
+costs beside the plain call at 4096 keys. The exit code is 1 if a call failed; a bar that is missed is said, and no
+failure. --dry-run needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import facts
+from benchmarks.cells import arguments, build
+from cupyflash import _compile, attention, attention_backward, explain
+from cupyflash._program import backend as backends
+from cupyflash._program.terminal import table
+from cupyflash._program.timing import device_clock
+from cupyflash._program.workload import numpy_dtype
+
+COLUMNS = 2048  # heads x head_dim
+ROUNDS = 9
+BUDGET = 150.0
+WARM_UP = 2.0
+LEAST = 0.005  # seconds of a sample
+
+
+BESIDE_PLAIN = (
+    "causal", "softcap", "ALiBi", "bias", "mask", "block mask", "segments", "sinks", "kv_lens", "dropout"
+)  # fmt: skip
+
+
+@dataclass
+class Ratio:
+    """One comparison: a call with options beside a call with others."""
+
+    name: str
+    direction: str
+    batch: int
+    seqlen: int
+    head_dim: int
+    options: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    wrt: tuple[str, ...] | None = None
+    beside_wrt: tuple[str, ...] | None = None
+    bar: float | None = None
+    family: str = ""
+    ratios: list[float] = field(default_factory=list)
+    milliseconds: float = 0.0
+    failed: str | None = None
+
+    @property
+    def median(self) -> float:
+        """Of the rounds' ratios."""
+        return statistics.median(self.ratios)
+
+    def row(self) -> tuple[str, ...]:
+        """For the printed table."""
+        what = f"{self.direction}, {self.batch} x {self.seqlen}, d={self.head_dim}"
+        if self.failed or not self.ratios:
+            return self.name, what, self.family, self.failed or "not run", "", ""
+        low, _, high = statistics.quantiles(self.ratios, n=4)
+        bar = "" if self.bar is None else f"{self.bar:.2f}: {'holds' if self.median <= self.bar else 'missed'}"
+        return self.name, what, self.family, f"{self.median:.3f}", f"{low:.3f} to {high:.3f}", bar
+
+
+def plan() -> list[Ratio]:
+    """Every comparison; those with bars first."""
+    found = []
+    for d in (64, 128):
+        for name, bar in (("window=(1024, 0)", 0.10), ("window=(1024, 1024)", 0.16)):
+            found.append(Ratio(name, "forward", 1, 16384, d, (name,), bar=bar))
+            found.append(Ratio(name, "backward", 1, 16384, d, (name,)))
+    keys = ("q", "k", "v")
+    found.append(Ratio("dbias", "backward", 8, 2048, 64, ("bias",), ("bias",), (*keys, "bias"), keys, 1.6))
+    for d in (64, 128):
+        for name in BESIDE_PLAIN:
+            for direction in ("forward", "backward"):
+                found.append(Ratio(name, direction, 4, 4096, d, (name,), (), keys, keys))
+    return found
+
+
+def options_of(names: Sequence[str], ratio: Ratio, xp: Any) -> dict[str, Any]:
+    """The keyword arguments that the names stand for."""
+    heads, seqlen, batch = COLUMNS // ratio.head_dim, ratio.seqlen, ratio.batch
+    rng = xp.random.default_rng(7)
+    segment = xp.arange(seqlen) // 512
+    made: dict[str, Callable[[], dict[str, Any]]] = {
+        "causal": lambda: {"causal": True},
+        "softcap": lambda: {"softcap": 30.0},
+        "ALiBi": lambda: {"alibi_slopes": xp.linspace(0.1, 1, heads, dtype=xp.float32)},
+        "bias": lambda: {"bias": rng.standard_normal((1, heads, seqlen, seqlen), dtype=xp.float32).astype(BFLOAT16)},
+        "mask": lambda: {"mask": rng.random((1, 1, seqlen, seqlen), dtype=xp.float32) < 0.7},
+        "block mask": lambda: {"mask": segment[:, None] == segment},
+        "segments": lambda: {"segment_ids": (xp.broadcast_to(segment, (batch, seqlen)),) * 2},
+        "sinks": lambda: {"sinks": xp.zeros(heads, xp.float32)},
+        "kv_lens": lambda: {"kv_lens": xp.full(batch, seqlen)},
+        "dropout": lambda: {"dropout": 0.1, "seed": 3},
+        "window=(1024, 0)": lambda: {"window": (1024, 0)},
+        "window=(1024, 1024)": lambda: {"window": (1024, 1024)},
+    }
+    return {key: value for name in names for key, value in made[name]().items()}
+
+
+BFLOAT16 = numpy_dtype("bfloat16")
+
+
+def call_of(ratio: Ratio, names: Sequence[str], wrt: Any, arrays: Sequence[Any], xp: Any) -> Callable[[], object]:
+    """The call to time, compiled."""
+    q, k, v, dout = arrays
+    options = options_of(names, ratio, xp)
+    if ratio.direction == "forward":
+        ratio.family = explain(q, k, v, **options).family
+        out = xp.empty_like(q)
+
+        def forward() -> object:
+            return attention(q, k, v, out=out, **options)
+
+        forward()
+        return forward
+    ratio.family = explain(q, k, v, backward=True, wrt=wrt, **options).family
+    out, lse = attention(q, k, v, return_lse=True, **options)
+
+    def backward() -> object:
+        return attention_backward(dout, q, k, v, out, lse, wrt=wrt, **options)
+
+    backward()
+    return backward
+
+
+def specs_of(ratio: Ratio, xp: Any) -> set[_compile.Spec]:
+    """The kernels of both calls."""
+    x = xp.broadcast_to(xp.zeros((), BFLOAT16), (ratio.batch, COLUMNS // ratio.head_dim, ratio.seqlen, ratio.head_dim))
+    found = set()
+    for names, wrt in ((ratio.options, ratio.wrt), (ratio.beside, ratio.beside_wrt)):
+        options = options_of(names, ratio, xp)
+        plans = [explain(x, x, x, **options)]
+        if ratio.direction == "backward":
+            plans.append(explain(x, x, x, backward=True, wrt=wrt, **options))
+        found |= {kernel.spec for plan in plans for kernel in plan.kernels}
+    return found
+
+
+def measure(ratio: Ratio, rounds: int, xp: Any) -> None:
+    """Both calls in turns."""
+    rng = xp.random.default_rng(20)
+    shape = (ratio.batch, COLUMNS // ratio.head_dim, ratio.seqlen, ratio.head_dim)
+    arrays = [rng.standard_normal(shape, dtype=xp.float32).astype(BFLOAT16) for _ in range(4)]
+    other = call_of(ratio, ratio.beside, ratio.beside_wrt, arrays, xp)
+    this = call_of(ratio, ratio.options, ratio.wrt, arrays, xp)
+    repeats = [max(1, round(LEAST / device_clock(call, 2))) for call in (this, other)]
+    times = []
+    for _ in range(rounds):
+        pair = [device_clock(call, n) for call, n in zip((this, other), repeats, strict=True)]
+        times.append(pair[0])
+        ratio.ratios.append(pair[0] / pair[1])
+    ratio.milliseconds = 1e3 * statistics.median(times)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program."""
+    parser = arguments("python -m benchmarks.options", __doc__, ROUNDS, BUDGET)
+    args: argparse.Namespace = parser.parse_args(argv)
+    ratios = plan()
+    if args.dry_run:
+        print("\n".join(f"{r.name}: {r.direction}, {r.batch} x {r.seqlen}, d={r.head_dim}" for r in ratios))
+        return 0
+    began = time.monotonic()
+    backend = backends.choose("cupy")
+    if backend is None:
+        return 2
+    place = facts.place(backend)
+    build(backend, {spec for ratio in ratios for spec in specs_of(ratio, backend.xp)})
+    heat(backend.xp)
+    for ratio in ratios:
+        if time.monotonic() - began > args.budget:
+            break
+        try:
+            measure(ratio, args.rounds, backend.xp)
+        except Exception as error:
+            ratio.failed = f"{type(error).__name__}: {error}"
+        backend.free()
+        print(f"[{time.monotonic() - began:5.1f} s] " + "  ".join(ratio.row()), flush=True)
+    print(table(("option", "call", "family", "ratio", "quartiles", "bar"), [r.row() for r in ratios]))
+    if args.out:
+        results = {"ratios": [dict(vars(r), median=r.median if r.ratios else None) for r in ratios]}
+        facts.write(Path(args.out), {"program": "benchmarks/options.py"} | place | results)
+    return 1 if any(ratio.failed for ratio in ratios) else 0
+
+
+def heat(xp: Any) -> None:
+    """Work until the clocks have settled."""
+    q = xp.zeros((4, 16, 4096, 128), BFLOAT16)
+    began = time.monotonic()
+    while time.monotonic() - began < WARM_UP:
+        attention(q, q, q)
+        xp.cuda.Device().synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
