@@ -22,6 +22,9 @@ def map_entries(problem: Problem) -> tuple[int, ...]:
     lead, options = len(problem.batch_shape), problem.options
     full = (*problem.batch_shape, problem.num_heads)
     shape = (1,) * (lead + 1)
+    if (function := options.mask_function) is not None:
+        by_entry, by_head = (function.expression.find("variable", name) is not None for name in "bh")
+        shape = (*(full[:lead] if by_entry else shape[:lead]), full[lead] if by_head else 1)
     if options.mask is not None:
         own = (1,) * (lead + 3 - len(options.mask.shape)) + options.mask.shape
         shape = own[: lead + 1]
@@ -59,10 +62,12 @@ def map_bytes(maps: tuple[ArraySpec, ...]) -> int:
 def _map_kernel(problem: Problem, reader: Spec, maps: tuple[str, ...]) -> KernelPlan:
     m_blocks, n_blocks = _blocks(problem, reader)
     bytes_ = {KEY_MAP: m_blocks * _bytes(n_blocks), QUERY_MAP: n_blocks * _bytes(m_blocks)}
+    accumulator = reader.accumulator if reader.mask_function else FLOAT32  # of floats in the function
     spec = Spec(
-        kernel="block_map", element=FLOAT32, output=FLOAT32, accumulator=FLOAT32, gradient=FLOAT32, head_dim=16,
+        kernel="block_map", element=FLOAT32, output=FLOAT32, accumulator=accumulator, gradient=FLOAT32, head_dim=16,
         head_dim_v=16, dim_chunk=16, block_m=reader.block_m, block_n=reader.block_n, num_stages=2, num_warps=_WARPS,
-        causal=False, has_mask=reader.has_mask, segments=reader.segments,
+        causal=False, has_mask=reader.has_mask, segments=reader.segments, mask_function=reader.mask_function,
+        mask_text=reader.mask_text,
     )  # fmt: skip
     return KernelPlan(
         spec=spec,

@@ -14,10 +14,12 @@ import numpy as np
 
 from . import _cpu, _tuned
 from ._arrays import Array, address, import_cupy, is_cupy, misaligned, on_device, place, same_place, take
+from ._functions import Functions, check_functions, take_functions
 from ._options import PLAIN, Asked, Options, Shape, read_options, read_seed
 from ._plan import DEVICES, Device, Plan
 from ._planner import plan_cpu, plan_gpu
 from ._problem import Problem, read_problem
+from ._score_args import argument_place
 from ._tma import MAP_TYPES, MAPPED, unreadable
 
 if TYPE_CHECKING:
@@ -53,25 +55,31 @@ class Call:
         if beside is not None:
             self.inputs.update(beside)
         options = {} if asked.is_plain else asked.arrays()
+        functions = None if asked.is_plain else take_functions(asked)
+        if functions is not None:
+            options |= {name: x for name, x in functions.arrays.items() if name not in functions.numbers}
         self.inputs.update(options)
         self.place = same_place(self.inputs)
-        self._read_problem(asked, options, None if out is None else out.dtype)
+        self._read_problem(asked, options, functions, None if out is None else out.dtype)
         if self.problem.q_offset is None:
             self.inputs["q_offset"] = _integers("q_offset", asked.q_offset, self.place)
         self.device = _device(self.place) if device is None else _named_device(device)
 
-    def _read_problem(self, asked: Asked, arrays: dict[str, Array], out_dtype: np.dtype | None) -> None:
+    def _read_problem(
+        self, asked: Asked, arrays: dict[str, Array], functions: Functions | None, out_dtype: np.dtype | None
+    ) -> None:
         """The problem of q, k, v and options."""
         problem = read_problem(
             self.inputs["q"], self.inputs["k"], self.inputs["v"], scale=asked.scale, causal=asked.causal,
             q_offset=asked.q_offset, layout=asked.layout, precision=asked.precision, out_dtype=out_dtype,
         )  # fmt: skip
-        if not asked.is_plain:
+        if functions is not None:
             shape = Shape(problem.batch_shape, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
-            options = read_options(asked, arrays, shape)
+            options = read_options(asked, arrays, shape, score=functions.score, mask_function=functions.mask)
             bottom_right = options.lens and asked.q_offset is None and asked.causal != "top_left"
             problem = replace(problem, options=options, bottom_right=bottom_right)
             self._take_integers(asked, arrays, options)
+            self._take_functions(functions, problem)
         self.problem: Problem = problem
 
     def _take_integers(self, asked: Asked, arrays: dict[str, Array], options: Options) -> None:
@@ -84,6 +92,15 @@ class Call:
                 self.inputs[name] = _integers(name, lengths, self.place)
         if options.dropout:
             self.inputs["seed"] = _integers("seed", read_seed(asked.seed), self.place, np.uint64)
+
+    def _take_functions(self, functions: Functions, problem: Problem) -> None:
+        """What score and mask functions read, numbers among it."""
+        if problem.batch * problem.seqlen_q * problem.seqlen_k:
+            check_functions(functions)
+        for name in functions.numbers:
+            x = functions.arrays[name]
+            with on_device(self.place):
+                self.inputs[name] = x if self.place is None else import_cupy().asarray(x)
 
     def beside(self) -> dict[str, Array]:
         """What options and offsets bring, broadcast to where it is read: see `_options`."""
@@ -104,7 +121,7 @@ class Call:
         for name, own in (("q_offset", "q_offsets"), ("seed", "seed")):
             if name in self.inputs:
                 found[own] = self.inputs[name]
-        return found
+        return found | {name: x for name, x in self.inputs.items() if argument_place(name)}
 
     def plan(self, family: object, tile: object, wrt: frozenset[str] | None = None, deterministic: bool = True) -> Plan:
         """The plan of the forward, or of the backward for the gradients in ``wrt``."""

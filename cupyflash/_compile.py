@@ -18,6 +18,7 @@ import numpy as np
 from ._arrays import import_cupy
 from ._params import PARAMS_BYTES
 from ._problem import BFLOAT16
+from ._score_args import FUNCTION_ARGS_BYTES
 from ._tma import MAPPED_PARAMS_BYTES
 
 _INCLUDE = re.compile(r'^\s*#include "([\w.]+)"\s*$')
@@ -70,6 +71,10 @@ class Spec:
     has_bias: bool = False
     bias: np.dtype = FLOAT32
     has_mask: bool = False
+    has_score: bool = False
+    score_text: str = ""  # its CUDA C, behind kernels/traced.cuh
+    mask_function: bool = False
+    mask_text: str = ""
     segments: bool = False
     sinks: bool = False
     sink: np.dtype = FLOAT32
@@ -96,6 +101,7 @@ class Spec:
             elif isinstance(value, int):
                 lines.append(f"constexpr int {field.name.upper()} = {value};")
         lines.append(f"constexpr int PARAMS_BYTES = {PARAMS_BYTES}, MAPPED_PARAMS_BYTES = {MAPPED_PARAMS_BYTES};")
+        lines.append(f"constexpr int FUNCTION_ARGS_BYTES = {FUNCTION_ARGS_BYTES};")
         return "\n".join(lines) + "\n"
 
 
@@ -108,9 +114,12 @@ def kernels_dir() -> Path:
     raise FileNotFoundError(f"no kernels folder in {here} or {here.parent}: the installation is incomplete")
 
 
+_TRACED = "traced.cuh"  # the word that a call's functions follow
+
+
 @lru_cache(maxsize=64)
-def kernel_text(kernel: str) -> str:
-    """The text of kernels/<kernel>.cu with every word it includes inlined once."""
+def kernel_text(kernel: str, functions: str = "") -> str:
+    """The text of kernels/<kernel>.cu with every word it includes inlined once, and with a call's functions."""
     lines: list[str] = []
     seen: set[str] = set()
 
@@ -127,6 +136,8 @@ def kernel_text(kernel: str) -> str:
                 lines.append(line)
             else:
                 lines.append("")
+        if name == _TRACED:
+            lines.extend(functions.splitlines())
 
     inline(f"{kernel}.cu")
     return "\n".join(lines) + "\n"
@@ -134,7 +145,7 @@ def kernel_text(kernel: str) -> str:
 
 def source(spec: Spec) -> str:
     """All that is compiled for a Spec."""
-    return spec.prelude() + kernel_text(spec.kernel)
+    return spec.prelude() + kernel_text(spec.kernel, spec.score_text + spec.mask_text)
 
 
 OPTIONS = ("-std=c++17",)

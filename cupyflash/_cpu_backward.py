@@ -31,7 +31,7 @@ from ._cpu_blocks import (
     select,
     transpose,
 )
-from ._cpu_logits import CellArrays, Logits, Pairs
+from ._cpu_logits import CellArrays, Logits, Pairs, Slopes
 
 MANY = 2**18  # the logits and their gradients that the backward makes at a time: 1 MiB of float32, half of a common L2
 
@@ -324,25 +324,28 @@ class BackwardWorker(Workspace):
         if self.keep_probability != 1:
             self.dout *= 1 / self.keep_probability
 
-    def weigh(self, part: slice, kept: Array | None, slope: bool) -> tuple[Array, Array | None]:
-        """p^T of some rows and the loaded keys; and, if asked for, the slope of their logits where it is not 1."""
-        q_t, slopes = self.q_t[:, part], None
+    def weigh(self, part: slice, kept: Array | None, slope: bool) -> tuple[Array, Array | None, Slopes]:
+        """p^T of some rows and the loaded keys, what is kept of it, and, if asked for, the slopes of the logits."""
+        q_t, slopes = self.q_t[:, part], Slopes(None, None)
         p_t = front(self.p_buffer, len(self.k), q_t.shape[1])
         if self.adds and self.pairs is not None:
             np.matmul(self.k[:, :-1], q_t[:-1], out=p_t)
             slopes = self.pairs.finish(p_t, slope)
+            if self.empty is not None and slopes.score is not None:
+                self.pairs.hide(~self.empty[part])  # a function of their products, which are 0 now, may be anything
+            kept = self.pairs.kept
             p_t += q_t[-1]
             exponentiate(self.base, p_t)
         else:
             np.matmul(self.k, q_t, out=p_t)
             self.exponentiate(p_t, self.longest_q * self.longest + self.highest)
         select(p_t, kept)
-        return p_t, slopes
+        return p_t, kept, slopes
 
     def differentiate(self, part: slice, kept: Array | None) -> dict[str, Array]:
         """What some of the rows and the loaded keys add to dk, dv and dbias; dq is added to at once."""
         names, parts = self.call.gradients.keys(), {}
-        p_t, slopes = self.weigh(part, kept, slope="dq" in names or "dk" in names)
+        p_t, kept, slopes = self.weigh(part, kept, slope=bool({"dq", "dk", "dbias"} & names))
         keys, rows = p_t.shape
         undropped = None if self.pairs is None else self.pairs.undropped()
         if "dv" in names:
@@ -358,11 +361,13 @@ class BackwardWorker(Workspace):
             select(ds_t, undropped)
             ds_t += dout_t[-1]
         ds_t *= p_t
+        if slopes.score is not None:
+            ds_t *= slopes.score
         select(ds_t, kept)
         if self.dbias is not None and (dbias := self.dbias.part(ds_t, part)) is not None:
             parts["dbias"] = dbias
-        if slopes is not None:
-            ds_t = np.multiply(ds_t, slopes, out=slopes)
+        if slopes.cap is not None:
+            ds_t = np.multiply(ds_t, slopes.cap, out=slopes.cap)
         if "dk" in names:
             parts["dk"] = np.matmul(ds_t, self.q[part], out=self.dk_buffer[:keys])
         if "dq" in names:

@@ -385,6 +385,8 @@ class ForwardWorker(Workspace):
         nothing = None
         while True:
             self.score(k, q_t, p_t)
+            if self.pairs is not None:
+                kept = self.pairs.kept  # a score function may hide some
             if rising is not None:
                 bury(p_t, kept)
                 nothing = rows.raise_maximum(p_t, part, rising)

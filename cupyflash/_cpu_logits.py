@@ -1,6 +1,7 @@
 """What the options make of a block of scaled products, for the forward and the backward of the CPU path alike.
 
-    s = softcap * tanh(scale * q.k / softcap) - slope * |diagonal - key| + bias, hidden pairs, dropped weights
+    s = softcap * tanh(scale * q.k / softcap) - slope * |diagonal - key| + bias, a function of it, hidden pairs,
+    dropped weights
 
 Blocks lie as everywhere on the CPU path: keys down, queries across. Arrays that are broadcast along queries or keys
 stay one row or one column. All of it is in natural units: see `_cpu_blocks.exponential`.
@@ -13,9 +14,17 @@ from typing import NamedTuple
 import numpy as np
 
 from ._cpu_blocks import Array, Cells, Index, Sight, front, kept_bits
+from ._functions import args_of
 from ._philox import dropped
 
 PIECE = 32  # rows of bias and mask that are turned at a time
+
+
+class Slopes(NamedTuple):
+    """What a logit's gradient is multiplied by on its way back; None: by 1."""
+
+    score: Array | None  # behind the bias
+    cap: Array | None  # before it
 
 
 class CellArrays(NamedTuple):
@@ -41,6 +50,7 @@ class Logits:
         self.accumulator = self.problem.accumulator
         self.seed = int(beside["seed"]) if "seed" in beside else 0
         self.softcap = self._softcap()
+        self.score_args, self.mask_args = args_of("score_args", beside), args_of("mask_args", beside)
 
     def _softcap(self) -> Array | None:
         """The softcap as a number that products can be divided by; None where it caps nothing.
@@ -101,7 +111,8 @@ class Pairs:
         if self.rows.start == self.rows.stop:
             return None
         seen: Array | None = None  # (keys or 1, rows or 1)
-        for visible in (self._inside_mask(), self._same_segment(), self._bias_of_something()):
+        bias, function = self._bias_of_something(), self._mask_function()
+        for visible in (self._inside_mask(), self._same_segment(), bias, function):
             if visible is not None:
                 seen = visible if seen is None else seen & visible
         if seen is not None:
@@ -160,10 +171,31 @@ class Pairs:
         something = self.bias_t != -np.inf
         return None if something.all() else something
 
-    def finish(self, s_t: Array, differentiate: bool = False) -> Array | None:
-        """Make logits of scaled products, in place; return the slope of the softcap if asked for and if there is one.
+    def _mask_function(self) -> Array | None:
+        function = self.logits.options.mask_function
+        if function is None:
+            return None
+        return function.numpy(*self._positions(), self.logits.mask_args, self.accumulator)
 
-        The slope is that of the capped product: 1 - (capped / softcap)^2.
+    def _positions(self) -> tuple[int, int, Array, Array]:
+        """Entry, head, query and key of a block's pairs, as functions get them."""
+        i, j = (np.arange(part.start, part.stop, dtype=np.int32) for part in (self.rows, self.keys))
+        return self.cell.batch, self.cell.head, i, j[:, None]
+
+    def hide(self, visible: Array) -> None:
+        """Keep no other pairs, (keys or 1, rows or 1), than these."""
+        if visible.all():
+            return
+        shape = self.keys.stop - self.keys.start, self.rows.stop - self.rows.start
+        before, self.kept = self.kept, kept_bits(np.broadcast_to(visible, shape), self.accumulator)
+        if before is not None:
+            self.kept[:, : before.shape[1]] &= before
+
+    def finish(self, s_t: Array, differentiate: bool = False) -> Slopes:
+        """Make logits of scaled products, in place; return what is not 1 of their slopes, if asked for.
+
+        The slope of the softcap is that of the capped product: 1 - (capped / softcap)^2. A score function may hide
+        pairs: `kept` knows it then.
         """
         softcap, slopes = self.logits.softcap, None
         if softcap is not None:
@@ -177,6 +209,21 @@ class Pairs:
             s_t += self._alibi(*s_t.shape)
         if self.bias_t is not None:
             s_t += self.bias_t
+        return Slopes(self._score(s_t, differentiate), slopes)
+
+    def _score(self, s_t: Array, differentiate: bool) -> Array | None:
+        """Take logits through the score function; its slope, where it is asked for.
+
+        A logit of -inf is hidden, before and after: what the function makes of it counts for nothing.
+        """
+        function, slopes = self.logits.options.score, None
+        if function is None:
+            return None
+        pairs = (s_t, *self._positions(), self.logits.score_args)
+        scores, slopes = function.with_slope(*pairs) if differentiate else (function.numpy(*pairs), None)
+        seen = (s_t != -np.inf) & (scores != -np.inf)
+        s_t[...] = scores
+        self.hide(seen)
         return slopes
 
     def _alibi(self, keys: int, rows: int) -> Array:

@@ -21,6 +21,7 @@ from ._block_map import MAPS, map_entries
 from ._params import TAIL_AXES, Template, element_strides, make_template, scalars
 from ._plan import KernelPlan, Plan
 from ._problem import Problem
+from ._score_args import argument_place
 from ._tma import ALIGNMENT, MAP_AXES, MappedTemplate, map_template, unreadable
 
 Tensors = dict[str, Array | None]
@@ -154,17 +155,22 @@ def _make_ready(
     launches = []
     for step in steps:
         if step.grid:
-            # A gradient is known to the kernels that write it.
-            unknown = RESULTS - set(step.writes)
-            named = (layout for layout in (*given, *made) if layout[0] not in unknown)
-            if step.name == "block_map":
-                named = (layout for layout in named if layout[0] in (*HIDING, *step.writes))
+            named = (layout for layout in (*given, *made) if _is_known(layout[0], step))
             launches.append(_launch(problem, step, device, tuple(named)))
     return Ready(device, tuple(launches), temporaries, zeroed)
 
 
 RESULTS = frozenset({"dq", "dk", "dv", "dbias", "dsinks"})
-HIDING = ("mask", "q_segments", "kv_segments")  # all that block_map reads
+HIDING = ("mask", "q_segments", "kv_segments")  # what block_map reads, beside mask_args
+
+
+def _is_known(name: str, step: KernelPlan) -> bool:
+    """Whether a kernel gets this tensor: gradients go to those that write them, arguments to those with a function."""
+    if place := argument_place(name):
+        return bool({"score_args": step.spec.score_text, "mask_args": step.spec.mask_text}[place[0]])
+    if step.name == "block_map":
+        return name in (*HIDING, *step.writes)
+    return name not in RESULTS or name in step.writes
 
 
 def _contiguous(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
@@ -183,6 +189,12 @@ def _launch(problem: Problem, step: KernelPlan, device: int, layouts: tuple[Layo
     packed = tuple(
         (name, element_strides(shape, strides, itemsize, ndim, TAIL_AXES.get(name, 3)), itemsize)
         for name, shape, strides, itemsize in layouts
+        if not argument_place(name)
+    )
+    arguments = tuple(
+        (*place, shape, tuple(s // itemsize for s in strides))
+        for name, shape, strides, itemsize in layouts
+        if (place := argument_place(name))
     )
     numbers = scalars(problem, step.section)
     if not step.boxes:
@@ -193,10 +205,10 @@ def _launch(problem: Problem, step: KernelPlan, device: int, layouts: tuple[Layo
         if step.name.startswith("bwd_bias") and not (step.spec.sum_rows or step.spec.sum_cols):
             own = problem.bias_shape[:ndim]
             summed = tuple(n // o if o else 1 for n, o in zip(problem.batch_shape, own, strict=True))
-        template = make_template(numbers, own, packed, summed)
+        template = make_template(numbers, own, packed, summed, arguments=arguments)
         # The grid counts the tiles of all launches; there are several where leading axes are walked from here.
         return Launch(step, step.grid // len(template.offsets), device, template)
-    template = make_template(numbers, problem.batch_shape, packed, axes=MAP_AXES)
+    template = make_template(numbers, problem.batch_shape, packed, axes=MAP_AXES, arguments=arguments)
     return Launch(step, step.grid, device, map_template(problem, template, problem.dtype, step.boxes))
 
 
@@ -307,7 +319,7 @@ def _readable(plan: Plan, tensors: Tensors) -> Tensors:
         if name in mapped and unreadable(x.shape, x.strides, address(x), x.itemsize):
             readable[name] = _copy(x, ALIGNMENT)
         elif misaligned(x):
-            readable[name] = _copy(x, x.itemsize)
+            readable[name] = _copy(x, x.itemsize) if x.ndim else _copy(x[None], x.itemsize)[0]
     return readable
 
 

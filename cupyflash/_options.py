@@ -9,6 +9,7 @@ Options is hashable and holds no array. The arrays themselves go beside q, k, v 
     cu_seqlens_q, _k           (batch + 1,): where packed sequences begin and end; int64, on a device int32
     seed                       (), uint64
     q_offsets                  broadcasts to batch_shape, int64
+    score_args[0], ...         of any shape: what a score function reads, and mask_args[0], ... a mask function
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import numbers
 import os
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from ._arrays import Array, take
+
+if TYPE_CHECKING:
+    from ._trace import TracedMask, TracedScore
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64))
@@ -58,6 +62,8 @@ class Options:
         Whether there are arrays of them.
     packed : (int, int) or None
         The rows of q and of k in which all entries lie one behind the other, each of a length of its own.
+    score, mask_function : traced function or None
+        Equal for functions that do the same with arguments of the same dtypes and ranks.
     """
 
     window_left: int | None = None
@@ -72,6 +78,8 @@ class Options:
     q_lens: bool = False
     kv_lens: bool = False
     packed: tuple[int, int] | None = None
+    score: TracedScore | None = None
+    mask_function: TracedMask | None = None
 
     def __hash__(self) -> int:
         return self._hash
@@ -88,22 +96,22 @@ class Options:
     @cached_property
     def changes_logits(self) -> bool:
         """Whether a logit is more than a scaled product."""
-        return self.softcap is not None or self.alibi_slopes is not None or self.bias is not None
+        return any(x is not None for x in (self.softcap, self.alibi_slopes, self.bias, self.score))
 
     @cached_property
     def weights_apart(self) -> bool:
         """Whether dS is a multiple of something else than the weights that dv is made of."""
-        return self.softcap is not None or self.dropout > 0
+        return self.softcap is not None or self.score is not None or self.dropout > 0
 
     @cached_property
     def hides_pairs(self) -> bool:
         """Whether a pair may be hidden by more than where the sequences end and where the diagonal runs."""
-        return self.mask is not None or self.segments
+        return self.mask is not None or self.mask_function is not None or self.segments
 
     @cached_property
     def asks_of_pairs(self) -> bool:
         """Whether something is added to a logit, looked up or drawn for each pair."""
-        return self.alibi_slopes is not None or self.bias is not None or self.dropout > 0
+        return any(x is not None for x in (self.alibi_slopes, self.bias, self.score)) or self.dropout > 0
 
     @cached_property
     def lens(self) -> bool:
@@ -133,6 +141,9 @@ class Asked(NamedTuple):
     seed: Any = None
     layout: Any = "hsd"
     precision: Any = None
+    score: Any = None
+    score_args: Any = ()
+    mask_args: Any = ()
 
     @property
     def is_plain(self) -> bool:
@@ -140,8 +151,14 @@ class Asked(NamedTuple):
         return (
             self.window is self.softcap is self.bias is self.mask is self.alibi_slopes is self.sinks is self.q_lens
             is self.kv_lens is self.segment_ids is self.seed is None and type(self.dropout) in (float, int)
-            and self.dropout == 0
+            and self.dropout == 0 and self.has_no_function
         )  # fmt: skip
+
+    @property
+    def has_no_function(self) -> bool:
+        """Whether there is neither a score nor a mask function, nor arguments for one."""
+        args = (self.score_args, self.mask_args)
+        return self.score is None and not callable(self.mask) and all(type(x) is tuple and not x for x in args)
 
     def looked_up(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """What calls with other options differ in, and the arrays among them, by the names they have inside.
@@ -159,6 +176,8 @@ class Asked(NamedTuple):
         if self.is_plain:
             return (self.scale, self.causal, q_offset, self.layout, self.precision), {}
         if self.dropout or self.seed is not None or os.environ.get("CUPYFLASH_CHECK", "") == "1":
+            return None
+        if not self.has_no_function:
             return None
         if window is not None and not (
             type(window) is tuple and len(window) == 2 and all(x is None or type(x) is int for x in window)
@@ -186,7 +205,8 @@ class Asked(NamedTuple):
         """The arrays among them, taken in, by the names they have inside; lengths and seeds only if arrays."""
         found: dict[str, Any] = {}
         for name in ("bias", "mask", "alibi_slopes", "sinks"):
-            if (x := getattr(self, name)) is not None:
+            x = getattr(self, name)
+            if x is not None and not (name == "mask" and callable(x)):
                 found[name] = take(name, x)
         if self.segment_ids is not None:
             if not isinstance(self.segment_ids, tuple) or len(self.segment_ids) != 2:
@@ -335,8 +355,11 @@ def _real(name: str, x: object) -> float:
         return math.inf if abs(x) == x else -math.inf
 
 
-def read_options(asked: Asked, arrays: dict[str, Array], shape: Shape) -> Options:
-    """The Options of a call; ValueError or TypeError, with value and rule, where there are none."""
+def read_options(asked: Asked, arrays: dict[str, Array], shape: Shape, **functions: Any) -> Options:
+    """The Options of a call; ValueError or TypeError, with value and rule, where there are none.
+
+    ``functions`` are those fields of Options.
+    """
     left, right = read_window(asked.window)
     read_seed(asked.seed)
     if "q_segments" in arrays:
@@ -355,4 +378,5 @@ def read_options(asked: Asked, arrays: dict[str, Array], shape: Shape) -> Option
         q_lens=asked.q_lens is not None,
         kv_lens=asked.kv_lens is not None,
         **sides,
+        **functions,
     )

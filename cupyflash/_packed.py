@@ -15,6 +15,7 @@ import numpy as np
 
 from ._arrays import Array, import_cupy, is_cupy, on_device, place, take
 from ._call import Call
+from ._functions import Functions
 from ._options import Asked, Shape, read_options
 from ._problem import pack_problem, read_problem
 
@@ -49,7 +50,9 @@ class PackedCall(Call):
         self._cu_seqlens, self._max_seqlens = cu_seqlens, max_seqlens
         super().__init__(q, k, v, asked, beside=beside, out=out)
 
-    def _read_problem(self, asked: Asked, arrays: dict[str, Array], out_dtype: np.dtype | None) -> None:
+    def _read_problem(
+        self, asked: Asked, arrays: dict[str, Array], functions: Functions | None, out_dtype: np.dtype | None
+    ) -> None:
         """The problem of the packed arrays, and then that of their sequences."""
         for name in ("q", "k", "v"):
             if len(shape := self.inputs[name].shape) != 3:
@@ -67,10 +70,13 @@ class PackedCall(Call):
                 f"cu_seqlens_q has {sizes[0]} numbers, cu_seqlens_k {sizes[1]}: both have one more than sequences"
             )
         batch, seqlens = sizes[0] - 1, (sides[0].longest, sides[1].longest)
-        options = read_options(asked, arrays, Shape((batch,), rows.num_heads, *seqlens))
+        traced = {} if functions is None else {"score": functions.score, "mask_function": functions.mask}
+        options = read_options(asked, arrays, Shape((batch,), rows.num_heads, *seqlens), **traced)
         options = replace(options, packed=(len(q), len(k)))
         self.problem = pack_problem(rows, batch, seqlens, asked.causal, asked.q_offset, options)
         self._take_integers(asked, arrays, options)
+        if functions is not None:
+            self._take_functions(functions, self.problem)
         for side in sides:
             self.inputs[side.name] = _where_it_is_read(side, self.place)
 

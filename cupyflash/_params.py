@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ._problem import Problem
+from ._score_args import FUNCTION_ARGS_BYTES, FUNCTIONS, argument_name, argument_slot, pack_layout
 
 BATCH_AXES = 4
 TENSORS = (
@@ -38,9 +39,11 @@ _PACKED = dict.fromkeys(("q", "out", "lse", "dout", "dlse", "dq"), FIRST_QUERY)
 _PACKED |= dict.fromkeys(("k", "v", "dk", "dv"), FIRST_KEY)
 NO_BOUND = 2**62  # of a window
 _FIRST_BATCH = len(TENSORS) * _TENSOR.size // 8 + 2  # where it lies, in units of 8 bytes
-PARAMS_BYTES = -(-(len(TENSORS) * _TENSOR.size + _SCALARS.size) // 8) * 8
+_FUNCTIONS = -(-(len(TENSORS) * _TENSOR.size + _SCALARS.size) // 8) * 8  # where score_args lies, then mask_args
+PARAMS_BYTES = _FUNCTIONS + len(FUNCTIONS) * FUNCTION_ARGS_BYTES
 
 Strides = tuple[int, ...]  # one for each leading axis, then head, row, column
+Argument = tuple[str, int, tuple[int, ...], tuple[int, ...]]  # one of FUNCTIONS, place there, shape, element strides
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ def make_template(
     tensors: tuple[tuple[str, Strides, int], ...],
     reduce_shape: tuple[int, ...] | None = None,
     axes: int = BATCH_AXES,
+    arguments: tuple[Argument, ...] = (),
 ) -> Template:
     """Pack everything but addresses.
 
@@ -143,6 +147,8 @@ def make_template(
         For bwd_finish: how many partials are summed along each leading axis.
     axes : int
         How many leading axes one launch walks, at most ``BATCH_AXES``.
+    arguments : tuple of ("score_args" or "mask_args", place there, shape, element strides)
+        What functions read.
     """
     strides = {name: s for name, s, _ in tensors}
     reduce_shape = (1,) * len(batch_shape) if reduce_shape is None else reduce_shape
@@ -165,15 +171,24 @@ def make_template(
         numbers.head_dim, numbers.head_dim_v, numbers.section, numbers.drop_below, numbers.bottom_right,
         *(numbers.packed or (0, 0)),
     )  # fmt: skip
+    for args, n, lengths, steps in arguments:
+        pack_layout(packed, _argument(args, n), lengths, steps)
     walks = itertools.product(*(range(n) for n in shape[:outer]))
     offsets = tuple(
         tuple(itemsize * sum(map(operator.mul, index, strides[name])) for name, _, itemsize in tensors)
+        + (0,) * len(arguments)
         for index in walks
     )
     slots = tuple((name, TENSORS.index(name) * _TENSOR.size // 8) for name, _, _ in tensors)
+    slots += tuple((argument_name(args, n), _argument(args, n) // 8) for args, n, _, _ in arguments)
     inner_strides = tuple((name, s[outer:]) for name, s in strides.items())
     entries = math.prod(shape[outer:]) * math.prod(reduce[outer:])
     return Template(bytes(packed), slots, offsets, shape[outer:], inner_strides, entries)
+
+
+def _argument(args: str, n: int) -> int:
+    """Where the n-th of score_args or mask_args lies, in bytes."""
+    return _FUNCTIONS + FUNCTIONS.index(args) * FUNCTION_ARGS_BYTES + argument_slot(n)
 
 
 def collapse(

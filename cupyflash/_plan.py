@@ -239,13 +239,18 @@ def feature_fields(options: Options) -> dict[str, Any]:
             fields |= {flag: True, dtype: side.dtype}
     if options.mask is not None:
         fields["has_mask"] = True
+    if options.score is not None:
+        fields |= {"has_score": True, "score_text": options.score.cuda}
+    if options.mask_function is not None:
+        fields |= {"mask_function": True, "mask_text": options.mask_function.cuda}
     return fields
 
 
 # What Spec holds of single pairs, where a kernel does not ask for it.
 FEATURES_OFF: dict[str, Any] = {
     "softcap": False, "alibi": False, "slope": FLOAT32, "has_bias": False, "bias": FLOAT32, "has_mask": False,
-    "segments": False, "sinks": False, "sink": FLOAT32, "dropout": False,
+    "segments": False, "sinks": False, "sink": FLOAT32, "dropout": False, "has_score": False, "score_text": "",
+    "mask_function": False, "mask_text": "",
 }  # fmt: skip
 
 

@@ -87,7 +87,8 @@ def preparation(
         num_warps=warps, scale_sign=1, want_dq=True, want_dk=True, want_dv=True, **FEATURES_OFF,
     )  # fmt: skip
     if "q" in wrt and not rounding and problem.options.hides_pairs:  # it reads the map of the main kernel's blocks
-        spec = replace(spec, block_n=row.block_n, has_mask=by_tile.has_mask, segments=by_tile.segments)
+        hides = {name: getattr(by_tile, name) for name in ("has_mask", "mask_function", "segments")}
+        spec = replace(spec, block_n=row.block_n, **hides)
     tiles = grid(problem.seqlen_q, row.block_m, problem.num_heads * problem.batch)
     of_dq = ("semaphores", *(() if rounding else ("dq",)), *(() if deterministic else ("dq_sums",)))
     return KernelPlan(

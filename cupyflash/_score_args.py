@@ -10,6 +10,7 @@ import numpy as np
 from ._arrays import Array, address, misaligned, take
 from ._expression import KINDS
 
+FUNCTIONS = ("score_args", "mask_args")
 MOST_ARGS, MOST_AXES = 8, 4
 _ARRAY = struct.Struct(f"<q{MOST_AXES}q{MOST_AXES}i")  # data, stride[], length[]
 FUNCTION_ARGS_BYTES = MOST_ARGS * _ARRAY.size
@@ -20,6 +21,17 @@ class Argument(NamedTuple):
 
     dtype: np.dtype
     ndim: int
+
+
+def argument_name(args: str, n: int) -> str:
+    """How the n-th of score_args or mask_args is called."""
+    return f"{args}[{n}]"
+
+
+def argument_place(name: str) -> tuple[str, int] | None:
+    """Which of score_args or mask_args, and its place there, has this name; None: an array of another kind."""
+    args, bracket, rest = name.partition("[")
+    return (args, int(rest[:-1])) if bracket and args in FUNCTIONS else None
 
 
 def take_args(name: str, args: object) -> tuple[Array, ...]:
@@ -34,12 +46,14 @@ def take_args(name: str, args: object) -> tuple[Array, ...]:
         raise TypeError(f"{name}={args!r}: {name} is a tuple of arrays and numbers")
     if len(args) > MOST_ARGS:
         raise ValueError(f"len({name})={len(args)}: there are at most {MOST_ARGS}")
-    arrays = tuple(
-        np.asarray(x) if isinstance(x, (bool, int, float, np.generic)) else take(f"{name}[{n}]", x)
-        for n, x in enumerate(args)
-    )
+    arrays = tuple(np.asarray(x) if is_number(x) else take(f"{name}[{n}]", x) for n, x in enumerate(args))
     signature(name, arrays)
     return arrays
+
+
+def is_number(x: object) -> bool:
+    """Whether an argument came as a number, not as an array."""
+    return isinstance(x, (bool, int, float, np.generic))
 
 
 def signature(name: str, arrays: tuple[Array, ...]) -> tuple[Argument, ...]:
@@ -60,6 +74,8 @@ def check_lengths(name: str, arrays: tuple[Array, ...]) -> None:
     for n, x in enumerate(arrays):
         if 0 in x.shape:
             raise ValueError(f"{name}[{n}].shape={x.shape}: an axis without elements can't be indexed")
+        if max(x.shape, default=0) >= 2**31:
+            raise ValueError(f"{name}[{n}].shape={x.shape}: an axis has fewer than 2**31 elements")
 
 
 def pack_args(name: str, arrays: tuple[Array, ...]) -> bytes:
@@ -69,9 +85,19 @@ def pack_args(name: str, arrays: tuple[Array, ...]) -> bytes:
         reason = misaligned(x)
         if reason is not None:
             raise ValueError(f"{name}[{n}]: {reason}")
-        if max(x.shape, default=0) >= 2**31:
-            raise ValueError(f"{name}[{n}].shape={x.shape}: an axis has fewer than 2**31 elements")
-        rest = MOST_AXES - x.ndim
-        strides = (*(s // x.itemsize for s in x.strides), *(0,) * rest)
-        _ARRAY.pack_into(packed, n * _ARRAY.size, address(x), *strides, *x.shape, *(1,) * rest)
+        strides = tuple(s // x.itemsize for s in x.strides)
+        pack_layout(packed, argument_slot(n), x.shape, strides, address(x))
     return bytes(packed)
+
+
+def argument_slot(n: int) -> int:
+    """Where the n-th array lies in FunctionArgs, in bytes; its address comes first."""
+    return n * _ARRAY.size
+
+
+def pack_layout(
+    packed: bytearray, at: int, shape: tuple[int, ...], strides: tuple[int, ...], address: int = 0
+) -> None:
+    """Write one array, with strides in elements, into a struct."""
+    rest = MOST_AXES - len(shape)
+    _ARRAY.pack_into(packed, at, address, *strides, *(0,) * rest, *shape, *(1,) * rest)

@@ -80,9 +80,14 @@ class TracedScore(Traced):
 
     def slope(self, s: NumPy, b: Any, h: Any, i: Any, j: Any, args: tuple[NumPy, ...]) -> NumPy:
         """The scores' derivatives with respect to s."""
+        return self.with_slope(s, b, h, i, j, args)[1]
+
+    def with_slope(self, s: NumPy, b: Any, h: Any, i: Any, j: Any, args: tuple[NumPy, ...]) -> tuple[NumPy, NumPy]:
+        """The scores, and their derivatives with respect to s."""
         seed = self.expression.find("variable", "s")
-        _, slope = evaluate(self.expression, _variables(s, b, h, i, j), args, s.dtype, seed)
-        return np.broadcast_to(np.zeros((), s.dtype) if slope is None else slope, s.shape)
+        values, slope = evaluate(self.expression, _variables(s, b, h, i, j), args, s.dtype, seed)
+        found = (values[-1], np.zeros((), s.dtype) if slope is None else slope)
+        return np.broadcast_to(found[0], s.shape), np.broadcast_to(found[1], s.shape)
 
     def arg_terms(self) -> tuple[ArgTerm, ...]:
         """The uses of float arguments, each with what its index looks like."""

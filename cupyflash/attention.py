@@ -46,8 +46,11 @@ def attention(
     softcap: float | None = None,
     bias: Any = None,
     mask: Any = None,
+    mask_args: tuple[Any, ...] = (),
     alibi_slopes: Any = None,
     sinks: Any = None,
+    score: Any = None,
+    score_args: tuple[Any, ...] = (),
     q_lens: Any = None,
     kv_lens: Any = None,
     q_offset: Any = None,
@@ -170,7 +173,7 @@ def attention(
     tensors = {"q": q, "k": k, "v": v}
     asked = Asked(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
-        dropout, seed, layout, precision,
+        dropout, seed, layout, precision, score, score_args, mask_args,
     )  # fmt: skip
     key = None
     if (known := asked.looked_up()) is not None:
@@ -217,8 +220,11 @@ def attention_backward(
     softcap: float | None = None,
     bias: Any = None,
     mask: Any = None,
+    mask_args: tuple[Any, ...] = (),
     alibi_slopes: Any = None,
     sinks: Any = None,
+    score: Any = None,
+    score_args: tuple[Any, ...] = (),
     q_lens: Any = None,
     kv_lens: Any = None,
     q_offset: Any = None,
@@ -281,7 +287,7 @@ def attention_backward(
     _check_flag("deterministic", deterministic)
     asked = Asked(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
-        dropout, seed, layout, precision,
+        dropout, seed, layout, precision, score, score_args, mask_args,
     )  # fmt: skip
     names = read_wrt(wrt, asked.differentiable)
     given = {} if grads_out is None else _given_gradients(grads_out)
@@ -321,8 +327,11 @@ def attention_vjp(
     softcap: float | None = None,
     bias: Any = None,
     mask: Any = None,
+    mask_args: tuple[Any, ...] = (),
     alibi_slopes: Any = None,
     sinks: Any = None,
+    score: Any = None,
+    score_args: tuple[Any, ...] = (),
     q_lens: Any = None,
     kv_lens: Any = None,
     q_offset: Any = None,
@@ -362,7 +371,8 @@ def attention_vjp(
     _check_flag("deterministic", deterministic)
     options: dict[str, Any] = {
         "scale": scale, "causal": causal, "window": window, "softcap": softcap, "bias": bias, "mask": mask,
-        "alibi_slopes": alibi_slopes, "sinks": sinks, "q_lens": q_lens, "kv_lens": kv_lens, "q_offset": q_offset,
+        "mask_args": mask_args, "alibi_slopes": alibi_slopes, "sinks": sinks, "score": score, "score_args": score_args,
+        "q_lens": q_lens, "kv_lens": kv_lens, "q_offset": q_offset,
         "segment_ids": segment_ids, "dropout": dropout, "seed": seed, "layout": layout, "precision": precision,
         "family": family, "tile": tile,
     }  # fmt: skip
@@ -385,8 +395,11 @@ def explain(
     softcap: float | None = None,
     bias: Any = None,
     mask: Any = None,
+    mask_args: tuple[Any, ...] = (),
     alibi_slopes: Any = None,
     sinks: Any = None,
+    score: Any = None,
+    score_args: tuple[Any, ...] = (),
     q_lens: Any = None,
     kv_lens: Any = None,
     q_offset: Any = None,
@@ -432,7 +445,7 @@ def explain(
     _check_flag("deterministic", deterministic)
     asked = Asked(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
-        dropout, seed, layout, precision,
+        dropout, seed, layout, precision, score, score_args, mask_args,
     )  # fmt: skip
     call = _unrun(q, k, v, asked, out, device)
     if backward:
@@ -455,8 +468,11 @@ def prepare(
     softcap: float | None = None,
     bias: Any = None,
     mask: Any = None,
+    mask_args: tuple[Any, ...] = (),
     alibi_slopes: Any = None,
     sinks: Any = None,
+    score: Any = None,
+    score_args: tuple[Any, ...] = (),
     q_lens: Any = None,
     kv_lens: Any = None,
     q_offset: Any = None,
@@ -493,7 +509,7 @@ def prepare(
     _check_flag("deterministic", deterministic)
     asked = Asked(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
-        dropout, seed, layout, precision,
+        dropout, seed, layout, precision, score, score_args, mask_args,
     )  # fmt: skip
     call = _unrun(q, k, v, asked, out, None)
     plans = [call.plan(family, tile)]

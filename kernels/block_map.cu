@@ -1,6 +1,6 @@
-// Before the other kernels, where a mask or segments hide single pairs: of each block of BLOCK_M queries and BLOCK_N
-// keys, whether any pair is seen and whether all are. So main loops leave out blocks that nobody sees, and ask for no
-// single pair in those that are whole (block_walk.cuh). Lengths, diagonal and window are not asked here.
+// Before the other kernels, where a mask, a function or segments hide single pairs: of each block of BLOCK_M queries and
+// BLOCK_N keys, whether any pair is seen and whether all are. So main loops leave out blocks that nobody sees, and ask
+// for no single pair in those that are whole (block_walk.cuh). Lengths, diagonal and window are not asked here.
 //
 // key_map has a row for each query block, a bit for each key block; query_map is its transpose. Either may be missing.
 // params.batch_shape and num_heads count the maps there are: one for all heads, or all entries, that share the mask.
@@ -123,7 +123,7 @@ __device__ __forceinline__ Found find(const HiddenPairs& hidden, const Place& pl
     const IdRange k = range_of(hidden.kv_segments, place.n0, place.n_end);
     if (q.high < k.low || k.high < q.low) return {false, true};
     segments_agree = q.low == q.high && k.low == k.high && q.low == k.low;
-    if (segments_agree && !HAS_MASK) return {true, false};
+    if (segments_agree && !HAS_MASK && !MASK_FUNCTION) return {true, false};
   }
   if (HAS_MASK && segments_agree && hidden.mask.vectors) {
     return search<16>(place, [&](int i, int j) { return look_at_mask(hidden.mask, i, j, place.n_end); });

@@ -1,5 +1,5 @@
-// Backward, bias: dbias, by FMA on any GPU since sm_60. ds itself is the gradient of a bias; where the bias was
-// broadcast it is a sum of them.
+// Backward, bias: dbias, by FMA on any GPU since sm_60. ds itself is the gradient of a bias, times the slope of a score
+// function; where the bias was broadcast it is a sum of them.
 //
 // A thread block owns a tile of dbias and adds up the ds of all that shares it, always in the same order, in registers;
 // P is computed again from lse, as it was in the other kernels: no atomics, no workspace, the same bits every time.
@@ -136,8 +136,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_bias_simt(const
       const Accumulator lse = lse_exponent(load_shared<1>(&smem.lse[rows_slot][acc.row(r)]).at[0]);
 #pragma unroll
       for (int c = 0; c < acc.COLS; ++c) {  // P waits there for its own thread, so that acc can be used again
-        const Weight weight = weight_of(score, features, acc(r, c), lse, visible(r, c), at(r, c));
-        store_shared(&smem.tile_p.at[acc.row(r)][acc.col(c)], Vector<Accumulator, 1>{{weight.p}});
+        const Accumulator s = features.unscored(score, score.scaled(acc(r, c)), at(r, c));
+        const Accumulator p = bias_weight_of(score, features, s, lse, visible(r, c), at(r, c));
+        store_shared(&smem.tile_p.at[acc.row(r)][acc.col(c)], Vector<Accumulator, 1>{{p}});
       }
     }
 

@@ -208,8 +208,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
             const Accumulator capped = score.capped(score.scaled(acc_s[f](r, c)));
             const Accumulator s = features.added.behind_alibi(capped, pair.i, pair.j);
             const Accumulator bias = BIAS_STAYS ? own_bias[f](r, c) : features.added.bias_of(pair.i, pair.j);
-            const Accumulator p = math::exp2(math::fma(s + bias, score.exponent, -lse));
-            acc_s[f](r, c) = sees(ask, f, r, c) ? p : Accumulator(0);
+            acc_s[f](r, c) = bias_weight_of(score, features, s + bias, lse, sees(ask, f, r, c), pair);
           }
         }
       }

@@ -1,5 +1,5 @@
-// All that a kernel asks of single pairs of one head of one entry: what is added to the logit, who is hidden, which
-// weights are kept. Without features it is empty, and costs nothing.
+// All that a kernel asks of single pairs of one head of one entry: what is added to the logit, what a function makes of
+// it, who is hidden, which weights are kept. Without features it is empty, and costs nothing.
 #pragma once
 #include "params.cuh"
 #include "seqlen.cuh"
@@ -12,17 +12,22 @@ struct Pair {
   int i, j;
 };
 
-struct Features {
+struct Features : Scored {
   Added added;
   HiddenPairs hidden;
   Kept kept;
 
   __device__ __forceinline__ Features(const Params& params, const Sequence& seq, int head)
-      : added(params, seq, head), hidden(params, seq, head), kept(params, seq, head) {}
+      : Scored(params, seq, head), added(params, seq, head), hidden(params, seq, head), kept(params, seq, head) {}
 
   // The logit of a scaled product.
   template <typename Number>
   __device__ __forceinline__ Number logit(const Score& score, Number s, const Pair& pair) const {
+    return scored(unscored(score, s, pair), pair.i, pair.j);
+  }
+  // What the score function gets.
+  template <typename Number>
+  __device__ __forceinline__ Number unscored(const Score& score, Number s, const Pair& pair) const {
     return added.to(score.capped(s), pair.i, pair.j);
   }
   // What mask.visible() says, of a query that may lie beyond the ends, and of this pair alone.

@@ -2,6 +2,9 @@
 #pragma once
 #include "schedule.cuh"
 #include "seqlen.cuh"
+#include "dual.cuh"
+#include "score_args.cuh"
+#include "traced.cuh"
 
 // Blocks [begin, end) hold every visible pair; in [full_begin, full_end) all pairs are visible, so a main loop
 // runs masked over [begin, full_begin), unmasked over [full_begin, full_end), masked over [full_end, end).
@@ -9,9 +12,9 @@ struct BlockRange {
   int begin, full_begin, full_end, end;
 };
 
-// Whether single pairs may be hidden: by a mask, or because their segments differ. Which blocks that leaves, and which
-// whole, is then a matter of block_walk.cuh too.
-constexpr bool HIDES_PAIRS = HAS_MASK || SEGMENTS;
+// Whether single pairs may be hidden: by a mask, by a function, or because their segments differ. Which blocks that
+// leaves, and which whole, is then a matter of block_walk.cuh too.
+constexpr bool HIDES_PAIRS = HAS_MASK || MASK_FUNCTION || SEGMENTS;
 
 // Which of these loops a kernel needs at all: whether blocks of keys are cut at the beginning, and whether more than one
 // is at the end.
@@ -152,6 +155,22 @@ struct Mask : WindowOf<WINDOW> {
 
 __device__ __forceinline__ Mask mask_of(const Params& params, const Sequence& seq) { return Mask(params, seq); }
 
+// What the call's mask function says of pairs of one head of one entry.
+template <bool ON>
+struct MaskFunctionOf {
+  __device__ __forceinline__ MaskFunctionOf(const Params&, const Sequence&, int) {}
+  __device__ __forceinline__ bool refuses(int, int) const { return false; }
+};
+template <>
+struct MaskFunctionOf<true> {
+  const MaskArgs* args;
+  int batch, head;
+
+  __device__ __forceinline__ MaskFunctionOf(const Params& params, const Sequence& seq, int of_head)
+      : args(&params.mask_args), batch(flat_batch(params, seq.batch_index)), head(of_head) {}
+  __device__ __forceinline__ bool refuses(int i, int j) const { return !mask_function(batch, head, i, j, *args); }
+};
+
 // What hides single pairs of one head of one entry.
 template <bool ON>
 struct HiddenPairsOf {
@@ -159,12 +178,13 @@ struct HiddenPairsOf {
   __device__ __forceinline__ bool hides(int, int) const { return false; }
 };
 template <>
-struct HiddenPairsOf<true> {
+struct HiddenPairsOf<true> : MaskFunctionOf<MASK_FUNCTION> {
   Rows<const unsigned char> mask;                  // (seqlen_q, seqlen_k), 0: hidden
   Rows<const long long> q_segments, kv_segments;  // (seqlen), one column
 
   __device__ __forceinline__ HiddenPairsOf(const Params& params, const Sequence& seq, int head)
-      : mask(rows_of<const unsigned char>(params.mask, seq.batch_index, head)),
+      : MaskFunctionOf<MASK_FUNCTION>(params, seq, head),
+        mask(rows_of<const unsigned char>(params.mask, seq.batch_index, head)),
         q_segments(rows_of<const long long>(params.q_segments, seq.batch_index, 0)),
         kv_segments(rows_of<const long long>(params.kv_segments, seq.batch_index, 0)) {}
   // Of a pair within the entry's lengths.
@@ -174,6 +194,7 @@ struct HiddenPairsOf<true> {
     if constexpr (SEGMENTS) {
       hidden |= load_global<1>(q_segments.at(i)).at[0] != load_global<1>(kv_segments.at(j)).at[0];
     }
+    if constexpr (MASK_FUNCTION) hidden |= refuses(i, j);
     return hidden;
   }
 };

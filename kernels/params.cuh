@@ -1,6 +1,7 @@
 // What a launch carries: one struct by value for every kernel, mirrored by cupyflash/_params.py. A kernel reads
 // the fields it needs; a tensor that a call does not have is nullptr.
 #pragma once
+#include "function_args.cuh"
 
 // A view of one array: (batch axes, head, row, column). Strides count elements; 0 along a broadcast axis, negative
 // allowed. lse, dlse and delta are (batch axes, head, row): their col_stride is not read.
@@ -42,6 +43,7 @@ struct Params {
   unsigned drop_below;  // a weight whose random word is below this is dropped
   int bottom_right;     // an entry's diagonal ends at its own last query and key, q_offset is for whole ones
   int rows_q, rows_k;   // PACKED: of the arrays in which the sequences lie; seqlen_q, seqlen_k bound one sequence
+  FunctionArgs score_args, mask_args;  // what the call's functions read
 };
 
 static_assert(sizeof(Params) == PARAMS_BYTES, "kernels/params.cuh and cupyflash/_params.py have drifted apart");

@@ -1,12 +1,14 @@
-// From a raw product q . k to the logit: the one place that knows softcap, ALiBi and biases.
+// From a raw product q . k to the logit: the one place that knows softcap, ALiBi, biases and score functions.
 #pragma once
 #include "params.cuh"
 #include "types.cuh"
 #include "dual.cuh"
+#include "score_args.cuh"
 #include "seqlen.cuh"
+#include "traced.cuh"
 
 // Whether a logit is more than a scaled product; and whether its slope, by the scaled product, is other than 1.
-constexpr bool CHANGES_LOGITS = SOFTCAP || ALIBI || HAS_BIAS, SLOPED = SOFTCAP;
+constexpr bool CHANGES_LOGITS = SOFTCAP || ALIBI || HAS_BIAS || HAS_SCORE, SLOPED = SOFTCAP || HAS_SCORE;
 
 // tanh within 4 u of 1, not of itself: what a logit needs, whose error counts beside the softcap.
 __device__ __forceinline__ Accumulator bounded_tanh(Accumulator x) {
@@ -101,3 +103,35 @@ struct AddedOf<true> {
   }
 };
 using Added = AddedOf<ALIBI || HAS_BIAS>;
+
+// What the call's score function makes of such logits, of one head of one entry.
+template <bool ON>
+struct ScoredOf {
+  __device__ __forceinline__ ScoredOf(const Params&, const Sequence&, int) {}
+  template <typename Number>
+  __device__ __forceinline__ Number scored(Number s, int, int) const {
+    return s;
+  }
+};
+template <>
+struct ScoredOf<true> {
+  const ScoreArgs* args;
+  int batch, head;
+  int seqlen_q, seqlen_k;
+
+  __device__ __forceinline__ ScoredOf(const Params& params, const Sequence& seq, int of_head)
+      : args(&params.score_args),
+        batch(flat_batch(params, seq.batch_index)),
+        head(of_head),
+        seqlen_q(seq.seqlen_q),
+        seqlen_k(seq.seqlen_k) {}
+  // A pair beyond the ends of the sequences is one inside to the function. What is hidden already, as by a bias of
+  // -inf, remains so: -inf may come back from a function as anything.
+  template <typename Number>
+  __device__ __forceinline__ Number scored(Number s, int i, int j) const {
+    const int query = i < 0 ? 0 : smaller(i, seqlen_q - 1), key = smaller(j, seqlen_k - 1);
+    const Number y = score_function(s, batch, head, query, key, *args);
+    return math::value(s) == -math::infinity<Accumulator>() ? Number(-math::infinity<Accumulator>()) : y;
+  }
+};
+using Scored = ScoredOf<HAS_SCORE>;

@@ -1,21 +1,7 @@
-// The arrays of score_args and mask_args: where they lie and how an element is found. Mirrored by
-// cupyflash/_score_args.py. Shapes are run-time values; an index beyond an axis takes its nearest element.
+// How an element of score_args and mask_args is found: an index beyond an axis takes its nearest element.
 #pragma once
+#include "function_args.cuh"
 #include "types.cuh"
-
-struct ArgumentArray {
-  const void* data;
-  long long stride[4];  // in elements; axes the array does not have: 0
-  int length[4];        // axes it does not have: 1
-};
-
-struct FunctionArgs {
-  ArgumentArray array[8];  // those that a call does not have: nullptr
-};
-using ScoreArgs = FunctionArgs;
-using MaskArgs = FunctionArgs;
-
-static_assert(sizeof(FunctionArgs) == FUNCTION_ARGS_BYTES, "score_args.cuh and _score_args.py have drifted apart");
 
 template <typename Int>
 __device__ __forceinline__ int clamped(Int index, int length) {

@@ -185,16 +185,31 @@ __device__ __forceinline__ Accumulator lse_exponent(Accumulator lse) {
 struct Weight {
   Accumulator p, sloped;
 };
+__device__ __forceinline__ Weight weight_of(const Score& score, Dual logit, Accumulator lse, bool visible) {
+  // What a function makes of a row beyond the end, whose lse is +inf, may be infinite itself.
+  if constexpr (HAS_SCORE) visible = visible && lse != math::infinity<Accumulator>();
+  const Accumulator p = visible ? math::exp2(math::fma(logit.value, score.exponent, -lse)) : Accumulator(0);
+  return {p, p == 0 ? Accumulator(0) : p * logit.slope};
+}
 __device__ __forceinline__ Weight weight_of(
     const Score& score, const Features& features, Accumulator product, Accumulator lse, bool visible, Pair pair) {
   if constexpr (SLOPED) {
-    const Dual logit = features.logit(score, Dual{score.scaled(product), Accumulator(1)}, pair);
-    const Accumulator p = visible ? math::exp2(math::fma(logit.value, score.exponent, -lse)) : Accumulator(0);
-    return {p, p == 0 ? Accumulator(0) : p * logit.slope};
+    return weight_of(score, features.logit(score, Dual{score.scaled(product), Accumulator(1)}, pair), lse, visible);
   } else {
     const Accumulator logit = features.logit(score, score.scaled(product), pair);
     const Accumulator p = math::exp2(math::fma(logit, score.exponent, -lse));
     return visible ? Weight{p, p} : Weight{0, 0};
+  }
+}
+
+// What dbias is a multiple of: p times the slope of what comes behind the bias; s comes with the bias.
+__device__ __forceinline__ Accumulator bias_weight_of(
+    const Score& score, const Features& features, Accumulator s, Accumulator lse, bool visible, Pair pair) {
+  if constexpr (HAS_SCORE) {
+    return weight_of(score, features.scored(Dual{s, Accumulator(1)}, pair.i, pair.j), lse, visible).sloped;
+  } else {
+    const Accumulator p = math::exp2(math::fma(s, score.exponent, -lse));
+    return visible ? p : Accumulator(0);
   }
 }
 

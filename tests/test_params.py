@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cupyflash import _params
+from cupyflash import _params, _score_args
 from cupyflash._compile import kernels_dir
 
 
@@ -36,7 +36,7 @@ def test_fields_lie_where_the_kernels_read_them(tmp_path):
         pytest.skip("g++ is missing")
     wide = ("q_offset", "softmax_scale", "first_batch", "window_left", "window_right", "softcap", "undropped")
     narrow = ("num_heads", "num_heads_k", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v", "section", "drop_below")
-    numbers = (*wide, "batch_shape", "reduce_shape", *narrow, "bottom_right")
+    numbers = (*wide, "batch_shape", "reduce_shape", *narrow, "bottom_right", *_score_args.FUNCTIONS)
     lines = [f'printf("%zu ", offsetof(Params, {name}));' for name in _params.TENSORS + numbers]
     lines.append(
         'printf("%zu ", offsetof(Tensor, batch_stride)); printf("%zu ", offsetof(Tensor, col_stride));'
@@ -44,6 +44,7 @@ def test_fields_lie_where_the_kernels_read_them(tmp_path):
     main = tmp_path / "main.cpp"
     main.write_text(
         f"#include <cstddef>\n#include <cstdio>\nconstexpr int PARAMS_BYTES = {_params.PARAMS_BYTES};\n"
+        f"constexpr int FUNCTION_ARGS_BYTES = {_score_args.FUNCTION_ARGS_BYTES};\n"
         '#include "params.cuh"\nint main() {' + "\n".join(lines) + "}\n"
     )
     program = tmp_path / "main"
@@ -57,6 +58,7 @@ def test_fields_lie_where_the_kernels_read_them(tmp_path):
     expected += [behind + 8 * i for i in range(len(wide))]
     behind += 8 * len(wide)
     expected += [behind, behind + n] + [behind + 2 * n + 4 * i for i in range(len(narrow) + 1)]
+    expected += [_params._argument(args, 0) for args in _score_args.FUNCTIONS]
     assert offsets == [*expected, 8, size - 8]
 
 
@@ -110,6 +112,28 @@ def test_collapsed_axes_reach_every_address(walk):
                 )
             )
     assert sorted(reached) == expected
+
+
+def test_arguments_of_functions_lie_behind_the_numbers():
+    """Both kinds, with strides in elements; every launch reads the same ones."""
+    shape, walked = (2, 2, 3, 2, 2), (1, 0, 1, 0, 1, 7, 5, 3)
+    arguments = (("score_args", 1, (5, 6), (-6, 1)), ("mask_args", 0, (), ()))
+    template = _params.make_template(
+        _params.Scalars(0, 1.0, 1, 1, 1, 1, 1, 1, 1), shape, (("q", walked, 2),), arguments=arguments
+    )
+    assert len(template.offsets) > 1
+    assert [name for name, _ in template.slots] == ["q", "score_args[1]", "mask_args[0]"]
+    for launch in range(len(template.offsets)):
+        packed = bytearray(template.nbytes)
+        template.begin(memoryview(packed))
+        addresses = {"q": 1 << 40, "score_args[1]": 48, "mask_args[0]": 80}
+        template.fill(memoryview(packed).cast("Q"), launch, addresses)
+        half = _score_args.FUNCTION_ARGS_BYTES
+        score_args, mask_args = packed[-2 * half : -half], packed[-half:]
+        array = _score_args._ARRAY
+        assert not any(score_args[: array.size])
+        assert array.unpack_from(score_args, array.size) == (48, -6, 1, 0, 0, 5, 6, 1, 1)
+        assert array.unpack_from(mask_args) == (80, 0, 0, 0, 0, 1, 1, 1, 1)
 
 
 def test_contiguous_axes_become_one():

@@ -13,6 +13,7 @@ import pytest
 from cupyflash.testing import bounds, data, reference
 from cupyflash.testing.cases import options_table
 from cupyflash.testing.data import Case
+from cupyflash.testing.functions import MASKS, SCORES, Sizes, known
 from cupyflash.testing.philox import keeps, philox
 from cupyflash.testing.table import VALUES, pairwise
 
@@ -64,6 +65,7 @@ def is_visible(i, j, diagonal, causal, window):
 def attention_by_loops(
     q, k, v, *, scale=None, causal=False, window=None, softcap=None, bias=None, mask=None, alibi_slopes=None,
     sinks=None, q_lens=None, kv_lens=None, q_offset=None, segment_ids=None, dropout=0.0, seed=None,
+    score=None, score_args=(), mask_args=(),
 ):  # fmt: skip
     """out and lse of canonical arrays, one number at a time, real or complex."""
     batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
@@ -73,6 +75,9 @@ def attention_by_loops(
     kind = np.result_type(q, k, v, *(x for x in (bias, sinks) if x is not None))
     every = (*batch, heads, rows, keys)
     bias = np.broadcast_to(0.0 if bias is None else bias, every)
+    if callable(mask):
+        entries = np.arange(math.prod(batch)).reshape(*batch, 1, 1, 1)
+        mask = mask(entries, np.arange(heads)[:, None, None], np.arange(rows)[:, None], np.arange(keys), *mask_args)
     mask = np.broadcast_to(True if mask is None else mask, every)
     slopes = np.broadcast_to(0.0 if alibi_slopes is None else alibi_slopes, every[:-2])
     q_ids, kv_ids = (0, 0) if segment_ids is None else segment_ids
@@ -94,6 +99,9 @@ def attention_by_loops(
                     t = scale * sum(q[(*b, h, i, d)] * k[(*b, g, j, d)] for d in range(dim))
                     s[j] = (t if softcap is None else softcap * np.tanh(t / softcap)) + bias[at]
                     s[j] -= slopes[(*b, h)] * abs(i + offset - j)
+                    s[j] = s[j] if score is None else score(s[j], number, h, i, j, *score_args)
+                    if s[j] == -np.inf:
+                        del s[j]
             terms = [*s.values(), *([] if sinks is None else [sinks[h]])]
             if not terms:
                 continue
@@ -116,6 +124,21 @@ def hiding(shape):
     """A bias with -inf here and there."""
     rng = np.random.default_rng(4)
     return np.where(rng.random(shape) < 0.3, -np.inf, rng.standard_normal(shape))
+
+
+SIZES = Sizes(2, 4, 5, 6)
+
+
+def scoring(name):
+    """The options of a named score."""
+    args = (2,) if name == "near" else SCORES[name].args(np.random.default_rng(6), SIZES)
+    args = tuple(x.astype(float) if isinstance(x, np.ndarray) else x for x in args)
+    return {"score": SCORES[name].function, "score_args": args}
+
+
+def masking(name):
+    """The options of a named mask function."""
+    return {"mask": MASKS[name].function, "mask_args": MASKS[name].args(np.random.default_rng(7), SIZES)}
 
 
 SOME = 25  # elements of each input that are judged
@@ -145,6 +168,10 @@ ALONE = {
     "lens of 0": {"q_lens": np.array([0, 4]), "kv_lens": np.array([3, 0]), "sinks": SINKS},
     "lens, top left": {"kv_lens": np.array([4, 5]), "causal": "top_left"},
     "dropout": {"dropout": 0.4, "seed": 2**50 + 3},
+    **{f"score {name}": scoring(name) for name in SCORES},
+    "score behind a cap and a bias": {**scoring("square"), "softcap": 2.0, "bias": hiding((4, 5, 1)), "sinks": SINKS},
+    "score near, rows without a key": {**scoring("near"), "q_lens": 3, "mask": HALF, "causal": True, "q_offset": -2},
+    **{f"mask {name}": masking(name) for name in MASKS},
     "all": {
         "window": (3, 1), "softcap": 1.5, "alibi_slopes": np.array([0.5, 0.1, 0.0, -0.2]), "bias": hiding((4, 5, 1)),
         "mask": HALF | (np.arange(6) < 2), "sinks": SINKS, "q_lens": np.array([4, 5]), "kv_lens": np.array([6, 5]),
@@ -418,7 +445,9 @@ def honest(case, base2=False, block_n=16, p_dtype=None, wrong=None):
         t = (q @ k.swapaxes(-1, -2)) * scale
         cut = None if cap is None else (tanh_by_exp if base2 else np.tanh)(t / cap)
         s = t if cut is None else cap * cut
-        s = np.where(visible, (s + alibi + bias) * base, acc(-np.inf))
+        u = s + alibi + bias
+        s, slope = (u, acc(1)) if this.score is None else scored(this.score, np.where(u == -np.inf, 0, u), acc)
+        s = np.where(visible & (u != -np.inf), s * base, acc(-np.inf))
         s = np.broadcast_to(s, (*np.broadcast_shapes(*case.batch), *s.shape[-3:]))
         top = np.broadcast_to(sink * base, (*s.shape[:-1], 1)).copy()
         total, acc_o = np.where(top > -np.inf, acc(1), acc(0)), np.zeros((*s.shape[:-1], v.shape[-1]), acc)
@@ -438,14 +467,22 @@ def honest(case, base2=False, block_n=16, p_dtype=None, wrong=None):
     do = np.where(this.row, do, acc(0))
     dlse = np.where((lse != -np.inf)[..., None], dlse, acc(0)) if case.dlse else acc(0)
     arrays = (q, k, v, do, out.astype(acc), dlse, kept)
-    grads = honest_gradients(case, x, this, arrays, (s, lse, cut), base, p_dtype, wrong)
+    slope = acc(1) if wrong == "score" else slope
+    grads = honest_gradients(case, x, this, arrays, (s, lse, cut, slope), base, p_dtype, wrong)
     single = x.q.ndim == 2
     return reference.as_user(out, x.q.ndim, layout), lse[0] if single else lse, grads
 
 
+def scored(score, u, acc):
+    """A score function and its slope in the accumulator's type."""
+    args = tuple(x.astype(acc) if x.dtype.kind == "f" else x for x in score.args)
+    both = score.function, known(score.function).slope
+    return (np.broadcast_to(f(u, *score.pairs, *args), u.shape).astype(acc) for f in both)
+
+
 def honest_gradients(case, x, this, arrays, forward, base, p_dtype, wrong):
     """The gradients of `honest`."""
-    (q, k, v, do, out, dlse, kept), (s, lse, cut) = arrays, forward
+    (q, k, v, do, out, dlse, kept), (s, lse, cut, slope) = arrays, forward
     acc, options, layout = q.dtype.type, case.options(), case.layout
     exp = np.exp2 if base != 1 else np.exp
     finite = np.where(lse == -np.inf, acc(0), lse)[..., None]
@@ -453,14 +490,15 @@ def honest_gradients(case, x, this, arrays, forward, base, p_dtype, wrong):
         p = np.where((s > -np.inf) & (lse != -np.inf)[..., None], exp(s - finite * base), acc(0))
         delta = (do * out).sum(axis=-1, keepdims=True) - dlse
         ds = p * (kept * (do @ v.swapaxes(-1, -2)) - delta)
-        dt = ds if cut is None or wrong == "slope" else ds * (1 - cut * cut)
+        du = np.where(s > -np.inf, ds * slope, acc(0))
+        dt = du if cut is None or wrong == "slope" else du * (1 - cut * cut)
         weight = p if wrong == "dropout of dv" else p * kept
         dt, weight = ((a if p_dtype is None else a.astype(p_dtype).astype(acc)) for a in (dt, weight))
         dq = reference.gradient(dt @ k * acc(this.scale), x.q, layout)
         dk = reference.gradient(dt.swapaxes(-1, -2) @ q * acc(this.scale), x.k, layout)
         dv = reference.gradient(weight.swapaxes(-1, -2) @ do, x.v, layout)
         bias, sinks = options.get("bias"), options.get("sinks")
-        dbias = None if bias is None else reference.sum_to(ds, bias.shape).astype(bias.dtype)
+        dbias = None if bias is None else reference.sum_to(du, bias.shape).astype(bias.dtype)
         dsinks = None
         if sinks is not None:
             sink = np.broadcast_to(this.sink, (*lse.shape, 1)).astype(acc)
@@ -512,6 +550,7 @@ PLANTED = {
     "dropout of dv": ({"dropout": 0.1}, {"dv"}),
     "slope": ({"softcap": 5.0}, {"dq", "dk"}),
     "dsinks": ({"sinks": "float32"}, {"dsinks"}),
+    "score": ({"score": "square", "bias": "keys"}, {"dq", "dk", "dbias"}),
 }
 
 
@@ -529,7 +568,7 @@ def test_planted_errors_break_the_bounds(wrong, dtype):
 
 ON = {
     "window": (20, 3), "softcap": 5.0, "bias": "keys", "mask": "pairs", "segments": "shared", "q_lens": "entries",
-    "kv_lens": "entries", "dropout": 0.1,
+    "kv_lens": "entries", "dropout": 0.1, "score": "relative",
 }  # fmt: skip
 
 
@@ -624,7 +663,8 @@ def test_random_cases_reach_all_there_is():
         ("window", {None, *data.WINDOWS}),
         ("softcap", {None, *data.SOFTCAPS}),
         ("bias", {None, *data.PAIR_KINDS}),
-        ("mask", {None, *data.PAIR_KINDS}),
+        ("mask", {None, *data.PAIR_KINDS, *MASKS}),
+        ("score", {None, *SCORES}),
         ("bias_dtype", {None, *data.NAMES}),
         ("alibi", {None, "heads", "entries", "one"}),
         ("sinks", {None, *data.NAMES}),

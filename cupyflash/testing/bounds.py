@@ -34,6 +34,8 @@ RESCALE = 1 + EXP
 TANH = 6
 # Roundings of a logit beyond a plain one's where a cap, slopes or a bias make it: see forward_limits, backward_limits.
 EXTRA, EXTRA_BACKWARD = 6, 2
+# Of a score function's slope, in u and of slope + 1: that of the named functions, whose worst has the square of a tanh.
+SLOPE = 16
 SMALLEST_BLOCK = 16  # keys; no family takes fewer at a time
 
 
@@ -195,6 +197,12 @@ def forward_limits(
     product with v does not exist, so |err out| stays a part of sum_j p_j |v_j|.
 
     Dropout takes weights away from out, not from the sum, and multiplies by 1 / (1 - dropout), rounded: 2 u.
+
+    A score function. Of u_ij, wrong by e_ij = (12 + 2 N_d) u X_ij in what is X_ij + C + A_ij + B_ij without it, it
+    makes s_ij, wrong by G_ij e_ij, where G_ij is its steepest slope between u_ij and what stands for it: |score'|
+    + e_ij times the largest |score''|. What it computes itself is wrong by a few u of s_ij, and of what it has
+    added to u_ij or taken away, at most |s_ij| + G_ij X_ij. T_i is the largest G_ij X_ij + |s_ij|: two of the 14
+    and all of those of |s_ij|, which base 2 and the maximum do not need, are for that.
     """
     this = reference.pairs(q, k, v, rows=rows, **options)
     p, lse = reference.softmax(this.logits(), this.sink)
@@ -205,9 +213,10 @@ def forward_limits(
     sink = np.where(this.sink == -np.inf, 0, abs(this.sink))
     if sink.any():
         chain += 1 + RESCALE
-    size = np.maximum(this.magnitude().max(axis=-1, keepdims=True, initial=0), sink)  # T_i
     roundings = 8 + 2 * chains.d + (EXTRA if makes_logits(options) else 0)
-    exponent = roundings * size + flushed_logit(this, a).max(axis=-1, keepdims=True, initial=0) / a.u
+    sizes, lost = logit_sizes(this, roundings, a)
+    size = np.maximum(sizes.max(axis=-1, keepdims=True, initial=0), sink)  # T_i
+    exponent = roundings * size + lost.max(axis=-1, keepdims=True, initial=0) / a.u
     drops = options.get("dropout", 0) > 0
     spread = (this.kept * p) @ abs(this.v)  # sum_j p_j |v_j|
     largest = abs(this.v).max(axis=-2, keepdims=True, initial=0) / (1 - options.get("dropout", 0))
@@ -229,7 +238,23 @@ def forward_limits(
 
 def makes_logits(options: dict[str, Any]) -> bool:
     """Whether a logit is more than a scaled product."""
-    return any(options.get(name) is not None for name in ("softcap", "alibi_slopes", "bias"))
+    return any(options.get(name) is not None for name in ("softcap", "alibi_slopes", "bias", "score"))
+
+
+def logit_sizes(this: Pairs, roundings: int, a: Arithmetic) -> tuple[Array, Array]:
+    """What errors of a pair's logit are proportional to, and what flushing costs it (see `forward_limits`)."""
+    size, lost = this.magnitude(), flushed_logit(this, a)
+    if this.score is None:
+        return size, lost
+    s = this.logits()
+    steepest = abs(this.score_slope()) + this.score.bend() * unscored_errors(this, roundings, a)
+    sizes = np.where(s == -np.inf, 0, steepest * size + abs(np.where(s == -np.inf, 0, s)))
+    return sizes, a.tiny + (1 + steepest) * lost
+
+
+def unscored_errors(this: Pairs, roundings: int, a: Arithmetic) -> Array:
+    """Limits of the errors of u_ij."""
+    return np.asarray(a.u * roundings * this.magnitude() + flushed_logit(this, a))
 
 
 def flushed_logit(this: Pairs, a: Arithmetic) -> Array:
@@ -299,6 +324,12 @@ def backward_limits(
 
     and stands for ds in dq and dk, where it is what is rounded to 16 bits.
 
+    A score function: T_ij as in `forward_limits`, and, as there, (14 + N_d) u. Its slope is wrong by the largest
+    |score''| times the error of u_ij, and by 16 u (|score'| + 1) of its own arithmetic, twice that of a tanh and
+    its square. du = ds score' stands for ds in dbias and before the cap:
+
+        |err du| <= E_ij |score'| + (|ds| + E_ij) (|err score'| + u |score'|).
+
     Dropout: A_ij times kept_ij, 2 u more in dp_ij and in the weights of dv. dbias sums ds over n pairs and
     dsinks over n rows: n + 2 roundings, if one term after another, and one more in a narrower dtype. A term of
     dsinks is p = exp(sink - lse), wrong by a factor 1 +- r with r of 6 u (|sink| + |lse|) and EXP u, times
@@ -337,7 +368,7 @@ def backward_limits(
         own_rows, own_keys = reference.own_axes(bias, rows, keys)
         this = reference.differentials(*arguments, rows=own_rows, keys=own_keys, **options)
         shape = reference.part(bias, rows, keys).shape
-        dbias = spread(this.ds, pair_limits(this, chains, a, None).ds, shape, bias)
+        dbias = spread(this.du, pair_limits(this, chains, a, None).du, shape, bias)
     if sinks is not None:
         this = reference.differentials(*arguments, keys=reference.NO_KEYS, **options)
         values, error = (x.sum(axis=-1) for x in sink_limits(this, chains, a))
@@ -350,18 +381,20 @@ class PairLimits(NamedTuple):
     """Limits of the errors of a pair's numbers."""
 
     p: Array  # of kept_ij p_ij
-    ds: Array
+    du: Array
     dt: Array
 
 
 def pair_limits(
     this: reference.Differentials, chains: Chains, a: Arithmetic, p_dtype: npt.DTypeLike | None
 ) -> PairLimits:
-    """Limits of the errors of p_ij, ds_ij and dt_ij (see `backward_limits`)."""
+    """Limits of the errors of p_ij, du_ij and dt_ij (see `backward_limits`)."""
     log_size = np.where(this.lse == -np.inf, 0, abs(this.lse))
     drops = 2 if (this.kept != 1).any() else 0
-    roundings = 8 + chains.d + (0 if this.softcap is None else EXTRA_BACKWARD)
-    r = a.grow(roundings * (this.magnitude() + log_size) + EXP + flushed_logit(this, a) / a.u)
+    extra = 0 if this.softcap is None else EXTRA_BACKWARD
+    roundings = 8 + chains.d + (extra if this.score is None else EXTRA)
+    sizes, flush = logit_sizes(this, roundings, a)
+    r = a.grow(roundings * (sizes + log_size) + EXP + flush / a.u)
     p_error = np.where(this.seen, r * this.p + a.tiny, 0)
 
     dout, out, v = abs(this.dout), abs(this.out), abs(this.v)
@@ -369,15 +402,20 @@ def pair_limits(
     lost = v.shape[-1] + (dout + out).sum(-1, keepdims=True) + v.sum(-1)[..., None, :]
     inner = a.grow(chains.d + 4 + drops) * terms + a.tiny * lost * (1 + this.kept)
     ds_error = (p_error + 2 * a.u * this.p) * abs(this.gap) + (this.p + p_error) * inner + a.tiny
-    dt_error = ds_error
+    du_error = ds_error
+    if this.score is not None:
+        slope = abs(this.score_slope())
+        slope_error = this.score.bend() * unscored_errors(this, roundings, a) + SLOPE * a.u * (slope + 1)
+        du_error = ds_error * slope + (abs(this.ds) + ds_error) * (slope_error + a.u * slope) + a.tiny
+    dt_error = du_error
     if this.softcap is not None:
         slope = ((chains.d + 5) * this.product_magnitude() / this.softcap + 2 * TANH + 11) * a.u
-        dt_error = ds_error * this.slope() + (abs(this.ds) + ds_error) * slope + a.tiny
+        dt_error = du_error * this.slope() + (abs(this.du) + du_error) * slope + a.tiny
     weight_error = this.kept * (p_error + drops * a.u * (this.p + p_error))
     if p_dtype is not None:
         weight_error = weight_error + this.kept * relative(this.p + p_error, p_dtype)
         dt_error = dt_error + relative(abs(this.dt) + dt_error, p_dtype)
-    return PairLimits(*(np.where(this.seen, x, 0) for x in (weight_error, ds_error, dt_error)))
+    return PairLimits(*(np.where(this.seen, x, 0) for x in (weight_error, du_error, dt_error)))
 
 
 def sink_limits(this: reference.Differentials, chains: Chains, a: Arithmetic) -> tuple[Array, Array]:

@@ -77,13 +77,15 @@ def _place(case: Case, xp: Any) -> tuple[dict[str, Placed], dict[str, Any], dict
     styles |= {"bias": case.styles_beside[0], "mask": case.styles_beside[1]}
     meaning = case.options()
     beside = {name: x for name, x in meaning.items() if isinstance(x, np.ndarray) and name != "q_offset"}
-    pair = meaning.get("segment_ids", ())
-    beside |= {f"segment_ids[{i}]": ids for i, ids in enumerate(pair)}
+    tuples = {name: meaning[name] for name in ("segment_ids", "score_args", "mask_args") if name in meaning}
+    for name, parts in tuples.items():
+        beside |= {f"{name}[{i}]": x for i, x in enumerate(parts) if isinstance(x, np.ndarray)}
     arrays = case.inputs()._asdict() | beside  # offsets stay with the host, which may hold them for any device
     placed = {name: place(x, styles.get(name, "plain"), xp) for name, x in arrays.items()}
     options = {name: placed[name].array if name in placed else value for name, value in meaning.items()}
-    if pair:
-        options["segment_ids"] = tuple(placed[f"segment_ids[{i}]"].array for i in (0, 1))
+    for name, parts in tuples.items():
+        names = [f"{name}[{i}]" for i in range(len(parts))]
+        options[name] = tuple(placed[x].array if x in placed else parts[i] for i, x in enumerate(names))
     return placed, options, {name: placed[name].values if name in placed else value for name, value in meaning.items()}
 
 

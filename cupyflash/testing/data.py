@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from .functions import MASKS, SCORES, Sizes
 from .reference import sum_to
 
 Array = npt.NDArray[Any]
@@ -382,7 +383,8 @@ class Case:
     bias: str | None = None  # how it broadcasts, one of PAIR_KINDS; its numbers are drawn from the seed, as below
     bias_dtype: str | None = None  # None: q's
     bias_hides: bool = False  # -inf here and there
-    mask: str | None = None  # one of PAIR_KINDS
+    mask: str | None = None  # one of PAIR_KINDS, or of MASKS: a function
+    score: str | None = None  # one of SCORES
     alibi: str | None = None  # "heads", "entries" or "one": what has slopes of its own
     sinks: str | None = None  # their dtype
     q_lens: str | None = None  # "one": an integer; "entries", "last": an array over all leading axes, over the last
@@ -482,6 +484,7 @@ class Case:
             "window": self.window, "softcap": self.softcap, "bias": self._bias(), "mask": self._mask(),
             "alibi_slopes": self._slopes(), "sinks": self._sinks(), "q_lens": self.lens("q"),
             "kv_lens": self.lens("k"), "segment_ids": self._segments(), "dropout": self.dropout or None,
+            **self._functions(),
             "seed": int(self._rng(8).integers(2**64, dtype=np.uint64)) if self.dropout else None,
         }  # fmt: skip
         return found | {name: value for name, value in beside.items() if value is not None}
@@ -519,9 +522,22 @@ class Case:
             x = np.where(sum_to(heads.astype(int), shape) > 0, x, np.nan)
         return x.astype(_dtype(self.bias_dtype or self.dtype))
 
+    def _functions(self) -> dict[str, Any]:
+        """A score function and a mask function, with arguments."""
+        heads, rows = self.heads_and_rows
+        sizes = Sizes(math.prod(np.broadcast_shapes(*self.batch)), heads, rows, self.seqlen_k)
+        found: dict[str, Any] = {}
+        if self.score is not None:
+            score = SCORES[self.score]
+            found |= {"score": score.function, "score_args": score.args(self._rng(10), sizes)}
+        if self.mask in MASKS:
+            mask = MASKS[self.mask]
+            found |= {"mask": mask.function, "mask_args": mask.args(self._rng(11), sizes)}
+        return found
+
     def _mask(self) -> Array | None:
         """True for some or most; now and then a row, or a key, is hidden altogether."""
-        if self.mask is None:
+        if self.mask is None or self.mask in MASKS:
             return None
         rng, shape = self._rng(3), self.pair_shape(self.mask)
         seen = rng.random(shape) < rng.choice([0.5, 0.95])
@@ -659,7 +675,7 @@ def _with_options(case: Case, choose: Callable[..., Any], styles: Sequence[str])
         bias=choose((None, *PAIR_KINDS), simplest=6),
         bias_dtype=choose((None, *NAMES)),
         bias_hides=choose((False, True)),
-        mask=choose((None, *PAIR_KINDS), simplest=6),
+        mask=choose((None, *PAIR_KINDS, *MASKS), simplest=6),
         alibi=choose((None, "heads", "entries", "one"), simplest=2) if abs(case.q_offset or 0) < 2**40 else None,
         sinks=choose((None, *NAMES), simplest=3),
         q_lens=choose(lens, simplest=3),
@@ -668,6 +684,7 @@ def _with_options(case: Case, choose: Callable[..., Any], styles: Sequence[str])
         dropout=choose((0.0, 0.1, 0.5, 0.9), simplest=3) if case.data != "float16_limits" else 0.0,  # out would be inf
         styles_beside=tuple(choose(among, simplest=4) for among in (styles, styles, outputs, outputs)),
     )
+    case = replace(case, score=choose((None, *SCORES), simplest=6))
     also = [name for name in ("bias", "sinks") if getattr(case, name) is not None]
     if case.wrt is None or not also:
         return case

@@ -7,7 +7,8 @@ float32 inputs, ``numpy.longdouble`` for float64 inputs.
 Forward, for query row i of one head, with o_i = out and the sums over the keys j that row i sees:
 
     t_ij  = scale * q_i . k_j
-    s_ij  = softcap * tanh(t_ij / softcap) - slope |d_i - j| + bias_ij      the logits; d_i: row i's diagonal
+    u_ij  = softcap * tanh(t_ij / softcap) - slope |d_i - j| + bias_ij      d_i: row i's diagonal
+    s_ij  = score(u_ij, b, h, i, j)                  the logits; a u_ij of -inf is hidden whatever it becomes
     lse_i = log (exp(sink) + sum_j exp(s_ij))        -inf where the row has neither a key nor a sink
     p_ij  = exp(s_ij - lse_i)                        0 there
     o_i   = sum_j kept_ij p_ij v_j                   kept_ij: 0 or 1 / (1 - dropout); 1 without dropout
@@ -17,11 +18,12 @@ Backward, given the cotangents do_i = dout of o_i and dl_i = dlse of lse_i:
     delta_i = do_i . o_i - dl_i                      dl_i is not read where lse_i is -inf
     dp_ij   = kept_ij do_i . v_j
     ds_ij   = p_ij (dp_ij - delta_i)
-    dt_ij   = ds_ij (1 - tanh(t_ij / softcap)^2)
+    du_ij   = ds_ij score'(u_ij, b, h, i, j)
+    dt_ij   = du_ij (1 - tanh(t_ij / softcap)^2)
     dq_i    = scale * sum_j dt_ij k_j
     dk_j    = scale * sum_i dt_ij q_i                over the rows of every query head that reads k_j
     dv_j    =         sum_i kept_ij p_ij do_i
-    dbias   =         ds                             summed over the axes along which bias was broadcast
+    dbias   =         du                             summed over the axes along which bias was broadcast
     dsink   =       - sum_i exp(sink - lse_i) delta_i        over the rows of every entry
 
 `forward` and `backward` take NumPy arrays of any dtype and return arrays of the working type. ``rows=`` and
@@ -32,13 +34,14 @@ but no other key.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from . import functions
 from .philox import keeps
 
 Array = npt.NDArray[Any]
@@ -121,6 +124,27 @@ def heads_from(array: Array, num_heads_k: int) -> Array:
 
 
 @dataclass(frozen=True)
+class ScoreAt:
+    """A score function at all pairs."""
+
+    function: Callable[..., Any]
+    pairs: tuple[Array, ...]  # b, h, i, j
+    args: tuple[Any, ...]  # floats of the working type
+
+    def value(self, u: Array) -> Array:
+        """s_ij."""
+        return np.broadcast_to(self.function(u, *self.pairs, *self.args), u.shape)
+
+    def slope(self, u: Array) -> Array:
+        """The derivative with respect to u_ij, of a function that the specification knows."""
+        return np.broadcast_to(functions.known(self.function).slope(u, *self.pairs, *self.args), u.shape)
+
+    def bend(self) -> Any:
+        """How fast the slope changes at most."""
+        return functions.known(self.function).bend(*self.args)
+
+
+@dataclass(frozen=True)
 class Pairs:
     """All pairs of the query rows i with the keys j: the matrix that only a specification may hold.
 
@@ -139,24 +163,39 @@ class Pairs:
     bias: Array  # likewise
     kept: Array  # dropout's factor of a weight: 0 or 1 / (1 - dropout)
     sink: Array  # broadcasts to (..., Hq, rows, 1); -inf: no sink
+    score: ScoreAt | None
 
     def products(self) -> Array:
         """t_ij, before the cap."""
         return np.asarray(self.scale * (self.q @ self.k.swapaxes(-1, -2)))
 
     def logits(self) -> Array:
-        """s_ij, -inf where row i does not see key j (by selection, so that what is masked can't spread)."""
+        """s_ij, -inf where row i does not see key j."""
+        u = self.unscored()
+        if self.score is None:
+            return u
+        return np.where(u == -np.inf, u, self.score.value(np.where(u == -np.inf, 0, u)))
+
+    def score_slope(self) -> Any:
+        """The derivative of the score function, of any number where the pair is hidden."""
+        if self.score is None:
+            return 1
+        u = self.unscored()
+        return self.score.slope(np.where(u == -np.inf, 0, u))
+
+    def unscored(self) -> Array:
+        """u_ij, -inf where row i does not see key j (by selection, so that what is masked can't spread)."""
         s = self.products()
         if self.softcap is not None:
             s = self.softcap * np.tanh(s / self.softcap)
         return np.where(self.visible, s + self.alibi + self.bias, -np.inf)
 
     def slope(self) -> Any:
-        """The derivative of the cap: of a logit with respect to t_ij."""
+        """The derivative of the cap: of u_ij with respect to t_ij."""
         return 1 if self.softcap is None else 1 - np.tanh(self.products() / self.softcap) ** 2
 
     def magnitude(self) -> Array:
-        """|scale| sum_d |q_d k_d| + |alibi| + |bias| + softcap: what a logit's errors are proportional to; 0 if hidden.
+        """|scale| sum_d |q_d k_d| + |alibi| + |bias| + softcap: what errors of u_ij are proportional to; 0 if hidden.
 
         The cap is there because an implementation's tanh may be wrong by a few roundings of 1.
         """
@@ -178,9 +217,12 @@ def pairs(
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     bias: Array | None = None,
-    mask: Array | None = None,
+    mask: Array | Callable[..., Any] | None = None,
+    mask_args: tuple[Any, ...] = (),
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    score: Callable[..., Any] | None = None,
+    score_args: tuple[Any, ...] = (),
     q_lens: npt.ArrayLike | None = None,
     kv_lens: npt.ArrayLike | None = None,
     q_offset: npt.ArrayLike | None = None,
@@ -208,7 +250,10 @@ def pairs(
         visible = visible & (distance <= left)
     if right is not None:
         visible = visible & (-distance <= right)
-    if mask is not None:
+    b, h = cells(np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]), num_heads)
+    if callable(mask):
+        visible = visible & mask(b, h, i, j, *mask_args)
+    elif mask is not None:
         visible = visible & part(mask, rows, keys)
     if segment_ids is not None:
         q_ids, kv_ids = (np.asarray(ids)[..., None, :] for ids in segment_ids)
@@ -222,7 +267,6 @@ def pairs(
         alibi = -np.asarray(alibi_slopes, work)[..., None, None] * abs(distance)
     kept = np.ones((1, 1), work)
     if dropout:
-        b, h = cells(np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]), num_heads)
         kept = keeps(dropout, int(seed) % 2**64, b, h, i, j) / (1 - work.type(dropout))
     sink = np.full((1, 1, 1), -np.inf, work) if sinks is None else np.asarray(sinks, work)[:, None, None]
     return Pairs(
@@ -238,7 +282,14 @@ def pairs(
         bias=np.where(visible, added, 0),
         kept=kept,
         sink=np.where(row, sink, -np.inf),
+        score=None if score is None else ScoreAt(score, (b, h, i, j), tuple(working(x, work) for x in score_args)),
     )
+
+
+def working(x: Any, work: npt.DTypeLike) -> Any:
+    """An argument of a function: floats in the working type."""
+    x = np.asarray(x)
+    return x if x.dtype.kind in "biu" else x.astype(work)
 
 
 def positions(length: int, index: Index) -> npt.NDArray[np.int64]:
@@ -352,7 +403,7 @@ def backward(
     if "bias" in wrt and bias is not None:
         own_rows, own_keys = own_axes(bias, rows, keys)
         this = differentials(*arguments, rows=own_rows, keys=own_keys, **options)
-        dbias = sum_to(this.ds, part(bias, rows, keys).shape)
+        dbias = sum_to(this.du, part(bias, rows, keys).shape)
     if "sinks" in wrt and sinks is not None:
         this = differentials(*arguments, keys=NO_KEYS, **options)
         dsinks = sum_to(-(weights(this.sink, this.lse) * this.delta).sum(axis=(-2, -1)), sinks.shape)
@@ -390,7 +441,12 @@ class Differentials(Pairs):
     @property
     def dt(self) -> Array:
         """The gradient of t_ij."""
-        return np.where(self.seen, self.ds * self.slope(), 0)
+        return np.where(self.seen, self.du * self.slope(), 0)
+
+    @property
+    def du(self) -> Array:
+        """The gradient of u_ij."""
+        return np.where(self.seen, self.ds * self.score_slope(), 0)
 
 
 def differentials(

@@ -12,6 +12,7 @@ import numpy as np
 
 from . import reference
 from .data import NAMES, Case
+from .functions import MASKS, SCORES
 
 TRIES = 12  # seeds
 
@@ -65,7 +66,8 @@ VALUES: dict[str, tuple[dict[str, Any], ...]] = {
         {"bias": "rows", "bias_dtype": "float32"},
         {"bias": "key", "bias_hides": True},
     ),
-    "mask": tuple({"mask": x} for x in (None, "full", "heads", "pairs", "keys", "rows", "key")),
+    "mask": tuple({"mask": x} for x in (None, "full", "heads", "pairs", "keys", "rows", "key", *MASKS)),
+    "score": tuple({"score": x} for x in (None, *SCORES)),
     "segments": tuple({"segments": x} for x in (None, "shared", "entries")),
     "sinks": tuple({"sinks": x} for x in (None, "float32", "float16")),
     "q_lens": tuple({"q_lens": x} for x in (None, "one", "entries")),
