@@ -6,7 +6,7 @@ Each ratio is the time of a call with an option over that of a call it is held a
 rounds. Three have bars: windows at 16384 keys (0.10 and 0.16 of the full forward), and the backward with dbias of a
 bias (1, H, S, S) at batch 8, 2048 keys, d = 64 (1.6 of the same backward without dbias). The others say what an option
 costs beside the plain call at 4096 keys. The exit code is 1 if a call failed; a bar that is missed is said, and no
-failure. --dry-run needs no GPU.
+failure. Packed sequences are held against a dense batch of the longest, pair by pair. --dry-run needs no GPU.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import facts
 from benchmarks.cells import arguments, build
-from cupyflash import _compile, attention, attention_backward, explain
+from cupyflash import _compile, attention, attention_backward, attention_varlen, explain
 from cupyflash._program import backend as backends
 from cupyflash._program.terminal import table
 from cupyflash._program.timing import device_clock
@@ -72,6 +74,63 @@ class Ratio:
         low, _, high = statistics.quantiles(self.ratios, n=4)
         bar = "" if self.bar is None else f"{self.bar:.2f}: {'holds' if self.median <= self.bar else 'missed'}"
         return self.name, what, self.family, f"{self.median:.3f}", f"{low:.3f} to {high:.3f}", bar
+
+
+@dataclass
+class Ragged:
+    """Packed sequences of random lengths beside a dense batch of the longest: time for a pair that a tile computes."""
+
+    name: str = "4096 sequences of 1 to 512 rows"
+    head_dim: int = 64
+    heads: int = 4
+    longest: int = 512
+    sequences: int = 4096
+    bar: float = 1.1
+    family: str = ""
+    ratios: list[float] = field(default_factory=list)
+    milliseconds: float = 0.0
+    failed: str | None = None
+
+    @property
+    def median(self) -> float:
+        """Of the rounds' ratios."""
+        return statistics.median(self.ratios)
+
+    def row(self) -> tuple[str, ...]:
+        """For the printed table."""
+        what = f"forward, {self.heads} heads, d={self.head_dim}"
+        if self.failed or not self.ratios:
+            return self.name, what, self.family, self.failed or "not run", "", ""
+        low, _, high = statistics.quantiles(self.ratios, n=4)
+        verdict = "holds" if self.median <= self.bar else "missed"
+        return self.name, what, self.family, f"{self.median:.3f}", f"{low:.3f} to {high:.3f}", f"{self.bar}: {verdict}"
+
+    def measure(self, rounds: int, xp: Any) -> None:
+        """Both in turns, in the family that takes packed sequences."""
+        lengths = np.random.default_rng(3).integers(1, self.longest + 1, self.sequences)
+        offsets = xp.asarray(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        rng, rows, batch = xp.random.default_rng(4), int(lengths.sum()), self.sequences // 4
+        shape = (batch, self.heads, self.longest, self.head_dim)
+        dense = [rng.standard_normal(shape, dtype=xp.float32).astype(BFLOAT16) for _ in range(3)]
+        packed = [
+            rng.standard_normal((rows, *shape[1::2]), dtype=xp.float32).astype(BFLOAT16) for _ in range(3)
+        ]  # fmt: skip
+        self.family = "sm80"
+        tile = explain(*dense, family=self.family)
+        whole = -(-lengths // tile.block_m) * tile.block_m * (-(-lengths // tile.block_n) * tile.block_n)
+        pairs = int(whole.sum()), batch * self.longest**2
+        longest = {"max_seqlen_q": self.longest, "max_seqlen_k": self.longest}
+        calls = (
+            lambda: attention_varlen(*packed, offsets, offsets, family=self.family, **longest),
+            lambda: attention(*dense, family=self.family),
+        )
+        repeats = [max(1, round(LEAST / device_clock(call, 2))) for call in calls for _ in [call()]]
+        times = []
+        for _ in range(rounds):
+            pair = [device_clock(call, n) for call, n in zip(calls, repeats, strict=True)]
+            times.append(pair[0])
+            self.ratios.append(pair[0] / pairs[0] / (pair[1] / pairs[1]))
+        self.milliseconds = 1e3 * statistics.median(times)
 
 
 def plan() -> list[Ratio]:
@@ -172,8 +231,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments("python -m benchmarks.options", __doc__, ROUNDS, BUDGET)
     args: argparse.Namespace = parser.parse_args(argv)
     ratios = plan()
+    ragged = Ragged()
     if args.dry_run:
-        print("\n".join(f"{r.name}: {r.direction}, {r.batch} x {r.seqlen}, d={r.head_dim}" for r in ratios))
+        print("\n".join("  ".join(r.row()) for r in (*ratios, ragged)))
         return 0
     began = time.monotonic()
     backend = backends.choose("cupy")
@@ -182,20 +242,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = facts.place(backend)
     build(backend, {spec for ratio in ratios for spec in specs_of(ratio, backend.xp)})
     heat(backend.xp)
-    for ratio in ratios:
+    for ratio in (ragged, *ratios):
         if time.monotonic() - began > args.budget:
             break
         try:
-            measure(ratio, args.rounds, backend.xp)
+            if isinstance(ratio, Ragged):
+                ratio.measure(args.rounds, backend.xp)
+            else:
+                measure(ratio, args.rounds, backend.xp)
         except Exception as error:
             ratio.failed = f"{type(error).__name__}: {error}"
         backend.free()
         print(f"[{time.monotonic() - began:5.1f} s] " + "  ".join(ratio.row()), flush=True)
-    print(table(("option", "call", "family", "ratio", "quartiles", "bar"), [r.row() for r in ratios]))
+    print(table(("option", "call", "family", "ratio", "quartiles", "bar"), [r.row() for r in (*ratios, ragged)]))
     if args.out:
-        results = {"ratios": [dict(vars(r), median=r.median if r.ratios else None) for r in ratios]}
+        results = {"ratios": [dict(vars(r), median=r.median if r.ratios else None) for r in (*ratios, ragged)]}
         facts.write(Path(args.out), {"program": "benchmarks/options.py"} | place | results)
-    return 1 if any(ratio.failed for ratio in ratios) else 0
+    return 1 if any(ratio.failed for ratio in (*ratios, ragged)) else 0
 
 
 def heat(xp: Any) -> None:

@@ -70,6 +70,8 @@ PAIR_ROWS = (
     (192, 128, HopperRow(128, 96, 2, 1, False, False, "not compared")),
     (256, 256, HopperRow(128, 64, 2, 1, False, False, "dropout 3.4, bias 2.1; 80 keys overlapped 3.7, 1.95")),
 )
+# Of masks and segments, whose main loop walks a map of blocks.
+MAP_ROWS = ((64, 64, HopperRow(128, 128, 2, 1, True, True, "not compared; 192 queries gain nothing by a map")),)
 # Of K and V of a section. H100, causal: 1024 and 2048 keys run up to 9 % faster with 32 than with 12 MiB, 512 keys up
 # to 9 % faster with 12 than with 32, since what is read once then alternates with what is read again.
 SECTION_BYTES, SHORT_SECTION_BYTES = 2**25, 12 * 2**20
@@ -99,7 +101,8 @@ def _rows_for(kernel: str, problem: Problem) -> tuple[tuple[int, int, HopperRow]
     options = problem.options
     if options.asks_of_pairs:
         return PAIR_ROWS
-    return (*WINDOW_ROWS, *HOPPER_TABLE[kernel]) if options.window else HOPPER_TABLE[kernel]
+    first = (*(WINDOW_ROWS if options.window else ()), *(MAP_ROWS if options.hides_pairs else ()))
+    return (*first, *HOPPER_TABLE[kernel])
 
 
 def check_hopper(row: HopperRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:

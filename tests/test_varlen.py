@@ -169,6 +169,16 @@ def test_tiles(name, tile):
     check(Packed(**OPTIONS[name]), tile=tile)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-4), (ml_dtypes.bfloat16, 0.03)], ids=["simt", "sm80"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_on_a_gpu(gpu, name, dtype, bound):
+    packed = Packed((300, 0, 33, 1, 129), (310, 20, 0, 1, 260), dtype=dtype, d=64, dv=72, **OPTIONS[name])
+    check(packed, gpu.xp, bound)
+    if name == "plain":  # without a look at the offsets, and longer than any sequence
+        check(packed, gpu.xp, bound, max_seqlen_q=400, max_seqlen_k=512)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_long_sequences_take_threads(causal):
     check(Packed((700, 3, 400), (300, 900, 2), causal=causal))
