@@ -125,7 +125,7 @@ class Ragged:
         pairs = int(whole.sum()), batch * self.longest**2
         longest = {"max_seqlen_q": self.longest, "max_seqlen_k": self.longest}
         calls = (
-            lambda: attention_varlen(*packed, offsets, offsets, family=self.family, **longest),
+            lambda: attention_varlen(*packed, offsets, offsets, family=self.family, **longest)  # type: ignore[arg-type],
             lambda: attention(*dense, family=self.family),
         )
         repeats = [max(1, round(LEAST / device_clock(call, 2))) for call in calls for _ in [call()]]
