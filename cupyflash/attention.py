@@ -66,8 +66,8 @@ def attention(
 ) -> Any:
     """Exact attention: out = softmax(scale * q k^T) v, in memory that grows with the sequence, not its square.
 
-    The logit of query row i and key j is softcap(scale * q_i . k_j) - slope |d_i - j| + bias_ij, with i's diagonal d_i,
-    and -inf where the pair is hidden: by causal, window, mask, segment_ids, q_lens or kv_lens.
+    The logit of query row i and key j is score(softcap(scale * q_i . k_j) - slope |d_i - j| + bias_ij), with i's
+    diagonal d_i, and -inf where the pair is hidden: by causal, window, mask, segment_ids, q_lens or kv_lens.
 
     NumPy arrays are computed on the CPU, CuPy arrays on their device and CuPy's current stream. Objects with
     ``__dlpack__`` or ``__cuda_array_interface__`` are read in place.
@@ -92,13 +92,21 @@ def attention(
         Caps scaled products: s becomes softcap * tanh(s / softcap). Finite and above 0. [2]_
     bias : array, broadcasts to (..., Hq, Sq, Sk), optional
         Added to the logits, float16, bfloat16, float32 or float64 whatever q is. -inf hides a pair.
-    mask : boolean array, broadcasts to (..., Hq, Sq, Sk), optional
-        True where row i may see key j.
+    mask : boolean array, broadcasts to (..., Hq, Sq, Sk), or callable, optional
+        True where row i may see key j. A function is called as ``mask(b, h, i, j, *mask_args)``, as ``score`` is.
+    mask_args : tuple of arrays and numbers
+        What a mask function gets beside positions.
     alibi_slopes : array, broadcasts to (..., Hq), optional
         Adds -slope * abs(d_i - j). Any float dtype; has no gradient. [3]_
     sinks : array, shape (Hq,), optional
         One logit for each query head, which joins the denominator of the softmax and has no value. Any float dtype;
         neither scaled nor capped. [4]_ [5]_
+    score : callable, optional
+        ``score(s, b, h, i, j, *score_args)`` takes the place of the logit s behind softcap, alibi_slopes and bias, at
+        the pair of query i and key j of query head h and entry b of the flattened leading axes. Written in NumPy's
+        terms; on a GPU it is traced to CUDA C, and differentiated by s. -inf hides a pair. Rules: docs/score.md.
+    score_args : tuple of arrays and numbers
+        What a score function gets beside s and positions: up to 8 arrays of up to 4 axes. They have no gradient.
     q_lens, kv_lens : int or integer array over the leading axes, optional
         How many rows and keys each batch entry has, from 0 to Sq and Sk. What lies beyond is never used; there out is 0
         and lse -inf. Arrays on a device are not looked at unless CUPYFLASH_CHECK=1 is in the environment: there a
@@ -255,7 +263,7 @@ def attention_backward(
         Which gradients to compute. None: those of q, k, v, and of bias and sinks where given.
     grads_out : AttentionGradients, optional
         Arrays to write into; None entries are allocated. Each has its input's shape and dtype.
-    scale, causal, window, softcap, bias, mask, alibi_slopes, sinks
+    scale, causal, window, softcap, bias, mask, mask_args, alibi_slopes, sinks, score, score_args
         What ``attention`` was called with.
     q_lens, kv_lens, q_offset, segment_ids, dropout, seed, layout, precision
         What ``attention`` was called with: the seed too.
@@ -281,8 +289,8 @@ def attention_backward(
     -----
     With p = exp(s - lse), dp = dout v^T, delta = sum_d dout out - dlse and ds = p (dp - delta): dv = p^T dout,
     dq = scale ds k, dk = scale ds^T q. FlashAttention-2, Dao (2023), arXiv:2307.08691, algorithm 2. dbias is ds; dsinks
-    is the sum over rows of -exp(sink - lse) delta. softcap multiplies ds in dq and dk by its slope,
-    1 - tanh(scale q.k / softcap)^2; dropout multiplies dp, and p in dv, by 0 or 1 / (1 - dropout).
+    is the sum over rows of -exp(sink - lse) delta. score multiplies ds by its slope, in dbias too; softcap by its own,
+    1 - tanh(scale q.k / softcap)^2, in dq and dk; dropout multiplies dp, and p in dv, by 0 or 1 / (1 - dropout).
     """
     _check_flag("deterministic", deterministic)
     asked = Asked(
@@ -349,7 +357,7 @@ def attention_vjp(
 
     Parameters
     ----------
-    q, k, v, scale, causal, window, softcap, bias, mask, alibi_slopes, sinks
+    q, k, v, scale, causal, window, softcap, bias, mask, mask_args, alibi_slopes, sinks, score, score_args
         As for ``attention``.
     q_lens, kv_lens, q_offset, segment_ids, dropout, seed, layout, precision, family, tile, return_lse
         As for ``attention``.
@@ -420,7 +428,7 @@ def explain(
 
     Parameters
     ----------
-    q, k, v, scale, causal, window, softcap, bias, mask, alibi_slopes, sinks
+    q, k, v, scale, causal, window, softcap, bias, mask, mask_args, alibi_slopes, sinks, score, score_args
         As for ``attention``.
     q_lens, kv_lens, q_offset, segment_ids, dropout, seed, layout, precision, family, tile, out
         As for ``attention``.
@@ -492,7 +500,7 @@ def prepare(
 
     Parameters
     ----------
-    q, k, v, scale, causal, window, softcap, bias, mask, alibi_slopes, sinks
+    q, k, v, scale, causal, window, softcap, bias, mask, mask_args, alibi_slopes, sinks, score, score_args
         As for ``attention``.
     q_lens, kv_lens, q_offset, segment_ids, dropout, seed, layout, precision, family, tile, out
         As for ``attention``.
