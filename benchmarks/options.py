@@ -123,9 +123,9 @@ class Ragged:
         tile = explain(*dense, family=self.family)
         whole = -(-lengths // tile.block_m) * tile.block_m * (-(-lengths // tile.block_n) * tile.block_n)
         pairs = int(whole.sum()), batch * self.longest**2
-        longest = {"max_seqlen_q": self.longest, "max_seqlen_k": self.longest}
+        longest: dict[str, Any] = {"max_seqlen_q": self.longest, "max_seqlen_k": self.longest}
         calls = (
-            lambda: attention_varlen(*packed, offsets, offsets, family=self.family, **longest)  # type: ignore[arg-type],
+            lambda: attention_varlen(*packed, offsets, offsets, family=self.family, **longest),
             lambda: attention(*dense, family=self.family),
         )
         repeats = [max(1, round(LEAST / device_clock(call, 2))) for call in calls for _ in [call()]]
