@@ -157,8 +157,11 @@ class Asked(NamedTuple):
     @property
     def has_no_function(self) -> bool:
         """Whether there is neither a score nor a mask function, nor arguments for one."""
-        args = (self.score_args, self.mask_args)
-        return self.score is None and not callable(self.mask) and all(type(x) is tuple and not x for x in args)
+        score_args, mask_args = self.score_args, self.mask_args
+        return (
+            self.score is None and not callable(self.mask) and type(score_args) is type(mask_args) is tuple
+            and not score_args and not mask_args
+        )  # fmt: skip
 
     def looked_up(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """What calls with other options differ in, and the arrays among them, by the names they have inside.

@@ -17,6 +17,7 @@ from cupyflash.testing.data import Case
 from cupyflash.testing.functions import MASKS, SCORES
 
 F32, F64 = np.float32, np.float64
+FAMILIES = {"simt": ("float32", 90), "sm80": ("bfloat16", 80), "sm90": ("float16", 90)}  # and an architecture
 TILES = [None, Tile(16, 16)]
 ROWS, KEYS, HEADS = 33, 50, 4
 I, J = np.arange(ROWS)[:, None], np.arange(KEYS)
@@ -262,6 +263,47 @@ def test_a_plan_knows_what_functions_do():
     assert "score_function" not in spec.prelude()
 
 
+SHARED = {
+    "pairs": (lambda b, h, i, j: i >= j, (1, 1)),
+    "heads": (lambda b, h, i, j: i >= j + h, (1, HEADS)),
+    "entries": (lambda b, h, i, j: i >= j + b, (2, 1)),
+    "both": (lambda b, h, i, j: (i >= j + b) | (h > 1), (2, HEADS)),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_there_are_as_many_maps_of_blocks_as_a_mask_function_tells_apart(name):
+    function, entries = SHARED[name]
+    plan = explain(*draw(2, dtype=F32)[:3], device="sm_80", mask=function)
+    assert [shape[:2] for _, shape, _ in plan.maps] == [entries]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_that_a_mask_function_hides_or_leaves(family):
+    """Whole blocks of both kinds, other ones in each entry, by numbers of the logit's own type."""
+    why_not()
+    dtype, arch = FAMILIES[family]
+    case = Case(4, "float64" if family == "simt" else dtype, batch=((2,),) * 3, seqlen_q=300, seqlen_k=400, head_dim=16, head_dim_v=16)
+    x = case.inputs()
+    factors = np.array([0.5 + 2**-40, 2.0])
+
+    def mask(b, h, i, j, factors):
+        return factors[b] * i >= j
+
+    seen = factors[:, None, None, None] * np.arange(300)[:, None] >= np.arange(400)
+    results = []
+    for function, args in ((mask, (factors,)), (seen, ())):
+        with Device(lambda n: Schedule.draw(5), arch=arch) as xp:
+            q, k, v, dout = (xp.asarray(a) for a in x[:4])
+            options = {"mask": function if callable(function) else xp.asarray(function), "family": family}
+            options["mask_args"] = tuple(xp.asarray(a) for a in args)
+            out, lse = attention(q, k, v, return_lse=True, **options)
+            grads = attention_backward(dout, q, k, v, out, lse, **options)[:3]
+            results.append([a.get() for a in (out, lse, *grads)])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 # ----------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -324,7 +366,6 @@ def test_a_result_does_not_overwrite_an_argument():
 
 # ------------------------------------------------------------------------------------------------------------- kernels
 
-FAMILIES = {"simt": ("float32", 90), "sm80": ("bfloat16", 80), "sm90": ("float16", 90)}
 KINDS = [(name, None) for name in SCORES] + [("square", name) for name in MASKS]
 
 
