@@ -173,7 +173,9 @@ def attention_varlen_backward(
     dout : array, shape (Tq, Hq, Dv)
         Gradient of a scalar with respect to out, in q's dtype.
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k : array and int
-        What ``attention_varlen`` was called with; likewise its options.
+        What ``attention_varlen`` was called with.
+    scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_offset, dropout, seed, precision : optional
+        Likewise.
     out, lse : array
         What ``attention_varlen(..., return_lse=True)`` returned.
     dlse : array, shape (Hq, Tq), optional
@@ -242,7 +244,11 @@ def attention_varlen_vjp(
     Parameters
     ----------
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_lse : array, int and bool
-        As for ``attention_varlen``; likewise its options.
+        As for ``attention_varlen``.
+    scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_offset, dropout, seed, precision : optional
+        Likewise.
+    family, tile : optional
+        Likewise, for both directions.
     deterministic : bool
         As for ``attention_backward``.
 
