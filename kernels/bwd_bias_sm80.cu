@@ -85,10 +85,9 @@ __device__ __forceinline__ void load_numbers(const Params& params, Smem& smem, c
 // ---- results
 
 // The sums of each column over all rows of the tile, in the order of the warps, to threads 0 to BLOCK_N - 1. Q has been
-// read for the last time.
+// read for the last time, behind the barrier that ends a turn.
 __device__ __forceinline__ Accumulator sum_rows(Smem& smem, const Fragment<BLOCK_N> (&acc)[FRAGMENTS]) {
   Accumulator* sums = reinterpret_cast<Accumulator*>(&smem.q);  // (NUM_WARPS, BLOCK_N)
-  sync_block();                                                 // all have read Q
 #pragma unroll
   for (int c = 0; c < acc[0].COLS; ++c) {
     Accumulator sum = 0;

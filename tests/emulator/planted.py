@@ -413,7 +413,7 @@ LIBRARY = (
     ),
     Planted(
         "rows beyond the end stored", "fwd_simt",
-        r"row < \w+\.seqlen_q - \w+\) store_number", "row < BLOCK_M) store_number", ("out of bounds",), "lse",
+        r"row < rows_to_write\(params, entry\) - row0\)", "row < BLOCK_M)", ("out of bounds",), "lse",
     ),
     Planted("diagonal off by one", "fwd_simt", "j - i <= q_offset", "j - i < q_offset", ("values",), "", _CAUSAL),
     Planted(
@@ -515,7 +515,7 @@ LIBRARY = (
     ),
     Planted(
         "numbers beyond the end stored", "fwd_sm80",
-        r" && query < tile\.seq\.seqlen_q\)", ")", ("out of bounds",), "lse", AMPERE_FORWARD[2],
+        r" && query < rows_to_write\(params, tile\.seq\)\)", ")", ("out of bounds",), "lse", AMPERE_FORWARD[2],
     ),
     # ---- bwd_sm80
     Planted(
@@ -534,7 +534,7 @@ LIBRARY = (
     ),
     Planted(
         "one key block too few waited for", "bwd_sm80",
-        r"< job\.n_block - blocks\.begin\)", "< job.n_block - blocks.begin - 1)",
+        r"< below\)", "< below - 1)",
         ("race between blocks", "uninitialised"), "", AMPERE_BACKWARD[1], (5, 7, 10),
     ),
     Planted(

@@ -146,8 +146,8 @@ class Problem:
         lse = np.ascontiguousarray(lse, np.float64 if self.dtype == "float64" else np.float32)
         with Device(schedule, patches, undefined=False) as xp:
             device = [self._on(xp, x) for x in (dout, q, k, v, out, lse)]
-            got = attention_backward(*device, **self._asked(xp))[:3]
-        for x, y in zip(got, reference.backward(dout, q, k, v, out, lse, **self._meaning())[:3], strict=True):
+            got = attention_backward(*device, **self._asked(xp))
+        for x, y in zip(got, reference.backward(dout, q, k, v, out, lse, **self._meaning()), strict=True):
             if x is not None:
                 _compare(x.get(), y)
 
@@ -179,6 +179,17 @@ PROBLEMS = (Problem("float32", 16, 140, 140), Problem("float32", 160, 40, 70))
 
 # Whole, hidden and mixed blocks.
 MASKED = Problem("float32", 16, 140, 140, (("mask", np.arange(140) // 70 * 70 + np.arange(140)[:, None] // 9 < 100),))
+
+
+def bias_problem(dtype: str, shape: tuple[int, ...], *options: tuple[str, Any]) -> Problem:
+    """A bias that three entries share, or all rows of them."""
+    bias = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    return Problem(dtype, 16, 70, 90, (("bias", bias), *options), heads=2, heads_k=2, batch=(3, 3))
+
+
+SINKS = Problem("float32", 16, 600, 40, (("sinks", np.ones(2, np.float32)),), heads=2, heads_k=2)
+BIAS_SIMT = tuple(bias_problem("float32", shape) for shape in ((1, 2, 70, 90), (3, 1, 1, 90)))
+BIAS_SM80 = tuple(bias_problem("float16", shape, ("family", "sm80")) for shape in ((1, 1, 70, 90), (1, 2, 1, 90)))
 
 
 def ampere_forward(row: AmpereRow, **more: Any) -> Problem:
@@ -261,6 +272,9 @@ def runs_of(removal: Removal) -> list[Run]:
         return [lambda patches, schedule: _run_sample(sample, patches, schedule)]
     if file == "block_map.cu":
         return [MASKED.forward]
+    beside = {"bwd_sinks.cu": (SINKS,), "bwd_bias_simt.cu": BIAS_SIMT, "bwd_bias_sm80.cu": BIAS_SM80}
+    if file in beside:
+        return [p.backward for p in beside[file]]
     if file in ("bwd_sm80.cu", "gradients.cuh"):
         return [p.backward for p in AMPERE_BACKWARD]
     if file.endswith(("_sm80.cu", "_sm80.cuh")):
