@@ -1,12 +1,12 @@
-// Before the other kernels, where a mask, a function or segments hide single pairs: of each block of BLOCK_M queries and
-// BLOCK_N keys, whether any pair is seen and whether all are. So main loops leave out blocks that nobody sees, and ask
-// for no single pair in those that are whole (block_walk.cuh). Lengths, diagonal and window are not asked here.
+// Before the other kernels, where a mask, a function or segments hide single pairs: of each block of BLOCK_M queries
+// and BLOCK_N keys, whether any pair is seen and whether all are. So main loops leave out blocks that nobody sees, and
+// ask for no single pair in those that are whole (block_walk.cuh). Lengths, diagonal and window are not asked here.
 //
 // key_map has a row for each query block, a bit for each key block; query_map is its transpose. Either may be missing.
 // params.batch_shape and num_heads count the maps there are: one for all heads, or all entries, that share the mask.
 //
 //     a thread block writes a byte of both halves of a row     NUM_WARPS blocks of pairs, a warp for each
-//     a warp, in turns, until it has seen a pair and a hidden one:   by 16 bytes of the mask a lane, or by a pair a lane
+//     a warp, in turns, until it has seen a pair and a hidden one:   by 16 bytes of the mask, or by a pair, a lane
 //
 // Segments are compared by their ranges first: two blocks whose ids lie apart, or are all the same, need no more.
 #include "basics.cuh"

@@ -52,8 +52,8 @@ struct Smem {
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
 
-// What each row of threads has of the sums over rows, to tile_p: row thread_y(), by columns, where nobody else has read.
-// By the whole block.
+// What each row of threads has of the sums over rows, to tile_p: row thread_y(), by columns, where nobody else has
+// read. By the whole block.
 __device__ __forceinline__ void share_sums(Smem& smem, const Scores<BLOCK_M, BLOCK_N>& acc) {
   static_assert(THREADS_Y <= BLOCK_M, "a row of tile_p for each");
 #pragma unroll

@@ -205,8 +205,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   // How far on the tile is that takes the place of the one before this: one of the same kind, AHEAD / 2 blocks further
   // on, or one of the other kind. A block of K and its V are PAIR tiles apart.
   constexpr int AHEAD = NUM_STAGES - 1, PAIR = OVERLAP ? 3 : 1;
-  // `before`: the block whose turn was before. `whole`: the block has no keys beyond the end, and what is sent for is no
-  // later block.
+  // `before`: the block whose turn was before. `whole`: the block has no keys beyond the end, and what is sent for is
+  // no later block.
   const auto arrive_k = [&](int n_block, int before, bool whole) ALWAYS_INLINE {
     const int free = arrive();
     if constexpr (AHEAD % 2 == 0) {

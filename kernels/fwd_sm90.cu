@@ -257,8 +257,8 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
   };
   // Up to the first block that this consumer takes: its Q and K are there.
   const auto await_tile = [&](const QueryTile& tile) ALWAYS_INLINE {
-#pragma unroll 1
-    for (n_block = tile.end - 1; n_block >= tile.own.end; n_block = tile.below(n_block)) {  // blocks that only other consumers see
+#pragma unroll 1  // blocks that only other consumers see
+    for (n_block = tile.end - 1; n_block >= tile.own.end; n_block = tile.below(n_block)) {
       smem.k_ring.await(turn);
       smem.v_ring.await(turn);
       take_turn(consumer);

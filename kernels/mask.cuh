@@ -16,8 +16,8 @@ struct BlockRange {
 // leaves, and which whole, is then a matter of block_walk.cuh too.
 constexpr bool HIDES_PAIRS = HAS_MASK || MASK_FUNCTION || SEGMENTS;
 
-// Which of these loops a kernel needs at all: whether blocks of keys are cut at the beginning, and whether more than one
-// is at the end.
+// Which of these loops a kernel needs at all: whether blocks of keys are cut at the beginning, and whether more than
+// one is at the end.
 constexpr bool CUT_AT_BEGIN = WINDOW, CUT_AT_END = CAUSAL || WINDOW;
 
 // What a main loop's step is told: whether it must ask visible(). A constant at each call, so each loop is compiled

@@ -1,5 +1,5 @@
-// Packed sequences: results in the rows behind the last one, which belong to nobody else. out and gradients are 0 there,
-// lse is -inf.
+// Packed sequences: results in the rows behind the last one, which belong to nobody else. out and gradients are 0
+// there, lse is -inf.
 //
 // A warp takes one row of one head, a lane a number of it; the blocks are few and walk all such rows. No shared memory.
 #include "basics.cuh"
