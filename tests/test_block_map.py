@@ -311,7 +311,7 @@ def _spec(**fields):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.share(12)
+@pytest.mark.share(4)
 def test_every_family(family, name):
     _run(family, name)
 

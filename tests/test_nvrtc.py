@@ -82,7 +82,7 @@ CANDIDATES = hopper_candidates()
 
 
 @pytest.mark.parametrize("text", CANDIDATES)
-@pytest.mark.share(12)
+@pytest.mark.share(6)
 def test_what_the_tuner_tries_on_hopper_compiles(text):
     """A slow candidate loses, and may spill; one that does not compile should not have been offered."""
     compile_spec(*CANDIDATES[text], "sm_90a")
@@ -149,7 +149,7 @@ OPTION_SPECS = option_specs()
 
 
 @pytest.mark.parametrize("text", OPTION_SPECS)
-@pytest.mark.share(16)
+@pytest.mark.share(8)
 def test_kernels_with_options_compile(text):
     """What they spill costs time; the tables say for which tiles that was measured."""
     compiled = compile_spec(*OPTION_SPECS[text])

@@ -369,7 +369,7 @@ def test_a_result_does_not_overwrite_an_argument():
 KINDS = [(name, None) for name in SCORES] + [("square", name) for name in MASKS]
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(2)
 @pytest.mark.parametrize(("score", "mask"), KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_under_the_emulator(family, score, mask):
