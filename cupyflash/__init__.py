@@ -1,18 +1,11 @@
 """cupyflash: exact attention with gradients for NumPy and CuPy arrays, without PyTorch."""
 
 from ._plan import Plan, Tile
+from ._results import AttentionGradients, AttentionResult
 from ._tuned import TuningCacheWarning
 from ._tuning import TunedKernel, Tuning, tune
 from ._version import __version__
-from .attention import (
-    AttentionGradients,
-    AttentionResult,
-    attention,
-    attention_backward,
-    attention_vjp,
-    explain,
-    prepare,
-)
+from .attention import attention, attention_backward, attention_vjp, explain, prepare
 from .varlen import attention_varlen, attention_varlen_backward, attention_varlen_vjp
 
 __all__ = [

@@ -10,7 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64))
 
 Array = Any  # numpy.ndarray or cupy.ndarray; CuPy has no type stubs
 ArraySpec = tuple[str, tuple[int, ...], np.dtype]  # name, shape, dtype of a new array
@@ -104,6 +108,15 @@ def same_place(named: dict[str, Array]) -> int | None:
     return where
 
 
+def check_beside(name: str, x: Array, where: int | None) -> None:
+    """Check that a small array may go beside q, which lies at ``where``: on its device, or on the host."""
+    other = place(x)
+    if other is not None and where is None:
+        raise TypeError(f"{name} is a CuPy array, q a NumPy array: one call stays on one side")
+    if other is not None and other != where:
+        raise ValueError(f"{name} lies on CUDA device {other}, q on {where}: one device for a call")
+
+
 def on_device(device: int | None) -> AbstractContextManager[Any]:
     """Make a CUDA device current for a while; nothing for host memory, or where it is current already."""
     if device is None:
@@ -115,6 +128,14 @@ def on_device(device: int | None) -> AbstractContextManager[Any]:
 def address(x: Array) -> int:
     """Where the element at index 0 of every axis lies."""
     return int(x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr)
+
+
+def broadcasts_to(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """Whether an array of ``shape`` broadcasts to ``full``."""
+    try:
+        return np.broadcast_shapes(shape, full) == full
+    except ValueError:
+        return False
 
 
 def misaligned(x: Array) -> str | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _cpu, _tuned
-from ._arrays import Array, address, import_cupy, is_cupy, misaligned, on_device, place, same_place, take
+from ._arrays import Array, address, check_beside, import_cupy, is_cupy, misaligned, on_device, same_place, take
 from ._functions import Functions, check_functions, take_functions
 from ._options import PLAIN, Asked, Options, Shape, read_options, read_seed
 from ._plan import DEVICES, Device, Plan
@@ -54,9 +54,11 @@ class Call:
         self.inputs: dict[str, Array] = {"q": q, "k": k, "v": v}
         if beside is not None:
             self.inputs.update(beside)
-        options = {} if asked.is_plain else asked.arrays()
-        functions = None if asked.is_plain else take_functions(asked)
-        if functions is not None:
+        options: dict[str, Array] = {}
+        functions = None
+        if not asked.is_plain:
+            options = asked.arrays()
+            functions = take_functions(asked)
             options |= {name: x for name, x in functions.arrays.items() if name not in functions.numbers}
         self.inputs.update(options)
         self.place = same_place(self.inputs)
@@ -207,10 +209,7 @@ def _with_axes(x: Array, ndim: int) -> Array:
 def _integers(name: str, x: Any, where: int | None, dtype: type = np.int64) -> Array:
     """Integers where the call's arrays lie; those of the host are copied to a device."""
     if is_cupy(x):
-        if where is None:
-            raise TypeError(f"{name} is a CuPy array, q a NumPy array: one call stays on one side")
-        if place(x) != where:
-            raise ValueError(f"{name} lies on CUDA device {place(x)}, q on {where}: one device for a call")
+        check_beside(name, x, where)
     with on_device(where):
         return (np if where is None else import_cupy()).asarray(x, dtype)
 

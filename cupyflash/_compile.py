@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import import_cupy
+from ._arrays import BFLOAT16, import_cupy
 from ._params import PARAMS_BYTES
-from ._problem import BFLOAT16
 from ._score_args import FUNCTION_ARGS_BYTES
 from ._tma import MAPPED_PARAMS_BYTES
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from ._options import FLOATS
+from ._arrays import DTYPES
 
 MOST_POWER = 16  # x ** n is written out as products up to here
 
@@ -39,7 +39,7 @@ KINDS |= {
     np.dtype(name): Kind.INT if name in _INTEGER_KINDS else Kind.LONG
     for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 }
-KINDS |= dict.fromkeys(FLOATS, Kind.FLOAT)
+KINDS |= dict.fromkeys(DTYPES, Kind.FLOAT)
 
 FUNCTIONS = ("exp", "exp2", "log", "sqrt", "tanh", "sin", "cos")  # of one float
 ARITHMETIC = ("add", "subtract", "multiply", "floor_divide", "remainder", "minimum", "maximum")

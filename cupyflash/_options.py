@@ -21,16 +21,13 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-from ._arrays import Array, take
+from ._arrays import DTYPES, Array, broadcasts_to, take
 
 if TYPE_CHECKING:
     from ._trace import TracedMask, TracedScore
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FLOATS = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64))
 MAX_SEED = 2**64
 # No diagonal is further from a key, as q_offset lies within 2**62; with q_offset added it still fits 64 bits.
 MAX_BOUND = 2**62
@@ -120,6 +117,13 @@ class Options:
 
 
 PLAIN = Options()
+NO_ARGS: tuple[Any, ...] = ()  # Python has one empty tuple
+CHECK = "CUPYFLASH_CHECK"
+
+
+def lengths_are_checked() -> bool:
+    """Whether lengths and offsets on a device are looked at, which waits for it: ``CUPYFLASH_CHECK=1``."""
+    return os.environ.get(CHECK, "") == "1"
 
 
 class Asked(NamedTuple):
@@ -148,56 +152,49 @@ class Asked(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether nothing is asked for that Options would hold. (Of an array as of a number: no value is looked at.)"""
+        (
+            _, _, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, _, segment_ids, dropout, seed, _,
+            _, score, score_args, mask_args,
+        ) = self  # fmt: skip
         return (
-            self.window is self.softcap is self.bias is self.mask is self.alibi_slopes is self.sinks is self.q_lens
-            is self.kv_lens is self.segment_ids is self.seed is None and type(self.dropout) in (float, int)
-            and self.dropout == 0 and self.has_no_function
+            window is softcap is bias is mask is alibi_slopes is sinks is q_lens is kv_lens is segment_ids is seed
+            is score is None and score_args is mask_args is NO_ARGS and type(dropout) in (float, int) and dropout == 0
         )  # fmt: skip
 
-    @property
-    def has_no_function(self) -> bool:
-        """Whether there is neither a score nor a mask function, nor arguments for one."""
-        score_args, mask_args = self.score_args, self.mask_args
-        return (
-            self.score is None and not callable(self.mask) and type(score_args) is type(mask_args) is tuple
-            and not score_args and not mask_args
-        )  # fmt: skip
-
-    def looked_up(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def looked_up(self) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
         """What calls with other options differ in, and the arrays among them, by the names they have inside.
 
-        None where a call must be looked at each time: numbers of an unusual type, arrays that kernels do not read as
-        they are, and lengths whose values are to be checked.
+        No such tuple where a call must be looked at each time: numbers of an unusual type, arrays that kernels do not
+        read as they are, functions, and lengths whose values are to be checked.
         """
-        window, softcap, q_offset = self.window, self.softcap, self.q_offset
+        scale, causal, window, softcap, q_offset = self.scale, self.causal, self.window, self.softcap, self.q_offset
         if not (
-            (self.scale is None or type(self.scale) is float)
-            and (self.causal is False or self.causal is True or type(self.causal) is str)
+            (scale is None or type(scale) is float)
+            and (causal is False or causal is True or type(causal) is str)
             and (q_offset is None or type(q_offset) is int)
         ):
-            return None
+            return None, {}
+        plain = (scale, causal, q_offset, self.layout, self.precision)
         if self.is_plain:
-            return (self.scale, self.causal, q_offset, self.layout, self.precision), {}
-        if self.dropout or self.seed is not None or os.environ.get("CUPYFLASH_CHECK", "") == "1":
-            return None
-        if not self.has_no_function:
-            return None
-        if window is not None and not (
-            type(window) is tuple and len(window) == 2 and all(x is None or type(x) is int for x in window)
-        ):
-            return None
-        if softcap is not None and type(softcap) is not float:
-            return None
-        ids = (None, None) if self.segment_ids is None else self.segment_ids
-        if type(ids) is not tuple or len(ids) != 2:
-            return None
-        integers = {"q_segments": ids[0], "kv_segments": ids[1], "q_lens": self.q_lens, "kv_lens": self.kv_lens}
+            return plain, {}
+        if not (
+            (window is None or (type(window) is tuple and all(x is None or type(x) is int for x in window)))
+            and (softcap is None or type(softcap) is float)
+            and self.seed is None and type(self.dropout) in (float, int) and self.dropout == 0
+            and self.score is None and not callable(self.mask) and self.score_args is self.mask_args is NO_ARGS
+            and (self.segment_ids is None or (type(self.segment_ids) is tuple and len(self.segment_ids) == 2))
+            and not lengths_are_checked()
+        ):  # fmt: skip
+            return None, {}
+        q_segments, kv_segments = self.segment_ids or (None, None)
+        integers = {
+            "q_segments": q_segments, "kv_segments": kv_segments, "q_lens": self.q_lens, "kv_lens": self.kv_lens
+        }  # fmt: skip
         if any(x is not None and getattr(x, "dtype", None) != np.int64 for x in integers.values()):
-            return None
-        arrays = {name: getattr(self, name) for name in ("bias", "mask", "alibi_slopes", "sinks")} | integers
-        arrays = {name: x for name, x in arrays.items() if x is not None}
-        options = (self.scale, self.causal, q_offset, self.layout, self.precision, window, softcap, tuple(arrays))
-        return options, arrays
+            return None, {}
+        sides = {name: getattr(self, name) for name in ("bias", "mask", "alibi_slopes", "sinks")} | integers
+        arrays = {name: x for name, x in sides.items() if x is not None}
+        return (*plain, window, softcap, tuple(arrays)), arrays
 
     @property
     def differentiable(self) -> tuple[str, ...]:
@@ -247,14 +244,14 @@ def read_window(window: object) -> tuple[int | None, int | None]:
 def read_softcap(softcap: object) -> float | None:
     if softcap is None:
         return None
-    value = _real("softcap", softcap)
+    value = read_real("softcap", softcap)
     if not (0 < value < math.inf):
         raise ValueError(f"softcap={value}: softcap is finite and above 0, or None")
     return value
 
 
 def read_dropout(dropout: object, seed: object) -> float:
-    value = _real("dropout", dropout)
+    value = read_real("dropout", dropout)
     if not 0 <= value < 1:
         raise ValueError(f"dropout={value}: dropout is a probability, at least 0 and below 1")
     if value > 0 and seed is None:
@@ -280,16 +277,12 @@ def read_seed(seed: Any) -> int | Array | None:
 
 def broadcast_shape(name: str, shape: tuple[int, ...], full: tuple[int, ...], meaning: str) -> None:
     """ValueError unless an array of ``shape`` broadcasts to ``full``."""
-    try:
-        fits = np.broadcast_shapes(shape, full) == full
-    except ValueError:
-        fits = False
-    if not fits:
+    if not broadcasts_to(shape, full):
         raise ValueError(f"{name}.shape={shape} does not broadcast to {meaning} = {full}")
 
 
 def check_bias(x: Array, shape: Shape) -> Side:
-    if x.dtype not in FLOATS:
+    if x.dtype not in DTYPES:
         raise TypeError(f"bias.dtype={x.dtype}: a bias is float16, bfloat16, float32 or float64")
     _check_pairs("bias", x, shape)
     return Side(x.dtype, x.shape)
@@ -308,14 +301,14 @@ def _check_pairs(name: str, x: Array, shape: Shape) -> None:
 
 
 def check_slopes(x: Array, shape: Shape) -> Side:
-    if x.dtype not in FLOATS:
+    if x.dtype not in DTYPES:
         raise TypeError(f"alibi_slopes.dtype={x.dtype}: slopes are float16, bfloat16, float32 or float64")
     broadcast_shape("alibi_slopes", x.shape, (*shape.batch, shape.num_heads), "(*batch, Hq)")
     return Side(x.dtype, x.shape)
 
 
 def check_sinks(x: Array, shape: Shape) -> Side:
-    if x.dtype not in FLOATS:
+    if x.dtype not in DTYPES:
         raise TypeError(f"sinks.dtype={x.dtype}: sinks are float16, bfloat16, float32 or float64")
     if x.shape != (shape.num_heads,):
         raise ValueError(f"sinks.shape={x.shape}: there is one logit for each query head, shape {(shape.num_heads,)}")
@@ -330,7 +323,7 @@ def check_segments(q_ids: Array, kv_ids: Array, shape: Shape) -> None:
         broadcast_shape(name, x.shape, (*shape.batch, length), f"(*batch, {letter})")
 
 
-def check_lens(name: str, x: object, length: int, batch: tuple[int, ...]) -> None:
+def check_lens(name: str, x: Any, length: int, batch: tuple[int, ...]) -> None:
     """Shape and type of lengths, and their values where the host knows them."""
     if isinstance(x, (int, np.integer)) and not isinstance(x, (bool, np.bool_)):
         if not 0 <= int(x) <= length:
@@ -339,8 +332,8 @@ def check_lens(name: str, x: object, length: int, batch: tuple[int, ...]) -> Non
     dtype = getattr(x, "dtype", None)
     if not isinstance(dtype, np.dtype) or dtype.kind not in "iu":
         raise TypeError(f"{name}={x!r}: lengths are an integer or an integer array over the leading axes")
-    broadcast_shape(name, x.shape, batch, "the leading axes")  # type: ignore[attr-defined]
-    known: Any = x if isinstance(x, np.ndarray) or os.environ.get("CUPYFLASH_CHECK", "") == "1" else None
+    broadcast_shape(name, x.shape, batch, "the leading axes")
+    known: Any = x if isinstance(x, np.ndarray) or lengths_are_checked() else None
     if known is not None and known.size and (int(known.min()) < 0 or int(known.max()) > length):
         raise ValueError(
             f"{name} holds lengths from {int(known.min())} to {int(known.max())}: "
@@ -348,10 +341,10 @@ def check_lens(name: str, x: object, length: int, batch: tuple[int, ...]) -> Non
         )
 
 
-def _real(name: str, x: object) -> float:
+def read_real(name: str, x: object, kind: str = "a real number") -> float:
     """A float, infinite for an integer or a fraction that is larger than all of them."""
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, numbers.Real):
-        raise TypeError(f"{name}={x!r}: {name} is a real number")
+        raise TypeError(f"{name}={x!r}: {name} is {kind}")
     try:
         return float(x)
     except OverflowError:

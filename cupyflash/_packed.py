@@ -7,16 +7,15 @@ what the arrays hold.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import Array, import_cupy, is_cupy, on_device, place, take
+from ._arrays import Array, check_beside, import_cupy, is_cupy, on_device, take
 from ._call import Call
 from ._functions import Functions
-from ._options import Asked, Shape, read_options
+from ._options import Asked, Shape, lengths_are_checked, read_options
 from ._problem import pack_problem, read_problem
 
 
@@ -98,13 +97,10 @@ def read_offsets(side: str, cu_seqlens: object, max_seqlen: object, total: int, 
         raise TypeError(f"{name}.dtype={x.dtype}: offsets are int32 or int64")
     if x.ndim != 1 or not x.size:
         raise ValueError(f"{name}.shape={x.shape}: offsets are one axis of at least one number, the first 0")
-    if is_cupy(x) and where is None:
-        raise TypeError(f"{name} is a CuPy array, q a NumPy array: one call stays on one side")
-    if is_cupy(x) and place(x) != where:
-        raise ValueError(f"{name} lies on CUDA device {place(x)}, q on {where}: one device for a call")
+    check_beside(name, x, where)
     longest = _read_max(f"max_seqlen_{side}", max_seqlen)
     known: np.ndarray | None = x if isinstance(x, np.ndarray) else None
-    if known is None and (longest is None or os.environ.get("CUPYFLASH_CHECK", "") == "1"):
+    if known is None and (longest is None or lengths_are_checked()):
         known = x.get()
     if known is None:
         assert longest is not None

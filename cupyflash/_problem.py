@@ -7,20 +7,16 @@ behind it every array is ``(*leading, heads, rows, columns)``, and lse, dlse are
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Container
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from ._arrays import Array, elements_overlap, misaligned, share_memory
-from ._options import PLAIN, Options
+from ._arrays import DTYPES, Array, broadcasts_to, elements_overlap, misaligned, share_memory
+from ._options import PLAIN, Options, read_real
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64))
 LAYOUTS = {"hsd": "(..., heads, seqlen, head_dim)", "shd": "(..., seqlen, heads, head_dim)"}
 GRADIENTS = ("q", "k", "v", "bias", "sinks")  # what wrt= may name, in AttentionGradients' order
 
@@ -279,12 +275,7 @@ def _check_widths(
 
 
 def _finite_real(name: str, x: object) -> float:
-    if isinstance(x, (bool, np.bool_)) or not isinstance(x, numbers.Real):
-        raise TypeError(f"{name}={x!r}: {name} is a real number or None")
-    try:
-        value = float(x)
-    except OverflowError:  # an integer or a fraction
-        value = math.inf
+    value = read_real(name, x, "a real number or None")
     if not math.isfinite(value):
         raise ValueError(f"{name}={value}: {name} is finite")
     return value
@@ -343,11 +334,7 @@ def _resolve_offset(
         return 0 if causal == "top_left" else sk - sq
     if isinstance(q_offset, int):
         return q_offset
-    try:
-        fits = np.broadcast_shapes(q_offset, batch_shape) == batch_shape
-    except ValueError:
-        fits = False
-    if not fits:
+    if not broadcasts_to(q_offset, batch_shape):
         raise ValueError(f"q_offset.shape={q_offset} does not broadcast to the leading axes {batch_shape}")
     return None
 

@@ -21,18 +21,27 @@ _KEPT = 4096
 _calls: dict[Any, tuple[Ready | Small, tuple[tuple[int, int], ...]]] = {}
 
 
-def signature(direction: str, tensors: dict[str, Any], options: tuple[Any, ...]) -> Any:
-    """The signature of a call, or None where an array is not NumPy's or CuPy's own."""
-    parts: list[Any] = [direction, options]
-    for x in tensors.values():
-        kind = type(x)
-        if kind is np.ndarray:
+def signature(
+    direction: str, tensors: dict[str, Any], options: tuple[Any, ...] | None, more: tuple[Any, ...]
+) -> Any:
+    """The signature of a call, or None: without options, or where not all arrays are NumPy's own, or all CuPy's.
+
+    (What lies on the host beside arrays on a device is copied there first, each time.)
+    """
+    kinds = set(map(type, tensors.values()))
+    if options is None or len(kinds) > 1:
+        return None
+    parts: list[Any] = [direction, options, more]
+    kind = kinds.pop()
+    if kind is np.ndarray:
+        for x in tensors.values():
             parts += x.shape, x.strides, x.dtype, x.flags.aligned
-        elif kind.__module__ == "cupy":
+    elif kind.__module__ == "cupy":
+        for x in tensors.values():
             memory = x.data
             parts += x.shape, x.strides, x.dtype, memory.ptr % ALIGNMENT, memory.device_id
-        else:
-            return None
+    else:
+        return None
     return tuple(parts)
 
 

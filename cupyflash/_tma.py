@@ -14,8 +14,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from ._arrays import BFLOAT16
 from ._params import PARAMS_BYTES, Template
-from ._problem import BFLOAT16, Problem
+from ._problem import Problem
 
 MAP_BYTES = 128
 MAPPED = ("q", "k", "v", "dout")  # the maps of MappedParams in kernels/params_sm90.cuh, in order

@@ -7,11 +7,11 @@ from collections import Counter
 
 import numpy as np
 
+from ._arrays import DTYPES
 from ._expression import COMPARISONS, FUNCTIONS, Expression, Kind, Node
-from ._options import FLOATS
 from ._score_args import MOST_AXES
 
-FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = FLOATS
+FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = DTYPES
 Dtypes = tuple[np.dtype, ...]
 
 _INTEGERS = {8: "char", 16: "short", 32: "int", 64: "long long"}

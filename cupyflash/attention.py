@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from . import _ready
-from ._arrays import Array, ArraySpec, same_place, take
+from ._arrays import Array, ArraySpec, take
 from ._call import Call
 from ._options import Asked
 from ._plan import Plan, Tile
-from ._problem import GRADIENTS, check_gradient_out, check_out, check_results, read_wrt
-
-
-class AttentionResult(NamedTuple):
-    """What ``attention(..., return_lse=True)`` returns: the output and its log-sum-exp."""
-
-    out: Any
-    lse: Any
-
-
-class AttentionGradients(NamedTuple):
-    """Gradients by name, None where not asked for. Use the names: later versions may add fields at the end.
-
-    dq, dk, dv, dbias and dsinks have the shape and dtype of q, k, v, bias and sinks.
-    """
-
-    dq: Any = None
-    dk: Any = None
-    dv: Any = None
-    dbias: Any = None
-    dsinks: Any = None
+from ._problem import read_wrt
+from ._results import (
+    AttentionGradients,
+    as_given,
+    check_flag,
+    check_out_of,
+    compute,
+    differentiate,
+    given_gradients,
+    results_of,
+    split_out,
+)
 
 
 def attention(
@@ -176,39 +165,28 @@ def attention(
     >>> attention(q, k, v).shape
     (2, 4, 8)
     """
-    _check_flag("return_lse", return_lse)
-    given = out
-    tensors = {"q": q, "k": k, "v": v}
+    check_flag("return_lse", return_lse)
     asked = Asked(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
         dropout, seed, layout, precision, score, score_args, mask_args,
     )  # fmt: skip
-    key = None
-    if (known := asked.looked_up()) is not None:
-        tensors |= known[1]
+    options, sides = asked.looked_up()
+    tensors = {"q": q, "k": k, "v": v, **sides}
     inputs = len(tensors)
     if isinstance(out, tuple) and len(out) == 2:
         tensors["out"], tensors["lse"] = out
     elif out is not None:
         tensors["out"] = out
     outputs = len(tensors) - inputs
-    if known is not None:
-        key = _ready.signature("forward", tensors, (*known[0], family, tile, bool(return_lse)))
+    key = _ready.signature("forward", tensors, options, (family, tile, bool(return_lse)))
     if (done := _ready.run(key, tensors, outputs)) is not None:
-        out, lse = done["out"], done.get("lse")
-    else:
-        out, lse = _split_out(out)
-        call = Call(q, k, v, asked, out=out)
-        if out is not None:
-            _check_out(call, out, lse)
-        plan = call.plan(family, tile)
-        out, lse = call.allocate(out, lse, bool(return_lse))
-        made = (("out", out), ("lse", lse))[outputs:]
-        _ready.keep(key, tensors, call.forward(plan, out, lse), _specs(made))
-    if isinstance(given, tuple):
-        return AttentionResult(*given)
-    out = out if given is None else given  # the user's own object, of which ours may be a view
-    return AttentionResult(out, lse) if return_lse else out
+        return as_given(out, done["out"], done.get("lse"), return_lse)
+    ours, lse = split_out(out)
+    call = Call(q, k, v, asked, out=ours)
+    ours, lse, ready = compute(call, family, tile, ours, lse, bool(return_lse))
+    made = (("out", ours), ("lse", lse))[outputs:]
+    _ready.keep(key, tensors, ready, _specs(made))
+    return as_given(out, ours, lse, return_lse)
 
 
 def attention_backward(
@@ -292,35 +270,24 @@ def attention_backward(
     is the sum over rows of -exp(sink - lse) delta. score multiplies ds by its slope, in dbias too; softcap by its own,
     1 - tanh(scale q.k / softcap)^2, in dq and dk; dropout multiplies dp, and p in dv, by 0 or 1 / (1 - dropout).
     """
-    _check_flag("deterministic", deterministic)
+    check_flag("deterministic", deterministic)
     asked = Asked(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
         dropout, seed, layout, precision, score, score_args, mask_args,
     )  # fmt: skip
     names = read_wrt(wrt, asked.differentiable)
-    given = {} if grads_out is None else _given_gradients(grads_out)
-    tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse}
-    if dlse is not None:
-        tensors["dlse"] = dlse
-    key = None
-    if (known := asked.looked_up()) is not None:
-        tensors |= known[1]
-    tensors |= given
-    if known is not None:
-        options = (*known[0], family, tile, bool(deterministic), names, tuple(given))
-        key = _ready.signature("backward", tensors, options)
+    given = given_gradients(grads_out)
+    options, sides = asked.looked_up()
+    tensors = results_of(dout, out, lse, dlse) | {"q": q, "k": k, "v": v, **sides, **given}
+    more = (family, tile, bool(deterministic), names, tuple(given))
+    key = _ready.signature("backward", tensors, options, more)
     if (done := _ready.run(key, tensors, len(given))) is not None:
         return AttentionGradients(**{f"d{name}": done[f"d{name}"] for name in names})
-    beside = {"dout": take("dout", dout), "out": take("out", out), "lse": take("lse", lse)}
-    if dlse is not None:
-        beside["dlse"] = take("dlse", dlse)
+    beside = {name: take(name, x) for name, x in results_of(dout, out, lse, dlse).items()}
     call = Call(q, k, v, asked, beside=beside, out=beside["out"])
-    check_results(call.problem, call.inputs)
-    taken = _check_grads_out(call, names, given)
-    plan = call.plan(family, tile, names, deterministic)
-    gradients = {f"d{name}": _gradient(call, name, taken) for name in GRADIENTS if name in names}
+    gradients, ready = differentiate(call, family, tile, names, given, deterministic)
     made = tuple((name, x) for name, x in gradients.items() if name not in given)
-    _ready.keep(key, tensors, call.backward(plan, gradients), _specs(made))
+    _ready.keep(key, tensors, ready, _specs(made))
     return AttentionGradients(**(gradients | given))
 
 
@@ -376,7 +343,7 @@ def attention_vjp(
     ValueError, TypeError
         As for ``attention``.
     """
-    _check_flag("deterministic", deterministic)
+    check_flag("deterministic", deterministic)
     options: dict[str, Any] = {
         "scale": scale, "causal": causal, "window": window, "softcap": softcap, "bias": bias, "mask": mask,
         "mask_args": mask_args, "alibi_slopes": alibi_slopes, "sinks": sinks, "score": score, "score_args": score_args,
@@ -450,7 +417,7 @@ def explain(
     ValueError, TypeError
         As for ``attention``; ValueError for an unknown ``device``, and for a tile that does not fit it.
     """
-    _check_flag("deterministic", deterministic)
+    check_flag("deterministic", deterministic)
     asked = Asked(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
         dropout, seed, layout, precision, score, score_args, mask_args,
@@ -514,7 +481,7 @@ def prepare(
     ValueError, TypeError
         As for ``attention``.
     """
-    _check_flag("deterministic", deterministic)
+    check_flag("deterministic", deterministic)
     asked = Asked(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
         dropout, seed, layout, precision, score, score_args, mask_args,
@@ -532,63 +499,13 @@ def prepare(
 
 def _unrun(q: Any, k: Any, v: Any, asked: Asked, out: Any, device: Any) -> Call:
     """The Call that explain and prepare plan for, checked as attention would check it."""
-    out, lse = _split_out(out)
+    out, lse = split_out(out)
     call = Call(q, k, v, asked, out=out, device=device)
     if out is not None:
-        _check_out(call, out, lse)
+        check_out_of(call, out, lse)
     return call
-
-
-def _split_out(out: Any) -> tuple[Array | None, Array | None]:
-    """The arrays of ``out=``: neither, out alone, or out and lse."""
-    if out is None:
-        return None, None
-    if not isinstance(out, tuple):
-        return take("out", out), None
-    if len(out) != 2:
-        raise ValueError(f"out is a tuple of {len(out)}: out= is an array or the pair (out, lse)")
-    return take("out[0]", out[0]), take("out[1]", out[1])
-
-
-def _check_out(call: Call, out: Array, lse: Array | None) -> None:
-    same_place({"q": call.inputs["q"], "out": out} | ({} if lse is None else {"out[1]": lse}))
-    check_out(call.problem, out, lse, call.inputs)
 
 
 def _specs(arrays: tuple[tuple[str, Array | None], ...]) -> tuple[ArraySpec, ...]:
     """What makes arrays like these again."""
     return tuple((name, x.shape, x.dtype) for name, x in arrays if x is not None)
-
-
-def _given_gradients(grads_out: object) -> dict[str, Any]:
-    """The arrays of ``grads_out=`` by name, as they came."""
-    if not isinstance(grads_out, AttentionGradients):
-        raise TypeError(f"grads_out is a {type(grads_out).__name__}: pass cupyflash.AttentionGradients(dq=..., ...)")
-    return {name: x for name, x in grads_out._asdict().items() if x is not None}
-
-
-def _check_grads_out(call: Call, names: frozenset[str], given: dict[str, Any]) -> dict[str, Array]:
-    """The arrays of ``grads_out=`` by input name, checked."""
-    taken: dict[str, Array] = {}
-    others = dict(call.inputs)
-    for gradient, x in given.items():
-        name = gradient[1:]
-        if name not in names:
-            raise ValueError(f"grads_out.{gradient} is given, but wrt={tuple(sorted(names))} leaves {name!r} out")
-        x = take(f"grads_out.{gradient}", x)
-        same_place({"q": call.inputs["q"], f"grads_out.{gradient}": x})
-        check_gradient_out(name, x, call.inputs[name], others)
-        taken[name] = others[f"grads_out.{gradient}"] = x
-    return taken
-
-
-def _gradient(call: Call, name: str, taken: dict[str, Array]) -> Array:
-    if name in taken:
-        return taken[name]
-    like = call.inputs[name]
-    return call.empty(like.shape, like.dtype)
-
-
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}={value!r}: {name} is True or False")

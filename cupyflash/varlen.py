@@ -9,16 +9,16 @@ from ._arrays import take
 from ._options import Asked
 from ._packed import PackedCall
 from ._plan import Tile
-from ._problem import GRADIENTS, check_results, read_wrt
-from .attention import (
+from ._problem import read_wrt
+from ._results import (
     AttentionGradients,
-    AttentionResult,
-    _check_flag,
-    _check_grads_out,
-    _check_out,
-    _given_gradients,
-    _gradient,
-    _split_out,
+    as_given,
+    check_flag,
+    compute,
+    differentiate,
+    given_gradients,
+    results_of,
+    split_out,
 )
 
 
@@ -115,24 +115,16 @@ def attention_varlen(
     >>> attention_varlen(q, k, v, np.array([0, 2, 5]), np.array([0, 2, 5]), causal=True).shape
     (5, 4, 8)
     """
-    _check_flag("return_lse", return_lse)
+    check_flag("return_lse", return_lse)
     asked = Asked(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_offset=q_offset, dropout=dropout, seed=seed,
         layout="shd", precision=precision,
     )  # fmt: skip
-    given = out
-    out, lse = _split_out(out)
+    ours, lse = split_out(out)
     cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-    call = PackedCall(q, k, v, asked, cu_seqlens, max_seqlens, out=out)
-    if out is not None:
-        _check_out(call, out, lse)
-    plan = call.plan(family, tile)
-    out, lse = call.allocate(out, lse, bool(return_lse))
-    call.forward(plan, out, lse)
-    if isinstance(given, tuple):
-        return AttentionResult(*given)
-    out = out if given is None else given  # the user's own object, of which ours may be a view
-    return AttentionResult(out, lse) if return_lse else out
+    call = PackedCall(q, k, v, asked, cu_seqlens, max_seqlens, out=ours)
+    ours, lse, _ = compute(call, family, tile, ours, lse, bool(return_lse))
+    return as_given(out, ours, lse, return_lse)
 
 
 def attention_varlen_backward(
@@ -193,23 +185,17 @@ def attention_varlen_backward(
     ValueError, TypeError
         As for ``attention_varlen``.
     """
-    _check_flag("deterministic", deterministic)
+    check_flag("deterministic", deterministic)
     asked = Asked(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_offset=q_offset, dropout=dropout, seed=seed,
         layout="shd", precision=precision,
     )  # fmt: skip
     names = read_wrt(wrt, asked.differentiable)
-    given = {} if grads_out is None else _given_gradients(grads_out)
-    beside = {"dout": take("dout", dout), "out": take("out", out), "lse": take("lse", lse)}
-    if dlse is not None:
-        beside["dlse"] = take("dlse", dlse)
+    given = given_gradients(grads_out)
+    beside = {name: take(name, x) for name, x in results_of(dout, out, lse, dlse).items()}
     cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     call = PackedCall(q, k, v, asked, cu_seqlens, max_seqlens, beside=beside, out=beside["out"])
-    check_results(call.problem, call.inputs)
-    taken = _check_grads_out(call, names, given)
-    plan = call.plan(family, tile, names, deterministic)
-    gradients = {f"d{name}": _gradient(call, name, taken) for name in GRADIENTS if name in names}
-    call.backward(plan, gradients)
+    gradients, _ = differentiate(call, family, tile, names, given, deterministic)
     return AttentionGradients(**(gradients | given))
 
 
@@ -264,7 +250,7 @@ def attention_varlen_vjp(
     ValueError, TypeError
         As for ``attention_varlen``.
     """
-    _check_flag("deterministic", deterministic)
+    check_flag("deterministic", deterministic)
     options: dict[str, Any] = {
         "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "scale": scale, "causal": causal, "window": window,
         "softcap": softcap, "bias": bias, "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks,

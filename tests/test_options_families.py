@@ -76,6 +76,18 @@ def test_a_tile_that_begins_before_the_first_row():
     assert report.ok, report
 
 
+def test_lengths_on_the_host_beside_arrays_on_a_device():
+    """They are copied at each call, and what the first one leaves is not taken for the second."""
+    why_not()
+    q = np.random.default_rng(1).standard_normal((2, 1, 20, 8), np.float32)
+    with Device(arch=80) as xp:
+        x = xp.asarray(q)
+        for lens in (np.array([20, 7]), np.array([3, 0])):
+            np.testing.assert_allclose(
+                attention(x, x, x, kv_lens=lens).get(), attention(q, q, q, kv_lens=lens), rtol=1e-5, atol=1e-6
+            )
+
+
 def test_a_call_with_options_is_found_again(monkeypatch):
     """What is kept of a call reads the arrays that the next call brings, not those of the first."""
     why_not()

@@ -17,9 +17,10 @@ import ml_dtypes
 import numpy as np
 
 from .. import __version__, _planner
+from .._arrays import DTYPES
 from .._plan import Device
 from .._planner import CPU_FAMILY, GPU_FAMILIES
-from .._problem import DTYPES, read_problem
+from .._problem import read_problem
 from .._workers import worker_count
 
 OLDEST_CUDA = 12000  # what the extras' CuPy wheels need of a driver, as cuDriverGetVersion counts

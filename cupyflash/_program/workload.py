@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .._problem import DTYPES
+from .._arrays import DTYPES
 
 DIRECTIONS = ("forward", "backward")
 DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES)

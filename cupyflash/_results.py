@@ -1,0 +1,140 @@
+"""What calls return and write into, and the two ways from a checked Call to it: for dense and packed arrays alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ._arrays import Array, same_place, take
+from ._call import Call
+from ._plan import Tile
+from ._problem import GRADIENTS, check_gradient_out, check_out, check_results
+
+if TYPE_CHECKING:
+    from ._cpu import Small
+    from ._launch import Ready
+
+
+class AttentionResult(NamedTuple):
+    """What ``attention(..., return_lse=True)`` returns: the output and its log-sum-exp."""
+
+    out: Any
+    lse: Any
+
+
+class AttentionGradients(NamedTuple):
+    """Gradients by name, None where not asked for. Use the names: later versions may add fields at the end.
+
+    dq, dk, dv, dbias and dsinks have the shape and dtype of q, k, v, bias and sinks.
+    """
+
+    dq: Any = None
+    dk: Any = None
+    dv: Any = None
+    dbias: Any = None
+    dsinks: Any = None
+
+
+# ---------------------------------------------------------------------------------------------------------- forward
+
+
+def compute(
+    call: Call, family: str | None, tile: Tile | None, out: Array | None, lse: Array | None, pair: bool
+) -> tuple[Array, Array | None, Ready | Small | None]:
+    """Out and lse of a call, into the arrays of ``out=`` where there are some; lse only for a ``pair``.
+
+    The last of the three is what calls like this one can run again, if anything.
+    """
+    if out is not None:
+        check_out_of(call, out, lse)
+    plan = call.plan(family, tile)
+    out, lse = call.allocate(out, lse, pair)
+    return out, lse, call.forward(plan, out, lse)
+
+
+def as_given(given: Any, out: Array, lse: Array | None, pair: bool) -> Any:
+    """What the forward returns: the user's own objects of ``out=``, of which ours may be views, or new arrays."""
+    if isinstance(given, tuple):
+        return AttentionResult(*given)
+    out = out if given is None else given
+    return AttentionResult(out, lse) if pair else out
+
+
+def split_out(out: Any) -> tuple[Array | None, Array | None]:
+    """The arrays of ``out=``: neither, out alone, or out and lse."""
+    if out is None:
+        return None, None
+    if not isinstance(out, tuple):
+        return take("out", out), None
+    if len(out) != 2:
+        raise ValueError(f"out is a tuple of {len(out)}: out= is an array or the pair (out, lse)")
+    return take("out[0]", out[0]), take("out[1]", out[1])
+
+
+def check_out_of(call: Call, out: Array, lse: Array | None) -> None:
+    same_place({"q": call.inputs["q"], "out": out} | ({} if lse is None else {"out[1]": lse}))
+    check_out(call.problem, out, lse, call.inputs)
+
+# --------------------------------------------------------------------------------------------------------- backward
+
+
+def differentiate(
+    call: Call,
+    family: str | None,
+    tile: Tile | None,
+    names: frozenset[str],
+    given: dict[str, Any],
+    deterministic: bool,
+) -> tuple[dict[str, Array], Ready | None]:
+    """The gradients of a call, "dq" and so on, into the arrays of ``grads_out=`` that are given.
+
+    The other of the two is what calls like this one can run again, if anything.
+    """
+    check_results(call.problem, call.inputs)
+    taken = _check_grads_out(call, names, given)
+    plan = call.plan(family, tile, names, deterministic)
+    gradients = {f"d{name}": _gradient(call, name, taken) for name in GRADIENTS if name in names}
+    return gradients, call.backward(plan, gradients)
+
+
+def given_gradients(grads_out: object) -> dict[str, Any]:
+    """The arrays of ``grads_out=`` by name, as they came."""
+    if grads_out is None:
+        return {}
+    if not isinstance(grads_out, AttentionGradients):
+        raise TypeError(f"grads_out is a {type(grads_out).__name__}: pass cupyflash.AttentionGradients(dq=..., ...)")
+    return {name: x for name, x in grads_out._asdict().items() if x is not None}
+
+
+def results_of(dout: Any, out: Any, lse: Any, dlse: Any) -> dict[str, Any]:
+    """What a backward gets beside q, k, v, by name, as it came."""
+    found = {"dout": dout, "out": out, "lse": lse}
+    return found if dlse is None else found | {"dlse": dlse}
+
+
+def _check_grads_out(call: Call, names: frozenset[str], given: dict[str, Any]) -> dict[str, Array]:
+    """The arrays of ``grads_out=`` by input name, checked."""
+    taken: dict[str, Array] = {}
+    others = dict(call.inputs)
+    for gradient, x in given.items():
+        name = gradient[1:]
+        if name not in names:
+            raise ValueError(f"grads_out.{gradient} is given, but wrt={tuple(sorted(names))} leaves {name!r} out")
+        x = take(f"grads_out.{gradient}", x)
+        same_place({"q": call.inputs["q"], f"grads_out.{gradient}": x})
+        check_gradient_out(name, x, call.inputs[name], others)
+        taken[name] = others[f"grads_out.{gradient}"] = x
+    return taken
+
+
+def _gradient(call: Call, name: str, taken: dict[str, Array]) -> Array:
+    if name in taken:
+        return taken[name]
+    like = call.inputs[name]
+    return call.empty(like.shape, like.dtype)
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}={value!r}: {name} is True or False")
