@@ -36,18 +36,10 @@
 
 constexpr int PORTIONS = CHUNKS + CHUNKS_V;
 
-union Queries {
-  Tile<BLOCK_M, CHUNK> q;
-  Tile<BLOCK_M, CHUNK_V> dout;
-};
-union Keys {
-  Tile<BLOCK_N, CHUNK> k;
-  Tile<BLOCK_N, CHUNK_V> v;
-};
 struct Smem {
   Tile<BLOCK_M, BLOCK_N> tile_p;
-  Queries queries[2];
-  Keys keys[2];
+  QueryTile queries[2];
+  KeyTile keys[2];
   Accumulator lse[2][BLOCK_M], delta[2][BLOCK_M];
 };
 constexpr int SMEM_BYTES = sizeof(Smem);

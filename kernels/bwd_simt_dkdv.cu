@@ -37,14 +37,6 @@
 
 constexpr bool RESIDENT = CHUNKS == 1 && CHUNKS_V == 1;
 
-union Owned {
-  Tile<BLOCK_N, CHUNK> k;
-  Tile<BLOCK_N, CHUNK_V> v;
-};
-union Slot {
-  Tile<BLOCK_M, CHUNK> q;
-  Tile<BLOCK_M, CHUNK_V> dout;
-};
 // What dS is a multiple of, where that is not the P that dv is made of. A base, since that takes no room when empty.
 template <bool ON>
 struct ApartOf {
@@ -62,8 +54,8 @@ struct ApartOf<true> {
 };
 struct Smem : ApartOf<WEIGHTS_APART> {
   Tile<BLOCK_N, BLOCK_M> tile_p;
-  Owned owned[2];  // resident: K, then V; else a chunk lies beside its chunk of Q or dO
-  Slot slot[2];
+  KeyTile owned[2];  // resident: K, then V; else a chunk lies beside its chunk of Q or dO
+  QueryTile slot[2];
   Accumulator lse[BLOCK_M], delta[BLOCK_M];
   int batch_index[4];
 };

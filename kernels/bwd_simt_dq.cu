@@ -37,18 +37,10 @@
 constexpr bool RESIDENT = CHUNKS == 1 && CHUNKS_V == 1;
 constexpr int PORTIONS = CHUNKS + CHUNKS_V + CHUNKS;
 
-union Owned {
-  Tile<BLOCK_M, CHUNK> q;
-  Tile<BLOCK_M, CHUNK_V> dout;
-};
-union Slot {
-  Tile<BLOCK_N, CHUNK> k;
-  Tile<BLOCK_N, CHUNK_V> v;
-};
 struct Smem {
   Tile<BLOCK_M, BLOCK_N> tile_p;
-  Owned owned[2];  // resident: Q, then dO; else a chunk lies beside its chunk of K or V
-  Slot slot[2];
+  QueryTile owned[2];  // resident: Q, then dO; else a chunk lies beside its chunk of K or V
+  KeyTile slot[2];
   Accumulator lse[BLOCK_M], delta[BLOCK_M];
   int batch_index[4];
 };

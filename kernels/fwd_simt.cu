@@ -33,14 +33,10 @@
 
 constexpr int PORTIONS = CHUNKS + CHUNKS_V;
 
-union Slot {
-  Tile<BLOCK_N, CHUNK> k;
-  Tile<BLOCK_N, CHUNK_V> v;
-};
 struct Smem {
   Tile<BLOCK_M, CHUNK> tile_q[CHUNKS > 1 ? 2 : 1];  // a chunk lies beside its chunk of K
   Tile<BLOCK_M, BLOCK_N> tile_p;
-  Slot slot[2];
+  KeyTile slot[2];
   int batch_index[4];
 };
 constexpr int SMEM_BYTES = sizeof(Smem);

@@ -249,13 +249,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   const auto weigh = [&](int f, int step, int n_block) ALWAYS_INLINE {
 #pragma unroll
     for (int r = 0; r < 2; ++r) softmax[f].weigh(acc_s[f], r, score, 4 * step, 4 * step + 4);
-    if constexpr (DROPOUT) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int r = i / 4, c = 4 * step + i % 4;
-        acc_s[f](r, c) = features.keeps(pair_at(f, n_block, r, c)) ? acc_s[f](r, c) : 0;
-      }
-    }
+    const auto at = [&](int r, int c) { return pair_at(f, n_block, r, c); };
+    drop(acc_s[f], features, at, 4 * step, 4 * step + 4);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       p[f][step][i] = pack<Element>(acc_s[f].at[8 * step + 2 * i], acc_s[f].at[8 * step + 2 * i + 1]);

@@ -14,14 +14,15 @@ __device__ __forceinline__ void to_logits(Scores& acc_s, const Score& score, con
   }
 }
 
-// Weights that dropout does not keep become 0. What is kept is multiplied by finish().
+// Weights in columns [begin, end) that dropout does not keep become 0. What is kept is multiplied by finish().
 template <typename Scores, typename At>
-__device__ __forceinline__ void drop(Scores& acc_s, const Features& features, At at) {
+__device__ __forceinline__ void drop(
+    Scores& acc_s, const Features& features, At at, int begin = 0, int end = Scores::COLS) {
   if constexpr (!DROPOUT) return;
 #pragma unroll
   for (int r = 0; r < acc_s.ROWS; ++r) {
 #pragma unroll
-    for (int c = 0; c < acc_s.COLS; ++c) acc_s(r, c) = features.keeps(at(r, c)) ? acc_s(r, c) : Accumulator(0);
+    for (int c = begin; c < end; ++c) acc_s(r, c) = features.keeps(at(r, c)) ? acc_s(r, c) : Accumulator(0);
   }
 }
 

@@ -26,6 +26,16 @@ struct Tile {
   Accumulator at[ROWS][COLS + WIDTH];
 };
 
+// A chunk of a block of queries, and of a block of keys: of one matrix or the other at a time.
+union QueryTile {
+  Tile<BLOCK_M, CHUNK> q;
+  Tile<BLOCK_M, CHUNK_V> dout;
+};
+union KeyTile {
+  Tile<BLOCK_N, CHUNK> k;
+  Tile<BLOCK_N, CHUNK_V> v;
+};
+
 template <typename A, typename B>
 constexpr bool SAME_TYPE = false;
 template <typename A>
