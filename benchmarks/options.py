@@ -43,18 +43,10 @@ BESIDE_PLAIN = (
 
 
 @dataclass
-class Ratio:
-    """One comparison: a call with options beside a call with others."""
+class Comparison:
+    """Two calls that take turns, and what came of it."""
 
     name: str
-    direction: str
-    batch: int
-    seqlen: int
-    head_dim: int
-    options: tuple[str, ...]
-    beside: tuple[str, ...] = ()
-    wrt: tuple[str, ...] | None = None
-    beside_wrt: tuple[str, ...] | None = None
     bar: float | None = None
     family: str = ""
     ratios: list[float] = field(default_factory=list)
@@ -66,51 +58,79 @@ class Ratio:
         """Of the rounds' ratios."""
         return statistics.median(self.ratios)
 
+    @property
+    def what(self) -> str:
+        """The call, in a few words."""
+        raise NotImplementedError
+
     def measure(self, rounds: int, xp: Any) -> None:
         """Both calls in turns."""
-        turns(self, rounds, xp)
+        raise NotImplementedError
+
+    def take_turns(
+        self, rounds: int, calls: Sequence[Callable[[], object]], sizes: tuple[float, float] = (1, 1)
+    ) -> None:
+        """Time both, for each unit of their sizes."""
+        for call in calls:
+            call()
+        repeats = [max(1, round(LEAST / device_clock(call, 2))) for call in calls]
+        times = []
+        for _ in range(rounds):
+            pair = [device_clock(call, n) for call, n in zip(calls, repeats, strict=True)]
+            times.append(pair[0])
+            self.ratios.append(pair[0] / sizes[0] / (pair[1] / sizes[1]))
+        self.milliseconds = 1e3 * statistics.median(times)
 
     def row(self) -> tuple[str, ...]:
         """For the printed table."""
-        what = f"{self.direction}, {self.batch} x {self.seqlen}, d={self.head_dim}"
         if self.failed or not self.ratios:
-            return self.name, what, self.family, self.failed or "not run", "", ""
+            return self.name, self.what, self.family, self.failed or "not run", "", ""
         low, _, high = statistics.quantiles(self.ratios, n=4)
         bar = "" if self.bar is None else f"{self.bar:.2f}: {'holds' if self.median <= self.bar else 'missed'}"
-        return self.name, what, self.family, f"{self.median:.3f}", f"{low:.3f} to {high:.3f}", bar
+        return self.name, self.what, self.family, f"{self.median:.3f}", f"{low:.3f} to {high:.3f}", bar
 
 
 @dataclass
-class Ragged:
+class Ratio(Comparison):
+    """A call with options beside a call with others."""
+
+    direction: str = "forward"
+    batch: int = 1
+    seqlen: int = 16384
+    head_dim: int = 64
+    options: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    wrt: tuple[str, ...] | None = None
+    beside_wrt: tuple[str, ...] | None = None
+
+    @property
+    def what(self) -> str:
+        return f"{self.direction}, {self.batch} x {self.seqlen}, d={self.head_dim}"
+
+    def measure(self, rounds: int, xp: Any) -> None:
+        rng = xp.random.default_rng(20)
+        shape = (self.batch, COLUMNS // self.head_dim, self.seqlen, self.head_dim)
+        arrays = [rng.standard_normal(shape, dtype=xp.float32).astype(BFLOAT16) for _ in range(4)]
+        other = call_of(self, self.beside, self.beside_wrt, arrays, xp)
+        self.take_turns(rounds, (call_of(self, self.options, self.wrt, arrays, xp), other))
+
+
+@dataclass
+class Ragged(Comparison):
     """Packed sequences of random lengths beside a dense batch of the longest: time for a pair that a tile computes."""
 
     name: str = "4096 sequences of 1 to 512 rows"
+    bar: float | None = 1.1
     head_dim: int = 64
     heads: int = 4
     longest: int = 512
     sequences: int = 4096
-    bar: float = 1.1
-    family: str = ""
-    ratios: list[float] = field(default_factory=list)
-    milliseconds: float = 0.0
-    failed: str | None = None
 
     @property
-    def median(self) -> float:
-        """Of the rounds' ratios."""
-        return statistics.median(self.ratios)
-
-    def row(self) -> tuple[str, ...]:
-        """For the printed table."""
-        what = f"forward, {self.heads} heads, d={self.head_dim}"
-        if self.failed or not self.ratios:
-            return self.name, what, self.family, self.failed or "not run", "", ""
-        low, _, high = statistics.quantiles(self.ratios, n=4)
-        verdict = "holds" if self.median <= self.bar else "missed"
-        return self.name, what, self.family, f"{self.median:.3f}", f"{low:.3f} to {high:.3f}", f"{self.bar}: {verdict}"
+    def what(self) -> str:
+        return f"forward, {self.heads} heads, d={self.head_dim}"
 
     def measure(self, rounds: int, xp: Any) -> None:
-        """Both in turns, in the family that takes packed sequences."""
         lengths = np.random.default_rng(3).integers(1, self.longest + 1, self.sequences)
         offsets = xp.asarray(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
         rng, rows, batch = xp.random.default_rng(4), int(lengths.sum()), self.sequences // 4
@@ -128,28 +148,33 @@ class Ragged:
             lambda: attention_varlen(*packed, offsets, offsets, family=self.family, **longest),
             lambda: attention(*dense, family=self.family),
         )
-        repeats = [max(1, round(LEAST / device_clock(call, 2))) for call in calls for _ in [call()]]
-        times = []
-        for _ in range(rounds):
-            pair = [device_clock(call, n) for call, n in zip(calls, repeats, strict=True)]
-            times.append(pair[0])
-            self.ratios.append(pair[0] / pairs[0] / (pair[1] / pairs[1]))
-        self.milliseconds = 1e3 * statistics.median(times)
+        self.take_turns(rounds, calls, pairs)
 
 
-def plan() -> list[Ratio]:
+def plan() -> list[Comparison]:
     """Every comparison; those with bars first."""
-    found = []
+    found: list[Comparison] = []
     for d in (64, 128):
         for name, bar in (("window=(1024, 0)", 0.10), ("window=(1024, 1024)", 0.16)):
-            found.append(Ratio(name, "forward", 1, 16384, d, (name,), bar=bar))
-            found.append(Ratio(name, "backward", 1, 16384, d, (name,)))
+            found.append(Ratio(name, bar=bar, head_dim=d, options=(name,)))
+            found.append(Ratio(name, direction="backward", head_dim=d, options=(name,)))
     keys = ("q", "k", "v")
-    found.append(Ratio("dbias", "backward", 8, 2048, 64, ("bias",), ("bias",), (*keys, "bias"), keys, 1.6))
+    found.append(
+        Ratio(
+            "dbias", 1.6, direction="backward", batch=8, seqlen=2048, options=("bias",), beside=("bias",),
+            wrt=(*keys, "bias"), beside_wrt=keys,
+        )
+    )  # fmt: skip
+    found.append(Ragged())
     for d in (64, 128):
         for name in BESIDE_PLAIN:
             for direction in ("forward", "backward"):
-                found.append(Ratio(name, direction, 4, 4096, d, (name,), (), keys, keys))
+                found.append(
+                    Ratio(
+                        name, direction=direction, batch=4, seqlen=4096, head_dim=d, options=(name,), wrt=keys,
+                        beside_wrt=keys,
+                    )
+                )  # fmt: skip
     return found
 
 
@@ -214,37 +239,20 @@ def specs_of(ratio: Ratio, xp: Any) -> set[_compile.Spec]:
     return found
 
 
-def turns(ratio: Ratio, rounds: int, xp: Any) -> None:
-    """Both calls in turns."""
-    rng = xp.random.default_rng(20)
-    shape = (ratio.batch, COLUMNS // ratio.head_dim, ratio.seqlen, ratio.head_dim)
-    arrays = [rng.standard_normal(shape, dtype=xp.float32).astype(BFLOAT16) for _ in range(4)]
-    other = call_of(ratio, ratio.beside, ratio.beside_wrt, arrays, xp)
-    this = call_of(ratio, ratio.options, ratio.wrt, arrays, xp)
-    repeats = [max(1, round(LEAST / device_clock(call, 2))) for call in (this, other)]
-    times = []
-    for _ in range(rounds):
-        pair = [device_clock(call, n) for call, n in zip((this, other), repeats, strict=True)]
-        times.append(pair[0])
-        ratio.ratios.append(pair[0] / pair[1])
-    ratio.milliseconds = 1e3 * statistics.median(times)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The program."""
     parser = arguments("python -m benchmarks.options", __doc__, ROUNDS, BUDGET)
     args: argparse.Namespace = parser.parse_args(argv)
-    ratios = plan()
+    comparisons = plan()
     if args.dry_run:
-        print("\n".join("  ".join(r.row()) for r in (*ratios, Ragged())))
+        print("\n".join("  ".join(r.row()) for r in comparisons))
         return 0
     began = time.monotonic()
     backend = backends.choose("cupy")
     if backend is None:
         return 2
-    comparisons: list[Ratio | Ragged] = [*ratios[:9], Ragged(), *ratios[9:]]
     place = facts.place(backend)
-    build(backend, {spec for ratio in ratios for spec in specs_of(ratio, backend.xp)})
+    build(backend, {spec for r in comparisons if isinstance(r, Ratio) for spec in specs_of(r, backend.xp)})
     heat(backend.xp)
     for ratio in comparisons:
         if time.monotonic() - began > args.budget:
