@@ -353,7 +353,10 @@ def test_what_can_change_unseen_is_traced_each_time(traces):
             return s * self.factor
 
     model, list_ = Model(), np.ones(1)
-    inner = lambda s, b, h, i, j: s * model.factor + list_[0]  # noqa: E731
+
+    def inner(s, b, h, i, j):
+        return s * model.factor + list_[0]
+
     for function, value in ((model.score, 2), (inner, 3)):
         assert trace_score(function).numpy(np.ones(1), 0, 0, 0, 0, ()) == [value]
     model.factor, list_[0] = 4.0, 2.0
