@@ -75,6 +75,8 @@ def _map_kernel(problem: Problem, reader: Spec, maps: tuple[str, ...]) -> Kernel
         threads=32 * _WARPS,
         smem=2 * 4 * _WARPS,
         writes=maps,
+        entries=map_entries(problem),
+        reads=("mask", "q_segments", "kv_segments"),  # mask_args too
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from . import _compile
 from ._arrays import Array, ArraySpec, address, import_cupy, misaligned, on_device
-from ._block_map import MAPS, map_entries
+from ._block_map import MAPS
 from ._params import TAIL_AXES, Template, element_strides, make_template, scalars
 from ._plan import KernelPlan, Plan
 from ._problem import Problem
@@ -161,16 +161,15 @@ def _make_ready(
 
 
 RESULTS = frozenset({"dq", "dk", "dv", "dbias", "dsinks"})
-HIDING = ("mask", "q_segments", "kv_segments")  # what block_map reads, beside mask_args
 
 
 def _is_known(name: str, step: KernelPlan) -> bool:
     """Whether a kernel gets this tensor: gradients go to those that write them, arguments to those with a function."""
     if place := argument_place(name):
         return bool({"score_args": step.spec.score_text, "mask_args": step.spec.mask_text}[place[0]])
-    if step.name == "block_map":
-        return name in (*HIDING, *step.writes)
-    return name not in RESULTS or name in step.writes
+    if name in step.writes:
+        return True
+    return name not in RESULTS if step.reads is None else name in step.reads
 
 
 def _contiguous(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
@@ -199,11 +198,9 @@ def _launch(problem: Problem, step: KernelPlan, device: int, layouts: tuple[Layo
     numbers = scalars(problem, step.section)
     if not step.boxes:
         own, summed = problem.batch_shape, None
-        if step.name == "block_map":
-            entries = map_entries(problem)
-            own, numbers = entries[:-1], replace(numbers, num_heads=entries[-1])
-        if step.name.startswith("bwd_bias") and not (step.spec.sum_rows or step.spec.sum_cols):
-            own = problem.bias_shape[:ndim]
+        if step.entries is not None:
+            own, numbers = step.entries[:-1], replace(numbers, num_heads=step.entries[-1])
+        if step.sums:
             summed = tuple(n // o if o else 1 for n, o in zip(problem.batch_shape, own, strict=True))
         template = make_template(numbers, own, packed, summed, arguments=arguments)
         # The grid counts the tiles of all launches; there are several where leading axes are walked from here.

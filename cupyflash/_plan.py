@@ -103,6 +103,9 @@ class KernelPlan:
     writes: tuple[str, ...]
     boxes: tuple[tuple[str, int], ...] = ()  # tensors that come by TMA, and the rows of one copy
     section: int = 1  # persistent kernels: how many heads run side by side
+    entries: tuple[int, ...] | None = None  # leading axes, then heads, that it walks; None: those of the call
+    sums: bool = False  # over leading axes of the call that it does not walk
+    reads: tuple[str, ...] | None = None  # tensors that it gets beside what it writes; None: all there are
 
     @property
     def name(self) -> str:
@@ -370,7 +373,13 @@ def bias_kernel(kernel: str, problem: Problem, spec: Spec, smem: int) -> KernelP
         spec, kernel=kernel, gradient=gradient, sum_rows=sum_rows, sum_cols=sum_cols, sum_heads=sum_heads
     )  # fmt: skip
     return KernelPlan(
-        spec=spec, grid=grid(tiles, 1, entries), threads=32 * spec.num_warps, smem=smem, writes=("dbias",)
+        spec=spec,
+        grid=grid(tiles, 1, entries),
+        threads=32 * spec.num_warps,
+        smem=smem,
+        writes=("dbias",),
+        entries=None if apart else (*lead, problem.num_heads),
+        sums=not apart,
     )
 
 
