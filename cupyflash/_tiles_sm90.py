@@ -274,7 +274,7 @@ def hopper_backward_smem_bytes(row: HopperBackwardRow, head_dim: int, head_dim_v
     m, n, stages = row.block_m, row.block_n, row.stages
     scores = (2 if is_wide(head_dim, head_dim_v) else 1) * 2 * m * n
     tiles = n * (d + dv) + stages * (m * (d + dv) + scores)
-    job, leave, barriers = 60, 24, 2 * (1 + 1) + (2 + 2 + 3) * stages + 2 * 2
+    job, leave, barriers = 60, 8, 2 * (1 + 1) + (2 + 2 + 3) * stages + 2 * 2
     rest = 2 * stages * m * 4 + 8 * barriers + 2 * job + stages * leave
     return tiles + -(-rest // 1024) * 1024
 

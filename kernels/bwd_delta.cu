@@ -4,7 +4,7 @@
 // A thread block owns BLOCK_M rows of one head, the rows of one tile of theirs; eight lanes share a row
 // (mma_simt.cuh) and walk its columns in runs of 16 bytes of dout: lane x takes runs x, x + 8, ... A thread's rows go
 // side by side, so that their loads are under way together. The order of a sum depends on dout's type alone, not on
-// strides. No shared memory. Where lse is -inf the row has no visible key: delta is 0 and dlse is not read.
+// strides. No shared memory. Where lse is -inf the row has no visible key: delta is 0, whatever dlse is.
 //
 // For bwd_sm90 and bwd_sm80, where their tensors are given: lse in exponents of 2, +inf in rows beyond the end;
 // semaphores of the tile and the tickets are set to 0; so are, in arrival order, the sums of dq, and dq of a tile that
@@ -24,6 +24,35 @@
 constexpr int SMEM_BYTES = 0;
 constexpr int RUN = 16 / sizeof(Element);
 constexpr int ROWS = ceil_div(BLOCK_M, THREADS_Y), SIDE_BY_SIDE = ROWS <= 5 ? ROWS : 4;  // of a thread
+
+// RUN neighbouring columns of one row, as they are in memory; converted when all loads are under way.
+template <typename T>
+struct Run {
+  static constexpr int TOGETHER = 16 / sizeof(T) < RUN ? 16 / sizeof(T) : RUN;  // of one load
+  Vector<T, TOGETHER> part[RUN / TOGETHER];
+
+  __device__ __forceinline__ void load(const T* from) {
+#pragma unroll
+    for (int i = 0; i < RUN / TOGETHER; ++i) part[i] = load_global<TOGETHER>(from + i * TOGETHER);
+  }
+  // One by one; columns from col_end on are not read.
+  __device__ __forceinline__ void load(const Rows<const T>& rows, int row, int col, int col_end) {
+#pragma unroll
+    for (int e = 0; e < RUN; ++e) {
+      part[e / TOGETHER].at[e % TOGETHER] = col + e < col_end ? load_global<1>(rows.at(row, col + e)).at[0] : T{};
+    }
+  }
+  __device__ __forceinline__ Accumulator operator[](int e) const {
+    return to_accumulator(part[e / TOGETHER].at[e % TOGETHER]);
+  }
+};
+
+__device__ __forceinline__ Accumulator add_products(
+    Accumulator sum, const Run<Element>& dout, const Run<Output>& out) {
+#pragma unroll
+  for (int e = 0; e < RUN; ++e) sum = math::fma(dout[e], out[e], sum);
+  return sum;
+}
 
 // Of all batch entries of this launch: the main kernel's launches may be others, and each takes that of its first.
 __device__ __forceinline__ void clear_tickets(const Params& params) {
@@ -61,7 +90,7 @@ __device__ __forceinline__ void prepare_dq(const Params& params, const Work& wor
   }
 }
 
-extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_delta(const Params params) {
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 4) bwd_delta(const Params params) {
   if (params.tickets.data != nullptr && block_index() == 0) clear_tickets(params);
   const int num_blocks = ceil_div(params.seqlen_q, BLOCK_M);
   if (num_blocks * params.num_heads == 0) return;  // no rows: the grid is there for the tickets
@@ -73,45 +102,68 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_delta(const Par
   const auto dlse = rows_of<const Accumulator>(params.dlse, seq.batch_index, work.head);   // (seqlen_q), or no tensor
   const auto delta = rows_of<Accumulator>(params.delta, seq.batch_index, work.head);       // (seqlen_q) or whole tiles
   const auto exponents = rows_of<Accumulator>(params.exponents, seq.batch_index, work.head);  // whole tiles, or none
-  const bool whole_tiles = params.exponents.data != nullptr;
+  const bool whole_tiles = params.exponents.data != nullptr, has_dlse = params.dlse.data != nullptr;
   const int m0 = work.block * BLOCK_M;
   const int m_end = seq.seqlen_q - m0 < BLOCK_M ? seq.seqlen_q : m0 + BLOCK_M;
 
-  for (int first = 0; first < ROWS; first += SIDE_BY_SIDE) {
-    Accumulator sum[SIDE_BY_SIDE];
-    const auto row = [&](int i) ALWAYS_INLINE { return (first + i) * THREADS_Y + thread_y(); };  // of the tile
-#pragma unroll
-    for (int i = 0; i < SIDE_BY_SIDE; ++i) sum[i] = 0;
-    for (int col = thread_x() * RUN; col < params.head_dim_v; col += THREADS_X * RUN) {
-      Accumulator o[SIDE_BY_SIDE][RUN], d[SIDE_BY_SIDE][RUN];
+  // Of a row, `sum` over this thread's columns. Reached by whole warps.
+  const auto finish = [&](int row, Accumulator sum, Accumulator row_lse, Accumulator row_dlse) ALWAYS_INLINE {
+    const Accumulator whole = row_sum_of(sum);
+    const int m = m0 + row;
+    if (row >= BLOCK_M || thread_x() != 0) return;
+    if (m < m_end) {
+      const bool empty = row_lse == -math::infinity<Accumulator>();
+      store_number(delta, m, empty ? Accumulator(0) : whole - row_dlse);
+      if (whole_tiles) store_number(exponents, m, lse_exponent(row_lse));
+    } else if (whole_tiles) {
+      store_number(delta, m, 0);
+      store_number(exponents, m, math::infinity<Accumulator>());
+    }
+  };
+  if (out.vectors && dout.vectors && params.head_dim_v % RUN == 0 && m0 < m_end) {
+#pragma unroll 1
+    for (int first = thread_y(); first < BLOCK_M; first += SIDE_BY_SIDE * THREADS_Y) {
+      // A row that does not exist is the last one again: no branch, no wait.
+      const auto row = [&](int i) ALWAYS_INLINE { return smaller(m0 + first + i * THREADS_Y, m_end - 1); };
+      Accumulator sum[SIDE_BY_SIDE], row_lse[SIDE_BY_SIDE], row_dlse[SIDE_BY_SIDE];
 #pragma unroll
       for (int i = 0; i < SIDE_BY_SIDE; ++i) {
-        if (row(i) >= m_end - m0) continue;
-        load_columns(out, m0 + row(i), col, params.head_dim_v, o[i]);
-        load_columns(dout, m0 + row(i), col, params.head_dim_v, d[i]);
+        sum[i] = 0;
+        row_lse[i] = load_number(lse, row(i));
+        row_dlse[i] = has_dlse ? load_number(dlse, row(i)) : Accumulator(0);
+      }
+#pragma unroll 1
+      for (int col = thread_x() * RUN; col < params.head_dim_v; col += THREADS_X * RUN) {
+        Run<Output> o[SIDE_BY_SIDE];
+        Run<Element> d[SIDE_BY_SIDE];
+#pragma unroll
+        for (int i = 0; i < SIDE_BY_SIDE; ++i) {
+          o[i].load(out.at(row(i), col));
+          d[i].load(dout.at(row(i), col));
+        }
+#pragma unroll
+        for (int i = 0; i < SIDE_BY_SIDE; ++i) sum[i] = add_products(sum[i], d[i], o[i]);
       }
 #pragma unroll
       for (int i = 0; i < SIDE_BY_SIDE; ++i) {
-        if (row(i) >= m_end - m0) continue;
-#pragma unroll
-        for (int e = 0; e < RUN; ++e) sum[i] = math::fma(d[i][e], o[i][e], sum[i]);
+        finish(first + i * THREADS_Y, sum[i], row_lse[i], row_dlse[i]);
       }
     }
-#pragma unroll
-    for (int i = 0; i < SIDE_BY_SIDE; ++i) {
-      const Accumulator whole = row_sum_of(sum[i]);  // outside the branch: shuffles need the whole warp
-      const int m = m0 + row(i);
-      if (row(i) >= BLOCK_M || thread_x() != 0) continue;
-      if (m < m_end) {
-        const Accumulator row_lse = load_number(lse, m);
-        const bool empty = row_lse == -math::infinity<Accumulator>();
-        const Accumulator shift = empty || params.dlse.data == nullptr ? Accumulator(0) : load_number(dlse, m);
-        store_number(delta, m, empty ? Accumulator(0) : whole - shift);
-        if (whole_tiles) store_number(exponents, m, lse_exponent(row_lse));
-      } else if (whole_tiles) {
-        store_number(delta, m, 0);
-        store_number(exponents, m, math::infinity<Accumulator>());
+  } else {
+#pragma unroll 1
+    for (int row = thread_y(); row < ROWS * THREADS_Y; row += THREADS_Y) {
+      Accumulator sum = 0;
+#pragma unroll 1
+      for (int col = thread_x() * RUN; m0 + row < m_end && col < params.head_dim_v; col += THREADS_X * RUN) {
+        Run<Output> o;
+        Run<Element> d;
+        o.load(out, m0 + row, col, params.head_dim_v);
+        d.load(dout, m0 + row, col, params.head_dim_v);
+        sum = add_products(sum, d, o);
       }
+      const bool exists = m0 + row < m_end;
+      finish(row, sum, exists ? load_number(lse, m0 + row) : Accumulator(0),
+             exists && has_dlse ? load_number(dlse, m0 + row) : Accumulator(0));
     }
   }
   if (params.semaphores.data != nullptr) prepare_dq(params, work, seq);

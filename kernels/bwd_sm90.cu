@@ -60,7 +60,9 @@ constexpr bool ORDERED = WANT_DQ && DETERMINISTIC;
 constexpr int CONSUMER_WARPS = 8;
 // dV is sent for before dS is computed, where registers allow it.
 constexpr bool EARLY_DV = BLOCK_M <= 64;
-constexpr int CONSUMER_REGISTERS = 240, SENDER_REGISTERS = 24;  // their sum is what the block has at entry: 3 x 168
+// What consumers can spare the senders have, whose addresses then stay in registers.
+constexpr int CONSUMER_REGISTERS = WIDE || BLOCK_M <= 64 ? 232 : 240;
+constexpr int SENDER_REGISTERS = 3 * 168 - 2 * CONSUMER_REGISTERS;  // 3 x 168: what the block has at entry
 
 // ---- jobs: from the thread that takes tickets to everyone else
 
@@ -97,33 +99,43 @@ __device__ __forceinline__ void describe(Job& job, const Params& params, const W
   job.full_begin = job.seq.seqlen_k - BLOCK_N < work.block * BLOCK_N ? blocks.end : blocks.full_begin;
 }
 
+constexpr int JOB_SLOTS = 2;
+
+// The turn of a job, in one register: consumers have no second one.
+struct JobTurn {
+  int jobs = 0;  // that were before
+
+  __device__ __forceinline__ int slot() const { return jobs % JOB_SLOTS; }
+  __device__ __forceinline__ int parity() const { return jobs / JOB_SLOTS % 2; }
+  __device__ __forceinline__ void advance() { jobs = (jobs + 1) % (2 * JOB_SLOTS); }
+};
+
 struct JobRing {
-  static constexpr int SLOTS = 2;
-  unsigned long long full[SLOTS], empty[SLOTS];  // mbarriers
-  Job at[SLOTS];
+  unsigned long long full[JOB_SLOTS], empty[JOB_SLOTS];  // mbarriers
+  Job at[JOB_SLOTS];
 
   __device__ __forceinline__ void init() {
 #pragma unroll
-    for (int i = 0; i < SLOTS; ++i) {
+    for (int i = 0; i < JOB_SLOTS; ++i) {
       mbarrier_init(shared_address(&full[i]), 1);
       mbarrier_init(shared_address(&empty[i]), CONSUMER_WARPS + (ORDERED ? 3 : 1));
     }
   }
   // The sender: waits until all have done with the job that was here, writes the next one, and sends it.
-  __device__ __forceinline__ Job& refill(const Turn<SLOTS>& turn) {
-    mbarrier_wait(shared_address(&empty[turn.slot]), turn.parity ^ 1);
-    return at[turn.slot];
+  __device__ __forceinline__ Job& refill(const JobTurn& turn) {
+    mbarrier_wait(shared_address(&empty[turn.slot()]), turn.parity() ^ 1);
+    return at[turn.slot()];
   }
-  __device__ __forceinline__ void send(const Turn<SLOTS>& turn) {
-    mbarrier_arrive(shared_address(&full[turn.slot]));
+  __device__ __forceinline__ void send(const JobTurn& turn) {
+    mbarrier_arrive(shared_address(&full[turn.slot()]));
   }
-  __device__ __forceinline__ const Job& await(const Turn<SLOTS>& turn) {
-    mbarrier_wait(shared_address(&full[turn.slot]), turn.parity);
-    return at[turn.slot];
+  __device__ __forceinline__ const Job& await(const JobTurn& turn) {
+    mbarrier_wait(shared_address(&full[turn.slot()]), turn.parity());
+    return at[turn.slot()];
   }
   // By one thread, behind its own or its warp's last look at the job.
-  __device__ __forceinline__ void release(const Turn<SLOTS>& turn) {
-    mbarrier_arrive(shared_address(&empty[turn.slot]));
+  __device__ __forceinline__ void release(const JobTurn& turn) {
+    mbarrier_arrive(shared_address(&empty[turn.slot()]));
   }
 };
 
@@ -131,8 +143,6 @@ struct JobRing {
 
 // What warp 1 works out, for which consumers have no registers.
 struct Leave {
-  float* sums;      // of the tile, in dq_sums
-  Gradient_q* dq;   // of the head: (seqlen_q, head_dim)
   int first, last;  // whether this key block is, of those that the tile meets
 };
 
@@ -181,32 +191,41 @@ constexpr int SMEM_BYTES = sizeof(Smem);
 
 // ---- warpgroup 0: one thread of each warp
 
-// The turns of a job, in the order that all keep to.
-template <typename Visit>
-__device__ __forceinline__ void for_each_turn(const Params& params, const Job& job, Visit visit) {
+// The turns of a job, in the order that all keep to. What a head's turns share, of_head(head), is worked out once: a
+// sender is one thread, and what it computes between a free buffer and its copy is time in which nothing is on its way.
+template <typename OfHead, typename Visit>
+__device__ __forceinline__ void for_each_turn(const Params& params, const Job& job, OfHead of_head, Visit visit) {
 #pragma unroll 1
   for (int head = job.first_head; head < job.end_head; ++head) {
+    const auto shared = of_head(head);
+    const int begin = job.begin;
     const BlockWalk walk = query_walk(params, job.seq, head, job.n_block);
-    int m_block = walk.down(job.end - 1, job.begin);
+    int m_block = walk.down(job.end - 1, begin);
 #pragma unroll 1
-    for (; m_block >= job.begin; m_block = walk.down(m_block - 1, job.begin)) visit(head, m_block);
+    for (; m_block >= begin; m_block = walk.down(m_block - 1, begin)) visit(shared, m_block);
   }
 }
 
-// One tile of Q or dO and the numbers of its rows, which bwd_delta has padded to whole tiles.
-template <int COLS>
-__device__ __forceinline__ void send_rows(
-    SwizzledTile<BLOCK_M, COLS>& tile, Accumulator (&numbers)[BLOCK_M], const TensorMap& map, const Tensor& tensor,
-    const Tensor& rows, const Sequence& seq, int head, int m_block, unsigned full) {
-  const int row0 = m_block * BLOCK_M;
-  load_tile(tile, map, full, row0, map_place(tensor, seq.batch_index, head));
-  const Accumulator* from = rows_of<const Accumulator>(rows, seq.batch_index, head).at(row0);
-  bulk_load(shared_address(numbers), from, sizeof numbers, full);
-}
+// Q or dO of a head, and the numbers of its rows, which bwd_delta has padded to whole tiles.
+struct QueryRows {
+  MapPlace place;
+  const Accumulator* numbers;
+
+  __device__ __forceinline__ QueryRows(const Tensor& tensor, const Tensor& of_rows, const Sequence& seq, int head)
+      : place(map_place(tensor, seq.batch_index, head)),
+        numbers(rows_of<const Accumulator>(of_rows, seq.batch_index, head).data) {}
+  template <int COLS>
+  __device__ __forceinline__ void send(
+      SwizzledTile<BLOCK_M, COLS>& tile, Accumulator (&to)[BLOCK_M], const TensorMap& map, int m_block,
+      unsigned full) const {
+    load_tile(tile, map, full, m_block * BLOCK_M, place);
+    bulk_load(shared_address(to), numbers + m_block * BLOCK_M, sizeof to, full);
+  }
+};
 
 __device__ __forceinline__ void take_jobs(const MappedParams& launch, Smem& smem) {
   const Params& params = launch.params;
-  Turn<JobRing::SLOTS> job_turn;
+  JobTurn job_turn;
   Turn<1> keys_turn;
   Turn<NUM_STAGES> turn;
   while (true) {
@@ -223,10 +242,10 @@ __device__ __forceinline__ void take_jobs(const MappedParams& launch, Smem& smem
     smem.jobs.send(job_turn);
     if (!more) return;
     bool first = true;
-    for_each_turn(params, job, [&](int head, int m_block) ALWAYS_INLINE {
+    const auto of_head = [&](int head) ALWAYS_INLINE { return QueryRows(params.q, params.exponents, job.seq, head); };
+    for_each_turn(params, job, of_head, [&](const QueryRows& rows, int m_block) ALWAYS_INLINE {
       const unsigned full = smem.q_ring.refill(turn, sizeof smem.q[0] + sizeof smem.exponents[0]);
-      send_rows(smem.q[turn.slot], smem.exponents[turn.slot], launch.map_q, params.q, params.exponents, job.seq, head,
-                m_block, full);
+      rows.send(smem.q[turn.slot], smem.exponents[turn.slot], launch.map_q, m_block, full);
       turn.advance();
       if (!first) return;
       first = false;  // behind Q: K's buffer becomes free later
@@ -240,17 +259,17 @@ __device__ __forceinline__ void take_jobs(const MappedParams& launch, Smem& smem
 
 __device__ __forceinline__ void send_values(const MappedParams& launch, Smem& smem) {
   const Params& params = launch.params;
-  Turn<JobRing::SLOTS> job_turn;
+  JobTurn job_turn;
   Turn<1> keys_turn;
   Turn<NUM_STAGES> turn;
   while (true) {
     const Job& job = smem.jobs.await(job_turn);
     if (job.n_block < 0) return;
     bool first = true;
-    for_each_turn(params, job, [&](int head, int m_block) ALWAYS_INLINE {
+    const auto of_head = [&](int head) ALWAYS_INLINE { return QueryRows(params.dout, params.delta, job.seq, head); };
+    for_each_turn(params, job, of_head, [&](const QueryRows& rows, int m_block) ALWAYS_INLINE {
       const unsigned full = smem.dout_ring.refill(turn, sizeof smem.dout[0] + sizeof smem.delta[0]);
-      send_rows(smem.dout[turn.slot], smem.delta[turn.slot], launch.map_dout, params.dout, params.delta, job.seq, head,
-                m_block, full);
+      rows.send(smem.dout[turn.slot], smem.delta[turn.slot], launch.map_dout, m_block, full);
       turn.advance();
       if (!first) return;
       first = false;
@@ -263,28 +282,32 @@ __device__ __forceinline__ void send_values(const MappedParams& launch, Smem& sm
   }
 }
 
-__device__ __forceinline__ int* semaphore_of(const Params& params, const Job& job, int head, int m_block) {
-  return rows_of<int>(params.semaphores, job.seq.batch_index, head).at(m_block);
+// The semaphores of a head, one for each query tile.
+__device__ __forceinline__ int* semaphores_of(const Params& params, const Job& job, int head) {
+  return rows_of<int>(params.semaphores, job.seq.batch_index, head).data;
 }
 
 // Leave to add to a tile, once the key blocks below have.
 __device__ __forceinline__ void await_blocks_below(const Params& params, Smem& smem) {
-  Turn<JobRing::SLOTS> job_turn;
+  JobTurn job_turn;
   Turn<NUM_STAGES> turn;
   while (true) {
     const Job& job = smem.jobs.await(job_turn);
     if (job.n_block < 0) return;
-    for_each_turn(params, job, [&](int head, int m_block) ALWAYS_INLINE {
-      const BlockWalk walk = key_walk(params, job.seq, head, m_block);
+    struct Head {
+      int head;
+      const int* semaphores;
+    };
+    const auto of_head = [&](int head) ALWAYS_INLINE { return Head{head, semaphores_of(params, job, head)}; };
+    for_each_turn(params, job, of_head, [&](const Head& of, int m_block) ALWAYS_INLINE {
+      const BlockWalk walk = key_walk(params, job.seq, of.head, m_block);
       const BlockRange blocks = walk.within(mask_of(params, job.seq).key_blocks(m_block * BLOCK_M, BLOCK_M));
       mbarrier_wait(shared_address(&smem.order.empty[turn.slot]), turn.parity ^ 1);
-      smem.order.at[turn.slot].sums = tile_sums(params, job.seq.batch_index, head, m_block);
-      smem.order.at[turn.slot].dq = rows_of<Gradient_q>(params.dq, job.seq.batch_index, head).data;
-      smem.order.at[turn.slot].first = job.n_block == blocks.begin;
-      smem.order.at[turn.slot].last = job.n_block == blocks.end - 1;
-      const int* semaphore = semaphore_of(params, job, head, m_block);
+      Leave& leave = smem.order.at[turn.slot];
+      leave.first = job.n_block == blocks.begin;
+      leave.last = job.n_block == blocks.end - 1;
       const int below = walk.count(blocks.begin, job.n_block);
-      while (load_acquire(semaphore) < below) {}
+      while (load_acquire(of.semaphores + m_block) < below) {}
       mbarrier_arrive(shared_address(&smem.order.full[turn.slot]));
       turn.advance();
     });
@@ -295,14 +318,15 @@ __device__ __forceinline__ void await_blocks_below(const Params& params, Smem& s
 
 // This block's part of a tile has been added: the block above may go on.
 __device__ __forceinline__ void tell_block_above(const Params& params, Smem& smem) {
-  Turn<JobRing::SLOTS> job_turn;
+  JobTurn job_turn;
   Turn<NUM_STAGES> turn;
   while (true) {
     const Job& job = smem.jobs.await(job_turn);
     if (job.n_block < 0) return;
-    for_each_turn(params, job, [&](int head, int m_block) ALWAYS_INLINE {
+    const auto of_head = [&](int head) ALWAYS_INLINE { return semaphores_of(params, job, head); };
+    for_each_turn(params, job, of_head, [&](int* semaphores, int m_block) ALWAYS_INLINE {
       mbarrier_wait(shared_address(&smem.order.added[turn.slot]), turn.parity);
-      add_release(semaphore_of(params, job, head, m_block), 1);
+      add_release(semaphores + m_block, 1);
       mbarrier_arrive(shared_address(&smem.order.empty[turn.slot]));
       turn.advance();
     });
@@ -349,17 +373,17 @@ __device__ __forceinline__ int consumer_again() { return thread_index_again() / 
 // This consumer's part of dQ joins those of other key blocks.
 template <int N>
 __device__ __forceinline__ void join_dq(const Params& params, Smem& smem, const Job& job, const Turn<NUM_STAGES>& turn,
-                                        int head, int m_block, int consumer, Fragment<N>& dq) {
+                                        int head, float* head_sums, int m_block, int consumer, Fragment<N>& dq) {
+  float* part = own_part(head_sums + m_block * static_cast<long long>(DQ_NUMBERS), consumer);
   if constexpr (!DETERMINISTIC) {
-    add_to_part<128>(own_part(tile_sums(params, job.seq.batch_index, head, m_block), consumer), dq);
+    add_to_part<128>(part, dq);
     return;
   }
   mbarrier_wait(shared_address(&smem.order.full[turn.slot]), turn.parity);  // the blocks below have added theirs
   const Leave& leave = smem.order.at[turn.slot];
-  float* part = own_part(leave.sums, consumer);
   if (leave.last) {
     if (!leave.first) add_part<128>(dq, part);
-    finish_dq(params, rows_from(params.dq, leave.dq), m_block, consumer, dq);
+    finish_dq(params, rows_of<Gradient_q>(params.dq, job.seq.batch_index, head), m_block, consumer, dq);
   } else if (leave.first) {
     store_part<128>(part, dq);
   } else {
@@ -383,23 +407,26 @@ __device__ __forceinline__ void multiply(Fragment<N>& fragment, Accumulator fact
   for (int i = 0; i < N / 2; ++i) fragment.at[i] *= factor;
 }
 
-// All jobs of a consumer: begin() a job, turn(head, m_block, masked) for each query tile, end().
+// All jobs of a consumer: begin() a job, turn(job, head, head_sums, m_block, masked) for each query tile, end().
 template <typename Begin, typename TurnOf, typename End>
 __device__ __forceinline__ void work_on_jobs(const Params& params, Smem& smem, Begin begin, TurnOf turn_of, End end) {
-  Turn<JobRing::SLOTS> job_turn;
+  JobTurn job_turn;
   while (true) {
     const Job& job = smem.jobs.await(job_turn);
-    if (job.n_block < 0) return;
+    // Read from shared memory: said to be the same in all lanes, so that all control is, and with it what is computed
+    // of turns; descriptors then live in uniform registers.
+    if (warp_uniform(job.n_block) < 0) return;
     begin();
-    // Read from shared memory: said to be the same in all lanes.
     const int first_block = warp_uniform(job.begin), full_begin = warp_uniform(job.full_begin);
     const int full_end = CUT_AT_BEGIN ? warp_uniform(job.whole_tiles_end()) : 0;
-    if (job.has_turns()) {
+    if (warp_any(job.has_turns())) {
       smem.k_ring.await({0, job.keys_parity});
       smem.v_ring.await({0, job.keys_parity});
     }
 #pragma unroll 1
     for (int head = warp_uniform(job.first_head); head < warp_uniform(job.end_head); ++head) {
+      float* head_sums = nullptr;  // of dq
+      if constexpr (WANT_DQ) head_sums = tile_sums(params, job.seq.batch_index, head, 0);
       if constexpr (HIDES_PAIRS) {
         const BlockWalk walk = query_walk(params, job.seq, head, job.n_block);
         const auto from = [&](int block) ALWAYS_INLINE { return warp_uniform(walk.down(block, first_block)); };
@@ -411,26 +438,26 @@ __device__ __forceinline__ void work_on_jobs(const Params& params, Smem& smem, B
         while (m_block >= first_block) {
 #pragma unroll 1
           for (; m_block >= first_block && whole(m_block); m_block = from(m_block - 1)) {
-            turn_of(job, head, m_block, UNMASKED);
+            turn_of(job, head, head_sums, m_block, UNMASKED);
           }
 #pragma unroll 1
           for (; m_block >= first_block && !whole(m_block); m_block = from(m_block - 1)) {
-            turn_of(job, head, m_block, MASKED);
+            turn_of(job, head, head_sums, m_block, MASKED);
           }
         }
       } else {
         int m_block = warp_uniform(job.end) - 1;
         if (CUT_AT_BEGIN) {
 #pragma unroll 1
-          for (; m_block >= first_block && m_block >= full_end; --m_block) turn_of(job, head, m_block, MASKED);
+          for (; m_block >= first_block && m_block >= full_end; --m_block) turn_of(job, head, head_sums, m_block, MASKED);
         }
 #pragma unroll 1
-        for (; m_block >= full_begin; --m_block) turn_of(job, head, m_block, UNMASKED);
+        for (; m_block >= full_begin; --m_block) turn_of(job, head, head_sums, m_block, UNMASKED);
 #pragma unroll 1
-        for (; m_block >= first_block; --m_block) turn_of(job, head, m_block, MASKED);
+        for (; m_block >= first_block; --m_block) turn_of(job, head, head_sums, m_block, MASKED);
       }
     }
-    if (job.has_turns()) {
+    if (warp_any(job.has_turns())) {
       smem.k_ring.release({0, job.keys_parity});
       smem.v_ring.release({0, job.keys_parity});
     }
@@ -459,7 +486,7 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
     clear(acc_dk);
     clear(acc_dv);
   };
-  const auto step = [&](const Job& job, int head, int m_block, bool masked) ALWAYS_INLINE {
+  const auto step = [&](const Job& job, int head, float* head_sums, int m_block, bool masked) ALWAYS_INLINE {
     Fragment<BLOCK_M> acc_s, acc_dp;  // (64 keys, BLOCK_M)
     Fragment<DQ_COLS> acc_dq;         // (64 columns, DQ_COLS queries)
     unsigned p[BLOCK_M / 16][4], ds[BLOCK_M / 16][4];
@@ -469,14 +496,14 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
     // S^T = K Q^T
     smem.q_ring.await(turn);
     wgmma_fence();
-    const auto k = from_row(operand<Major::K>(smem.k), 64 * warp_uniform(consumer_again()));
+    const auto k = from_row(operand<Major::K>(smem.k), 64 * consumer);
     product<HEAD_DIM / 16>(acc_s, k, operand<Major::K>(smem.q[turn.slot]));
     wgmma_commit();
     // dP^T = V dO^T
     smem.dout_ring.await(turn);
     wgmma_fence();
     if constexpr (WANT_DS) {
-      const auto v = from_row(operand<Major::K>(smem.v), 64 * warp_uniform(consumer_again()));
+      const auto v = from_row(operand<Major::K>(smem.v), 64 * consumer);
       product<HEAD_DIM_V / 16>(acc_dp, v, operand<Major::K>(smem.dout[turn.slot]));
     }
     wgmma_commit();
@@ -502,10 +529,10 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
     if (!EARLY_DV) add_dv();
     // dQ^T = K^T dS^T
     if constexpr (WANT_DQ) {
+      const auto k_columns = not_kept(from_chunk(operand<Major::MN>(smem.k), DQ_CHUNKS == 2 ? consumer : 0));
       store_scores_transposed(scores.ds[turn.slot], consumer, ds);
       meet(1);
       wgmma_fence();
-      const auto k_columns = from_chunk(operand<Major::MN>(smem.k), DQ_CHUNKS == 2 ? consumer : 0);
       const auto ds_rows = operand<Major::K>(scores.ds[turn.slot]);
       product<BLOCK_N / 16>(acc_dq, k_columns, from_row(ds_rows, DQ_CHUNKS == 2 ? 0 : DQ_COLS * consumer));
     }
@@ -521,7 +548,7 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
     wgmma_wait<1>();
     if constexpr (WANT_DQ) {
       wgmma_hold(acc_dq.at);
-      join_dq(params, smem, job, turn, head, m_block, consumer, acc_dq);
+      join_dq(params, smem, job, turn, head, head_sums, m_block, consumer, acc_dq);
     }
     wgmma_wait<0>();
     if constexpr (WANT_DK) wgmma_hold(acc_dk.at);
@@ -555,7 +582,7 @@ __device__ __forceinline__ void consume_wide(const Params& params, Smem& smem, S
     clear(acc_dk);
     clear(acc_dv);
   };
-  const auto step = [&](const Job& job, int head, int m_block, bool masked) ALWAYS_INLINE {
+  const auto step = [&](const Job& job, int head, float* head_sums, int m_block, bool masked) ALWAYS_INLINE {
     Fragment<HALF> acc_s, acc_dp;  // (64 keys, HALF queries)
     Fragment<(COLS > 0 ? COLS : 8)> acc_dq;  // (64 queries, COLS)
     unsigned rounded[HALF / 16][4];
@@ -620,7 +647,7 @@ __device__ __forceinline__ void consume_wide(const Params& params, Smem& smem, S
     wgmma_wait<1>();
     if constexpr (OWN_DQ) {
       wgmma_hold(acc_dq.at);
-      join_dq(params, smem, job, turn, head, m_block, consumer_again(), acc_dq);
+      join_dq(params, smem, job, turn, head, head_sums, m_block, consumer_again(), acc_dq);
     } else if constexpr (ORDERED) {  // nothing to add, and still counted
       if (lane_index() == 0) mbarrier_arrive(shared_address(&smem.order.added[turn.slot]));
     }

@@ -222,14 +222,14 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
   // Issued: acc_s = Q K^T, acc_o += P V.
   const auto score_tile = [&]() ALWAYS_INLINE {
     wgmma_fence();
-    const auto q = operand<Major::K>(smem.q[q_turn.slot][consumer]);
-    product<HEAD_DIM / 16>(acc_s, q, operand<Major::K>(smem.k[turn.slot]));
+    const auto q = uniform(operand<Major::K>(smem.q[q_turn.slot][consumer]));
+    product<HEAD_DIM / 16>(acc_s, q, uniform(operand<Major::K>(smem.k[turn.slot])));
     wgmma_commit();
   };
   const auto accumulate_pv = [&](const Turn<NUM_STAGES>& v_turn) ALWAYS_INLINE {
     smem.v_ring.await(v_turn);
     wgmma_fence();
-    multiply_nn(acc_o[0], p, operand<Major::MN>(smem.v[v_turn.slot]));
+    multiply_nn(acc_o[0], p, uniform(operand<Major::MN>(smem.v[v_turn.slot])));
     wgmma_commit();
   };
   // acc_s is there, its tile may be refilled; acc_o's products, where issued behind, may be under way.

@@ -12,6 +12,11 @@ __device__ __forceinline__ int thread_index_again() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 }
+// The same for a number that is computed: x, worked out where this stands.
+__device__ __forceinline__ unsigned not_kept(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 __device__ __forceinline__ int block_index() {
   int index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));

@@ -39,8 +39,9 @@ __device__ __forceinline__ void load_tile(
   }
 }
 
-// A tile as an operand: the low word of its descriptor, the same in all lanes of a warp, so that the steps along a
-// product are added in uniform registers. K_MAJOR: the product sums over the tile's columns; MN_MAJOR: over its rows.
+// A tile as an operand: the low word of its descriptor, which is the same in all lanes of a warp. Where nvcc knows that
+// (all control around it is uniform), the steps along a product are added in uniform registers, and nothing is moved
+// there first. K_MAJOR: the product sums over the tile's columns; MN_MAJOR: over its rows.
 template <int ROWS, Major MAJOR>
 struct Operand {
   unsigned low;
@@ -57,7 +58,19 @@ __device__ __forceinline__ Operand<ROWS, MAJOR> operand(const SwizzledTile<ROWS,
   // From one chunk of 64 columns to the next; a K-major swizzled operand does not use it.
   constexpr unsigned LEADING = MAJOR == Major::K ? 16 : ROWS * 128;
   const auto low = static_cast<unsigned>(matrix_descriptor(shared_address(&tile), Swizzle::NONE, LEADING, 0));
-  return {warp_uniform(low)};
+  return {low};
+}
+
+// The same operand, its low word worked out where this stands: what no turn of a loop changes would be kept in uniform
+// registers, which are few.
+template <int ROWS, Major MAJOR>
+__device__ __forceinline__ Operand<ROWS, MAJOR> not_kept(const Operand<ROWS, MAJOR>& operand) {
+  return {not_kept(operand.low)};
+}
+// The same where control may differ between lanes for all that nvcc knows, and with it whatever it computes.
+template <int ROWS, Major MAJOR>
+__device__ __forceinline__ Operand<ROWS, MAJOR> uniform(const Operand<ROWS, MAJOR>& operand) {
+  return {warp_uniform(operand.low)};
 }
 
 // acc = a b, and acc += a b, over 16 * STEPS. Issued, not waited for.

@@ -4,6 +4,7 @@
 
 __device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int thread_index_again() { return thread_index(); }
+__device__ __forceinline__ unsigned not_kept(unsigned x) { return x; }
 __device__ __forceinline__ int block_index() { return static_cast<int>(blockIdx.x); }
 
 __device__ __forceinline__ int grid_size() { return static_cast<int>(gridDim.x); }
