@@ -53,11 +53,11 @@ class Spec:
     causal: bool
     scale_sign: int = 1  # of the softmax scale: -1, 0 or 1
     overlap: bool = False  # of the products of one block with the softmax of another, inside a warp or warpgroup
+    min_blocks: int = 1  # thread blocks that share a multiprocessor, and so its registers
     # sm90 family only:
     q_stages: int = 1  # buffers of Q
     take_turns: bool = False  # two consumers issue their products in turn
     # sm80 family only:
-    min_blocks: int = 1  # thread blocks that share a multiprocessor, and so its registers
     q_held: int = 0  # of Q's steps of 16 columns, how many stay in registers
     pack_heads: bool = False  # rows of a tile are queries of all heads that share a kv head
     # what a logit is made of, and who sees whom:

@@ -37,15 +37,16 @@ def plan_sm90(problem: Problem, device: Device, tile: Tile, copies: tuple[str, .
     widths = padded_widths(problem)
     all_heads = problem.num_heads * problem.batch
     tiles = grid(problem.seqlen_q, row.block_m, all_heads)
-    if tiles > MAX_GRID - 2 * device.sms:  # a block's next index stays within 32 bits
-        raise ValueError(f"{tiles} tiles: the sm90 family takes at most {MAX_GRID - 2 * device.sms}")
-    tickets = row.sections and tiles > device.sms  # tiles go to whoever is free, not in a fixed order
+    blocks = device.sms * row.min_blocks
+    if tiles > MAX_GRID - 2 * blocks:  # a block's next index stays within 32 bits
+        raise ValueError(f"{tiles} tiles: the sm90 family takes at most {MAX_GRID - 2 * blocks}")
+    tickets = row.sections and tiles > blocks  # tiles go to whoever is free, not in a fixed order
     kernel = KernelPlan(
         spec=spec_of(
             "fwd_sm90", problem, row, widths, max(widths),
-            q_stages=row.q_stages, overlap=row.overlap, take_turns=row.take_turns,
+            q_stages=row.q_stages, overlap=row.overlap, take_turns=row.take_turns, min_blocks=row.min_blocks,
         ),
-        grid=min(tiles, device.sms),
+        grid=min(tiles, blocks),
         threads=32 * row.warps,
         smem=_tiles.hopper_smem_bytes(row, *widths),
         writes=("out", "lse", "tickets") if tickets else ("out", "lse"),

@@ -27,6 +27,7 @@ class HopperRow:
     causal: bool | None = None  # which problems the row is for; None: both
     longest: int | None = None  # keys
     sections: bool = False  # causal: heads in sections whose K and V fit L2, not all side by side
+    min_blocks: int = 1  # thread blocks that share a multiprocessor, and so its registers
 
     @property
     def warps(self) -> int:
@@ -34,27 +35,31 @@ class HopperRow:
         return 4 * (1 + self.block_m // 64)
 
 
-# kernel -> (largest width of q and k, of v, row): the first that fits. Remarks: cuDNN's time to ours on an H100, at the
+# kernel -> (largest width of q and k, of v, row): the first that fits. Remarks: cuDNN's time to ours on an H200, at the
 # row's longest length or at 16384, and the next best. bfloat16, 16384 rows and 2048 columns over all heads.
 HOPPER_TABLE: dict[str, tuple[tuple[int, int, HopperRow], ...]] = {
     "fwd_sm90": (
-        (64, 64, HopperRow(192, 128, 2, 2, False, False, "0.99; (128, 256) 0.98", causal=False, longest=1024)),
+        (64, 64, HopperRow(128, 64, 3, 2, False, False, "1.01; one block of (128, 128) 1.00, of (192, 128) 0.97",
+                           causal=False, longest=512, min_blocks=2)),
+        (64, 64, HopperRow(128, 128, 3, 2, True, False, "1.04; two stages 1.03; two blocks 1.00", causal=False,
+                           longest=1024)),
         (64, 48, HopperRow(192, 160, 2, 2, False, False, "192 keys spill where v has 33 to 48 columns", causal=False)),
-        (64, 64, HopperRow(192, 192, 2, 2, False, False, "1.08; (192, 128) 1.08", causal=False, longest=2048)),
-        (64, 64, HopperRow(192, 192, 2, 1, False, False, "1.25; two Q buffers 1.23", causal=False)),
-        (64, 64, HopperRow(192, 128, 3, 2, False, False, "0.90; two stages 0.90", longest=1024, sections=True)),
-        (64, 64, HopperRow(192, 192, 2, 1, False, False, "1.22 at 8192; all heads side by side 1.21", sections=True)),
-        (128, 128, HopperRow(128, 128, 2, 2, True, False, "0.98; in turns 0.95", causal=False, longest=512)),
-        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.12; 160 keys 1.11", causal=False, longest=4096)),
-        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.12; (192, 128) 1.09", longest=2048, sections=True)),
-        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.18; in sections 1.14", causal=True, longest=4096)),
-        (128, 128, HopperRow(128, 160, 2, 1, True, True, "1.17, causal 1.27; 128 keys 1.15, 1.28; (192, 128) 1.16")),
+        (64, 64, HopperRow(192, 192, 2, 2, False, False, "1.13; one Q buffer 1.09", causal=False, longest=2048)),
+        (64, 64, HopperRow(192, 192, 2, 1, False, False, "1.20", causal=False)),
+        (64, 64, HopperRow(128, 64, 3, 2, False, False, "1.05; two stages 1.04; one block of (192, 128) 1.00",
+                           longest=1024, sections=True, min_blocks=2)),
+        (64, 64, HopperRow(192, 192, 2, 1, False, False, "1.22; two blocks of (128, 80) 1.10 at 4096", sections=True)),
+        (128, 128, HopperRow(128, 128, 2, 2, True, False, "1.06; in turns 1.04", causal=False, longest=512)),
+        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.13; 160 keys 1.13", causal=False, longest=4096)),
+        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.17; 160 keys 1.16", longest=2048, sections=True)),
+        (128, 128, HopperRow(128, 128, 2, 1, True, True, "1.24; 160 keys 1.23", causal=True, longest=4096)),
+        (128, 128, HopperRow(128, 160, 2, 1, True, True, "1.16, causal 1.32; 128 keys 1.12, 1.31")),
         (192, 128, HopperRow(128, 128, 2, 1, True, True, "not compared")),
         (192, 192, HopperRow(128, 96, 2, 1, True, True, "not compared")),
-        (256, 256, HopperRow(128, 64, 2, 1, True, True, "1.03; 80 keys 1.01", causal=False, longest=512)),
-        (256, 256, HopperRow(128, 64, 2, 1, True, False, "1.02; all heads side by side 0.96", causal=True, longest=2048,
-                             sections=True)),
-        (256, 256, HopperRow(128, 80, 2, 1, True, False, "1.21, causal 1.37; in turns 1.19, 1.35")),
+        (256, 256, HopperRow(128, 64, 2, 1, True, True, "1.10; 80 keys 1.09", causal=False, longest=512)),
+        (256, 256, HopperRow(128, 80, 2, 1, True, False, "1.18; in turns 1.19", causal=False)),
+        (256, 256, HopperRow(128, 64, 2, 1, True, False, "1.11; 80 keys 1.10", longest=1024, sections=True)),
+        (256, 256, HopperRow(128, 80, 2, 1, True, True, "1.41; without turns 1.40; in sections 1.19")),
     ),
 }
 # Rows for options. Remarks: ours to the full forward of 16384 keys without a window, on an H200, for window=(1024, 0)
@@ -87,7 +92,7 @@ def choose_hopper(kernel: str, problem: Problem, tile: Tile, smem: int) -> Hoppe
     wanted = {name: n for name in ("block_m", "block_n", "stages") if (n := getattr(tile, name)) is not None}
     if wanted:
         row = replace(row, **wanted)
-        row = replace(row, overlap=row.block_m < 192, take_turns=row.take_turns and row.block_m == 128)
+        row = replace(row, overlap=row.block_m < 192, take_turns=row.take_turns and row.block_m == 128, min_blocks=1)
     why = check_hopper(row, head_dim, head_dim_v, smem)
     if why is None and tile.warps not in (None, row.warps):
         why = f"warps={tile.warps}: block_m={row.block_m} has {row.warps}, 4 for every 64 rows and 4 that load"
@@ -113,20 +118,22 @@ def check_hopper(row: HopperRow, head_dim: int, head_dim_v: int, smem: int) -> s
         return f"block_n={row.block_n}: it is a multiple of 16 up to 256"
     if row.stages < 2:
         return f"stages={row.stages}: one block of keys is worked on while the next arrives, so at least 2"
+    if row.min_blocks not in (1, 2) or (row.min_blocks == 2 and row.block_m != 128):
+        return f"min_blocks={row.min_blocks}: it is 1, or 2 of 128 queries"
     d, dv = padded(head_dim), padded(head_dim_v)
-    needed = hopper_smem_bytes(row, d, dv)
-    if needed > smem:
-        return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
+    needed, most = hopper_smem_bytes(row, d, dv), (smem + 1024) // row.min_blocks - 1024
+    if needed > most:
+        return f"it needs {needed} bytes of shared memory: a thread block has at most {most}"
     # acc_o and acc_s; P beside them where the next scores are computed while it is an operand.
     words = dv // 2 + row.block_n // 2 + (row.block_n // 4 if row.overlap else 0)
-    room = (160 if row.block_m == 192 else 240) - 24
+    room = (104 if row.min_blocks == 2 else 160 if row.block_m == 192 else 240) - 24
     if words > room:
         return f"its accumulators need {words} registers a thread: there is room for {room}"
-    return check_product(max(row.block_n // 2, dv // 2 + 4), row.warps)
+    return check_product(max(row.block_n // 2, dv // 2 + 4), row.warps * row.min_blocks)
 
 
 def check_product(words: int, warps: int) -> str | None:
-    """Why a kernel of that many warps can't have a product with so many registers, or None.
+    """Why a kernel can't have a product with so many registers where that many warps share a multiprocessor, or None.
 
     ``words`` are a thread's operands of one wgmma: accumulators, a number for every two columns, and four of P where it
     is the left one. ptxas wants 26 registers beside them, and for one instruction it counts those that a thread has at
@@ -182,29 +189,27 @@ class HopperBackwardRow:
         return 12
 
 
-# (largest width of q and k, of v, row): the first that fits. Remarks: cuDNN's time to ours on an H100 at the row's
+# (largest width of q and k, of v, row): the first that fits. Remarks: cuDNN's time to ours on an H200 at the row's
 # longest length, or at 16384, in a fixed order / in the order of arrival, and the next best.
 HOPPER_BACKWARD_TABLE: tuple[tuple[int, int, HopperBackwardRow], ...] = (
-    (64, 64, HopperBackwardRow(128, 128, 2, 32, False, "1.15 / 1.05; 96 queries 1.10", causal=False, longest=1024)),
-    (64, 64, HopperBackwardRow(128, 128, 2, 16, False, "1.12 / 1.10; 96 queries 1.05", causal=False, longest=2048)),
-    (64, 64, HopperBackwardRow(128, 128, 2, 16, False, "1.06 / 1.17; 96 queries 1.03", causal=False, longest=8192)),
-    (64, 64, HopperBackwardRow(128, 128, 2, 8, False, "1.08 / 1.21; 32 heads 1.03", causal=False)),
-    (64, 64, HopperBackwardRow(128, 128, 2, 128, False, "1.27 / 0.97; 64 heads 1.23", longest=512)),
-    (64, 64, HopperBackwardRow(128, 128, 2, 64, False, "1.15 / 1.10; 32 heads 1.14", longest=2048)),
-    (64, 64, HopperBackwardRow(128, 128, 2, 32, False, "1.14 / 1.22; 16 heads 1.08")),
-    (128, 128, HopperBackwardRow(64, 128, 2, 16, False, "1.12 / 1.04; 80 queries 1.11", causal=False, longest=2048)),
-    (128, 128, HopperBackwardRow(64, 128, 2, 8, False, "1.16 / 1.14; 80 queries 1.16", causal=False, longest=4096)),
-    (128, 128, HopperBackwardRow(80, 128, 2, 8, False, "1.05 / 1.12; 64 queries 1.01 / 1.04", causal=False)),
-    (128, 128, HopperBackwardRow(64, 128, 2, 32, False, "1.25 / 0.92; 16 heads 1.24", longest=512)),
-    (128, 128, HopperBackwardRow(64, 128, 2, 16, False, "1.14 / 1.11; 80 queries 1.12", longest=4096)),
-    (128, 128, HopperBackwardRow(80, 128, 2, 16, False, "1.11 / 1.14; 64 queries 1.09 / 1.08")),
-    (256, 256, HopperBackwardRow(64, 64, 2, 16, False, "1.21 / 1.04; 8 heads 1.20", causal=False, longest=512)),
-    (256, 256, HopperBackwardRow(64, 64, 2, 8, False, "1.11 / 1.05; 16 heads 1.02", causal=False, longest=1024)),
-    (256, 256, HopperBackwardRow(64, 64, 2, 4, True, "1.03 / 1.11; 8 heads 0.65", causal=False)),
-    (256, 256, HopperBackwardRow(64, 64, 2, 32, False, "1.05 / 0.93; 16 heads 0.96", longest=512)),
-    (256, 256, HopperBackwardRow(64, 64, 2, 16, False, "0.95 / 0.95; 8 heads 0.82", longest=1024)),
-    (256, 256, HopperBackwardRow(64, 64, 2, 16, True, "0.94 / 1.01; 8 heads 0.87", longest=2048)),
-    (256, 256, HopperBackwardRow(64, 64, 2, 8, True, "0.94 / 1.04; 4 heads 0.93")),
+    (64, 64, HopperBackwardRow(128, 128, 2, 128, False, "1.39 / 1.26; 64 heads 1.39", causal=False, longest=512)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 64, False, "1.32 / 1.31; 32 heads 1.31", causal=False, longest=1024)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 32, True, "1.16 / 1.22; 16 heads 1.16", causal=False, longest=4096)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 8, True, "1.12 / 1.13; 16 heads 1.09", causal=False)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 128, False, "1.48 / 1.23; 64 heads 1.43", longest=512)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 64, False, "1.38 / 1.30; 128 heads 1.34", longest=1024)),
+    (64, 64, HopperBackwardRow(128, 128, 2, 64, True, "1.18 / 1.27; 32 heads 1.18")),
+    (128, 128, HopperBackwardRow(64, 128, 2, 16, False, "1.11 / 1.11; 32 heads 1.12", causal=False, longest=1024)),
+    (128, 128, HopperBackwardRow(64, 128, 2, 16, True, "0.98 / 1.07; 8 heads 0.98", causal=False)),
+    (128, 128, HopperBackwardRow(64, 128, 2, 16, False, "1.17 / 1.16; 8 heads 1.15", longest=2048)),
+    (128, 128, HopperBackwardRow(64, 128, 2, 16, True, "1.03 / 1.13; 32 heads 1.04")),
+    (256, 256, HopperBackwardRow(64, 64, 2, 32, False, "1.30 / 1.21; 16 heads 1.28", causal=False, longest=512)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 16, False, "1.20 / 1.19; 8 heads 1.16", causal=False, longest=1024)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 8, True, "1.13 / 1.16; 4 heads 1.10", causal=False, longest=2048)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 4, True, "1.06 / 1.10; 8 heads 0.83", causal=False)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 32, False, "1.15 / 1.14; 16 heads 1.06", longest=1024)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 16, True, "1.02 / 1.13; 8 heads 0.98", longest=4096)),
+    (256, 256, HopperBackwardRow(64, 64, 2, 8, True, "0.98 / 1.06; 16 heads 0.99, at 8192 0.87 instead of 0.94")),
 )
 ARRIVAL_BYTES = 2**24  # of Q, dO and dq's sums: what heads side by side may take of L2 in arrival order
 
@@ -301,13 +306,16 @@ def hopper_candidates(kernel: str, problem: Problem, smem: int) -> Iterator[Hopp
     for largest, largest_v, row in HOPPER_TABLE[kernel]:
         if problem.head_dim <= largest and problem.head_dim_v <= largest_v:
             yield replace(row, remark="", causal=None, longest=None, sections=sections)
-    for block_m, overlap, take_turns in HOPPER_FORMS:
+    for block_m, overlap, take_turns, min_blocks in HOPPER_FORMS:
         for q_stages in (2, 1):
-            form = HopperRow(block_m, 16, 2, q_stages, overlap, take_turns, "", sections=sections)
+            form = HopperRow(
+                block_m, 16, 2, q_stages, overlap, take_turns, "", sections=sections, min_blocks=min_blocks
+            )
             blocks = (replace(form, block_n=n) for n in range(256, 48, -16))
             fits = [row for row in blocks if check_hopper(row, *widths, smem) is None][:3]
             yield from fits
-            yield from (replace(row, stages=3) for row in fits[:1])
+            deeper = (replace(row, stages=3) for row in fits[:1])
+            yield from (row for row in deeper if check_hopper(row, *widths, smem) is None)
 
 
 def hopper_backward_candidates(problem: Problem) -> Iterator[HopperBackwardRow]:
@@ -319,5 +327,9 @@ def hopper_backward_candidates(problem: Problem) -> Iterator[HopperBackwardRow]:
             yield HopperBackwardRow(block_m, own.block_n, 2, heads, own.arrival, "")
 
 
-# Rows of queries, overlap, take_turns: what fwd_sm90 has been run with. Three warpgroups have no registers to overlap.
-HOPPER_FORMS = ((64, True, False), (128, True, True), (128, True, False), (128, False, False), (192, False, False))
+# Rows of queries, overlap, take_turns, thread blocks side by side: what fwd_sm90 has been run with. Three consumers on a
+# multiprocessor have no registers to overlap, nor have four.
+HOPPER_FORMS = (
+    (64, True, False, 1), (128, True, True, 1), (128, True, False, 1), (128, False, False, 1), (128, False, False, 2),
+    (192, False, False, 1),
+)  # fmt: skip

@@ -142,7 +142,7 @@ struct JobRing {
 // ---- the order of the sums: leave to add, from warp 1 to the consumers, to warp 2
 
 // What warp 1 works out, for which consumers have no registers.
-struct Leave {
+struct alignas(8) Leave {
   int first, last;  // whether this key block is, of those that the tile meets
 };
 
@@ -370,17 +370,23 @@ __device__ __forceinline__ int own_row() {
 // Which consumer this is, where it need not be kept in a register.
 __device__ __forceinline__ int consumer_again() { return thread_index_again() / 128 - 1; }
 
+// The blocks below have added their parts of dQ. Asked while the products of this one's part run.
+__device__ __forceinline__ Leave await_leave(Smem& smem, const Turn<NUM_STAGES>& turn) {
+  if constexpr (!ORDERED) return {};
+  mbarrier_wait(shared_address(&smem.order.full[turn.slot]), turn.parity);
+  return smem.order.at[turn.slot];
+}
+
 // This consumer's part of dQ joins those of other key blocks.
 template <int N>
-__device__ __forceinline__ void join_dq(const Params& params, Smem& smem, const Job& job, const Turn<NUM_STAGES>& turn,
-                                        int head, float* head_sums, int m_block, int consumer, Fragment<N>& dq) {
+__device__ __forceinline__ void join_dq(
+    const Params& params, Smem& smem, const Job& job, const Turn<NUM_STAGES>& turn, const Leave& leave, int head,
+    float* head_sums, int m_block, int consumer, Fragment<N>& dq) {
   float* part = own_part(head_sums + m_block * static_cast<long long>(DQ_NUMBERS), consumer);
   if constexpr (!DETERMINISTIC) {
     add_to_part<128>(part, dq);
     return;
   }
-  mbarrier_wait(shared_address(&smem.order.full[turn.slot]), turn.parity);  // the blocks below have added theirs
-  const Leave& leave = smem.order.at[turn.slot];
   if (leave.last) {
     if (!leave.first) add_part<128>(dq, part);
     finish_dq(params, rows_of<Gradient_q>(params.dq, job.seq.batch_index, head), m_block, consumer, dq);
@@ -545,10 +551,11 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
     if constexpr (WANT_DV) wgmma_hold(acc_dv.at);
     if constexpr (!WANT_DQ) sync_warp();  // all lanes have read exponents and delta: no barrier has said so
     smem.dout_ring.release(turn);
+    const Leave leave = await_leave(smem, turn);
     wgmma_wait<1>();
     if constexpr (WANT_DQ) {
       wgmma_hold(acc_dq.at);
-      join_dq(params, smem, job, turn, head, head_sums, m_block, consumer, acc_dq);
+      join_dq(params, smem, job, turn, leave, head, head_sums, m_block, consumer, acc_dq);
     }
     wgmma_wait<0>();
     if constexpr (WANT_DK) wgmma_hold(acc_dk.at);
@@ -644,10 +651,11 @@ __device__ __forceinline__ void consume_wide(const Params& params, Smem& smem, S
     wgmma_wait<2>();
     if constexpr (OWN_DV) wgmma_hold(acc_dv.at);
     smem.dout_ring.release(turn);
+    const Leave leave = OWN_DQ ? await_leave(smem, turn) : Leave();
     wgmma_wait<1>();
     if constexpr (OWN_DQ) {
       wgmma_hold(acc_dq.at);
-      join_dq(params, smem, job, turn, head, head_sums, m_block, consumer_again(), acc_dq);
+      join_dq(params, smem, job, turn, leave, head, head_sums, m_block, consumer_again(), acc_dq);
     } else if constexpr (ORDERED) {  // nothing to add, and still counted
       if (lane_index() == 0) mbarrier_arrive(shared_address(&smem.order.added[turn.slot]));
     }

@@ -13,7 +13,8 @@
 //         S(n) is there:  softmax, while the tensor cores are still at O
 //         O is there:     P(n) rounded, O shrunk
 //
-//     otherwise: one after the other; three consumers, 160 registers, keep the tensor cores busy for one another
+//     otherwise: one after the other; three consumers, 160 registers, keep the tensor cores busy for one another, or
+//     four, 104 registers, of two thread blocks, whose tiles begin and end at different times
 //
 //         S(n) = Q K(n)^T;  softmax, P(n) rounded, O shrunk;  O += P(n) V(n)
 //
@@ -42,9 +43,12 @@ static_assert(BLOCK_M % 64 == 0 && NUM_WARPS == 4 * (1 + CONSUMERS), "a warpgrou
 static_assert(!TAKE_TURNS || (OVERLAP && CONSUMERS == 2), "two take turns");
 static_assert(BLOCK_N % 16 == 0, "P is an operand of whole steps of 16 keys");
 
+static_assert(MIN_BLOCKS == 1 || (MIN_BLOCKS == 2 && CONSUMERS == 2), "registers for four consumers, not for more");
+
 // Their sum over warpgroups stays within what the block has at entry, or setmaxnreg would wait for ever.
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 240, SENDER_REGISTERS = CONSUMERS == 3 ? 32 : 24;
-constexpr int REGISTERS_AT_ENTRY = 65536 / (32 * NUM_WARPS) / 8 * 8;
+constexpr int CONSUMER_REGISTERS = MIN_BLOCKS == 2 ? 104 : CONSUMERS == 3 ? 160 : 240;
+constexpr int SENDER_REGISTERS = CONSUMERS == 3 ? 32 : 24;
+constexpr int REGISTERS_AT_ENTRY = 65536 / (MIN_BLOCKS * 32 * NUM_WARPS) / 8 * 8;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + SENDER_REGISTERS <= (1 + CONSUMERS) * REGISTERS_AT_ENTRY, "registers");
 
 // The first products of a tile are issued before the results of the last one are stored: where registers allow it, and
@@ -208,6 +212,13 @@ __device__ __forceinline__ void store_nothing(const Params& params, const QueryT
   }
 }
 
+// In one form of the loop nvcc sees that all control is uniform; in the others descriptors are made so.
+template <int ROWS, Major MAJOR>
+__device__ __forceinline__ Operand<ROWS, MAJOR> in_place(const Operand<ROWS, MAJOR>& operand) {
+  if constexpr (OVERLAP && !EARLY) return operand;
+  return uniform(operand);
+}
+
 __device__ __forceinline__ void consume(const Params& params, Smem& smem, int consumer) {
   const Score score = score_of(params);
   Fragment<BLOCK_N> acc_s;        // (64, BLOCK_N): products, logits, P
@@ -222,14 +233,14 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
   // Issued: acc_s = Q K^T, acc_o += P V.
   const auto score_tile = [&]() ALWAYS_INLINE {
     wgmma_fence();
-    const auto q = uniform(operand<Major::K>(smem.q[q_turn.slot][consumer]));
-    product<HEAD_DIM / 16>(acc_s, q, uniform(operand<Major::K>(smem.k[turn.slot])));
+    const auto q = in_place(operand<Major::K>(smem.q[q_turn.slot][consumer]));
+    product<HEAD_DIM / 16>(acc_s, q, in_place(operand<Major::K>(smem.k[turn.slot])));
     wgmma_commit();
   };
   const auto accumulate_pv = [&](const Turn<NUM_STAGES>& v_turn) ALWAYS_INLINE {
     smem.v_ring.await(v_turn);
     wgmma_fence();
-    multiply_nn(acc_o[0], p, uniform(operand<Major::MN>(smem.v[v_turn.slot])));
+    multiply_nn(acc_o[0], p, in_place(operand<Major::MN>(smem.v[v_turn.slot])));
     wgmma_commit();
   };
   // acc_s is there, its tile may be refilled; acc_o's products, where issued behind, may be under way.
@@ -395,7 +406,7 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
   if (TAKE_TURNS && consumer == 0) take_turn(consumer);  // the last turn, which the other has passed
 }
 
-extern "C" __global__ void __launch_bounds__(32 * NUM_WARPS, 1) fwd_sm90(const __grid_constant__ MappedParams launch) {
+extern "C" __global__ void __launch_bounds__(32 * NUM_WARPS, MIN_BLOCKS) fwd_sm90(const __grid_constant__ MappedParams launch) {
   DYNAMIC_SHARED(Smem, smem);
   const Params& params = launch.params;
   const int warpgroup = warp_uniform(thread_index() / 128), warp = warp_uniform(thread_index() / 32 % 4);

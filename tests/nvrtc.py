@@ -156,6 +156,7 @@ def text_of(spec: Spec) -> str:
     words += [f"{spec.block_m} x {spec.block_n}", f"{spec.num_stages} stages"]
     if spec.kernel == "fwd_sm90":
         words += [f"{spec.q_stages} of q", *(w for w in ("overlap", "take_turns") if getattr(spec, w))]
+        words += ["2 blocks"] if spec.min_blocks == 2 else []
     elif spec.kernel == "fwd_sm80":
         words += [f"{spec.num_warps} warps", f"{spec.min_blocks} blocks", f"{spec.q_held} steps of q held"]
         words += [w for w in ("overlap", "pack_heads") if getattr(spec, w)]

@@ -106,7 +106,7 @@ def with_row(problem: Problem, device: Any, kernel: str, row: Any, wrt: Any) -> 
 
 def test_hopper_candidates_cover_the_forms() -> None:
     rows = _rows.candidates("fwd_sm90", problem_of(*arrays(dim=64)), H.smem)
-    assert {(row.block_m, row.overlap, row.take_turns) for row in rows} == set(HOPPER_FORMS)
+    assert {(row.block_m, row.overlap, row.take_turns, row.min_blocks) for row in rows} == set(HOPPER_FORMS)
     assert {row.stages for row in rows} == {2, 3}
     assert 20 < len(rows) < 60  # each one is compiled
 

@@ -591,7 +591,7 @@ LIBRARY = (
     # ---- bwd_sm90, and what bwd_delta prepares for it
     Planted(
         "semaphore: one block too few", "bwd_sm90",
-        r"while \(load_acquire\(semaphore\) < (.*?)\) \{", r"while (load_acquire(semaphore) < \1 - 1) {",
+        r"while \(load_acquire\((.*?)\) < (.*?)\) \{", r"while (load_acquire(\1) < \2 - 1) {",
         ("race between blocks", "uninitialised"), "dq_sums", HOPPER_NARROW[0], SEVERAL_BLOCKS,
     ),
     Planted(
