@@ -22,7 +22,7 @@ from ._params import TAIL_AXES, Template, element_strides, make_template, scalar
 from ._plan import KernelPlan, Plan
 from ._problem import Problem
 from ._score_args import argument_place
-from ._tma import ALIGNMENT, MAP_AXES, MappedTemplate, map_template, unreadable
+from ._tma import ALIGNMENT, MappedTemplate, map_axes, map_template, unreadable
 
 Tensors = dict[str, Array | None]
 Layout = tuple[str, tuple[int, ...], tuple[int, ...], int]  # name, shape, strides in bytes, itemsize
@@ -104,7 +104,8 @@ def forward(problem: Problem, plan: Plan, device: int, inputs: Tensors, results:
     with on_device(device):
         tensors = {name: x for name, x in (_readable(plan, inputs) | results).items() if x is not None}
         tickets = any("tickets" in step.writes for step in plan.kernels)
-        zeroed = (("tickets", (), np.dtype(np.int32)),) if tickets else ()
+        # Where leading axes are walked from here, each launch takes those of its first entry.
+        zeroed = (("tickets", problem.batch_shape, np.dtype(np.int32)),) if tickets else ()
         ready = _make_ready(problem, plan.kernels, device, tensors, plan.maps, zeroed)
         ready.run(tensors)
     return None if plan.copies else ready
@@ -205,7 +206,7 @@ def _launch(problem: Problem, step: KernelPlan, device: int, layouts: tuple[Layo
         template = make_template(numbers, own, packed, summed, arguments=arguments)
         # The grid counts the tiles of all launches; there are several where leading axes are walked from here.
         return Launch(step, step.grid // len(template.offsets), device, template)
-    template = make_template(numbers, problem.batch_shape, packed, axes=MAP_AXES, arguments=arguments)
+    template = make_template(numbers, problem.batch_shape, packed, axes=map_axes(problem), arguments=arguments)
     return Launch(step, step.grid, device, map_template(problem, template, problem.dtype, step.boxes))
 
 

@@ -26,8 +26,6 @@ def rows(widths):
     found = []
     for number, case in enumerate(TABLE):
         for family in FAMILIES:
-            if family == "sm90" and (case.q_lens is not None or case.kv_lens is not None):
-                continue  # sm80 takes them
             if family == "simt":
                 found.append(pytest.param(case, family, id=f"{number}-{family}"))
                 continue
