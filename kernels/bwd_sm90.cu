@@ -61,7 +61,8 @@ constexpr bool ORDERED = WANT_DQ && DETERMINISTIC;
 constexpr int CONSUMER_WARPS = 8;
 // dV is sent for before dS is computed, where registers allow it.
 constexpr bool EARLY_DV = BLOCK_M <= 64;
-constexpr int CONSUMER_REGISTERS = 240, SENDER_REGISTERS = 24;  // their sum is what the block has at entry: 3 x 168
+// Their sum is what the block has at entry: 3 x 168. To find packed sequences takes more.
+constexpr int CONSUMER_REGISTERS = PACKED ? 232 : 240, SENDER_REGISTERS = PACKED ? 40 : 24;
 
 // ---- jobs: from the thread that takes tickets to everyone else
 

@@ -44,7 +44,9 @@ static_assert(!TAKE_TURNS || (OVERLAP && CONSUMERS == 2), "two take turns");
 static_assert(BLOCK_N % 16 == 0, "P is an operand of whole steps of 16 keys");
 
 // Their sum over warpgroups stays within what the block has at entry, or setmaxnreg would wait for ever.
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 240, SENDER_REGISTERS = CONSUMERS == 3 ? 32 : 24;
+// To find packed sequences takes more than to send for tiles.
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : PACKED ? 232 : 240;
+constexpr int SENDER_REGISTERS = CONSUMERS == 3 ? 32 : PACKED ? 40 : 24;
 constexpr int REGISTERS_AT_ENTRY = 65536 / (32 * NUM_WARPS) / 8 * 8;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + SENDER_REGISTERS <= (1 + CONSUMERS) * REGISTERS_AT_ENTRY, "registers");
 
