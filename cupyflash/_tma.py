@@ -3,10 +3,10 @@
 A map has five dimensions: column, row, head, the last batch axis, the one before. Batch axes along which an array is
 broadcast, and a head axis of stride 0, have length 1 there; the kernel puts coordinate 0.
 
-Entries of lengths of their own end where the map ends, for whatever lies beyond must come as zeros. Row i of an entry of
-n rows, of at most R, is row R - n + i of the map, and between head and batch axis there is one more that steps from row
-to row: along it the entry has the coordinate of its end. Together these are R rows too far, so that the map begins R
-rows before the array. No length is known when a map is made.
+Entries of lengths of their own end where the map ends, for whatever lies beyond must come as zeros. Row i of an entry
+of n rows, of at most R, is row R - n + i of the map, and between head and batch axis there is one more that steps from
+row to row: along it the entry has the coordinate of its end. Together these are R rows too far, so that the map begins
+R rows before the array. No length is known when a map is made.
 """
 
 from __future__ import annotations

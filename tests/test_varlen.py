@@ -61,13 +61,19 @@ class Packed:
         found = dict(self.options)
         queries, keys = (s.stop - s.start for s in self.sequence(b))
         for name in ("bias", "mask"):
-            if name in found:
+            if name in found and not callable(found[name]):
                 whole = np.broadcast_to(found[name], self.shape)
                 found[name] = whole[b, :, :queries, :keys]
         if "alibi_slopes" in found:
             found["alibi_slopes"] = np.broadcast_to(found["alibi_slopes"], self.shape[:2])[b]
         if np.ndim(found.get("q_offset", 0)):
             found["q_offset"] = int(found["q_offset"][b])
+        if "segment_ids" in found:
+            found["segment_ids"] = tuple(x[b, :n] for x, n in zip(found["segment_ids"], (queries, keys), strict=True))
+        for name in ("score_args", "mask_args"):  # what depends on the sequence has an axis of them first
+            if name in found:
+                first, *rest = found[name]
+                found[name] = (first[b : b + 1], *rest)
         return found
 
     def each(self, wrt):
@@ -101,13 +107,20 @@ class Packed:
 
     def run(self, wrt, xp=np, **more):
         """The same from the packed arrays."""
-        on = {name: xp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in self.options.items()} | more
+        on = {name: on_device(x, xp) for name, x in self.options.items()} | more
         q, k, v, dout, dlse = map(xp.asarray, (self.q, self.k, self.v, self.dout, self.dlse))
         cu = tuple(map(xp.asarray, self.cu))
         out, lse = attention_varlen(q, k, v, *cu, return_lse=True, **on)
         g = attention_varlen_backward(dout, q, k, v, out, lse, *cu, dlse=dlse, wrt=wrt, **on)
         host = (lambda x: x) if xp is np else (lambda x: x.get())
         return host(out), host(lse), {name: host(getattr(g, f"d{name}")) for name in wrt}
+
+
+def on_device(x, xp):
+    """An option as a call on arrays of xp takes it."""
+    if isinstance(x, tuple):
+        return tuple(on_device(y, xp) for y in x)
+    return xp.asarray(x) if isinstance(x, np.ndarray) else x
 
 
 def wrt_of(options):
@@ -134,6 +147,21 @@ def pairs(*shape):
     return lambda rng, full: rng.standard_normal([n or m for n, m in zip(shape, full, strict=True)])
 
 
+def tilted(s, b, h, i, j, table, factor):
+    """A score that tells sequences, heads and positions apart."""
+    return factor * s + table[b, h] * (i - 2 * j)
+
+
+def near(b, h, i, j, reach):
+    """A mask that does."""
+    return abs(i - j) <= reach[b] + 3 * h
+
+
+SCORE = {
+    "score": lambda rng, full: tilted, "score_args": lambda rng, full: (0.1 * rng.standard_normal(full[:2]), 0.7)
+}  # fmt: skip
+MASK = {"mask": lambda rng, full: near, "mask_args": lambda rng, full: (rng.integers(0, 30, full[0]),)}
+SEGMENTS = {"segment_ids": lambda rng, full: tuple(np.sort(rng.integers(0, 3, (full[0], n))) for n in full[2:])}
 OPTIONS = {
     "plain": {},
     "causal": {"causal": True},
@@ -155,6 +183,11 @@ OPTIONS = {
         "mask": lambda rng, full: rng.random((1, *full[1:])) < 0.7, "window": (30, 8),
         "alibi_slopes": lambda rng, full: rng.random(full[1]),
     },
+    "score": SCORE,
+    "score and causal": {**SCORE, "causal": True, "softcap": 3.0},
+    "mask function": MASK,
+    "both functions": {**SCORE, **MASK, "window": (20, 9)},
+    "segments": SEGMENTS,
 }  # fmt: skip
 
 
@@ -367,6 +400,9 @@ FAMILIES = {
     "simt": ("simt", np.float32, 75, 20, 33),
     "simt float64": ("simt", np.float64, 75, 16, 16),
     "simt wide": ("simt", np.float32, 90, 130, 40),
+    "sm90": ("sm90", np.float16, 90, 40, 24),
+    "sm90 bfloat16": ("sm90", ml_dtypes.bfloat16, 90, 100, 128),
+    "sm90 wide": ("sm90", ml_dtypes.bfloat16, 90, 136, 64),
 }
 
 
@@ -379,7 +415,7 @@ def test_kernels(emulator, family, name):
         check(Packed(EMULATED_Q, EMULATED_K, dtype, d, dv, **OPTIONS[name]), xp, bound_of(dtype), family=family)
 
 
-@pytest.mark.parametrize("family", ["sm80", "simt"])
+@pytest.mark.parametrize("family", ["sm80", "simt", "sm90", "sm90 wide"])
 @pytest.mark.parametrize("seed", [0, 5])
 def test_kernels_under_schedules(emulator, family, seed):
     """Plain causal calls, in order and with several blocks at a time; a fixed order and that of arrival."""
@@ -466,7 +502,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-@pytest.mark.parametrize("family", ["sm80", "simt float64"])
+@pytest.mark.parametrize("family", ["sm80", "simt float64", "sm90"])
 def test_wrong_offsets_stay_inside(emulator, name, family, monkeypatch):
     """Nothing outside the arrays is read or written, which the emulator would report; those who ask are told."""
     family, dtype, arch, *_ = FAMILIES[family]
@@ -493,8 +529,8 @@ def test_devices_and_families(emulator):
     with device(0, 90) as xp:
         q, k, v = map(xp.asarray, (packed.q, packed.k, packed.v))
         cu = tuple(map(xp.asarray, packed.cu))
-        with pytest.raises(ValueError, match="family='sm90': packed sequences"):
-            attention_varlen(q, k, v, *cu, family="sm90")
+        with pytest.raises(ValueError, match="family='cpu' with CuPy arrays"):
+            attention_varlen(q, k, v, *cu, family="cpu")
         with pytest.raises(TypeError, match="cu_seqlens_q is a CuPy array, q a NumPy array"):
             attention_varlen(packed.q, packed.k, packed.v, *cu)
 
@@ -502,7 +538,7 @@ def test_devices_and_families(emulator):
 # ------------------------------------------------------------------------------------------------ kernels, compiled
 
 COMPILED = [("sm_60", "simt", np.float32), ("sm_80", "simt", np.float64), ("sm_80", "sm80", np.float16)]
-COMPILED += [("sm_90", "sm80", ml_dtypes.bfloat16)]
+COMPILED += [("sm_90", "sm90", ml_dtypes.bfloat16)]
 
 
 @pytest.mark.nvrtc
@@ -521,10 +557,3 @@ def test_kernels_compile(card, family, dtype):
         assert compiled.spill_bytes == 0, compiled.log
 
 
-def test_hopper_says_why_it_declines():
-    packed = Packed(dtype=np.float16)
-    asked = Asked(layout="shd")
-    problem = PackedCall(packed.q, packed.k, packed.v, asked, packed.cu, (None, None)).problem
-    plan = plan_gpu(problem, DEVICES["sm_90"], None, None, None)
-    assert plan.family == "sm80"
-    assert dict(plan.declined)["sm90"].startswith("packed sequences: TMA reads whole tiles")
