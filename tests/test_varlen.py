@@ -10,11 +10,14 @@ from emulator import Device, Schedule, why_not
 from cupyflash import (
     AttentionGradients,
     Tile,
+    _compile,
     attention,
     attention_backward,
     attention_varlen,
     attention_varlen_backward,
     attention_varlen_vjp,
+    explain_varlen,
+    prepare_varlen,
 )
 from cupyflash._options import Asked
 from cupyflash._packed import PackedCall
@@ -203,7 +206,7 @@ def test_tiles(name, tile):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-4), (ml_dtypes.bfloat16, 0.03)], ids=["simt", "sm80"])
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-4), (ml_dtypes.bfloat16, 0.03)], ids=["simt", "sm90"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_on_a_gpu(gpu, name, dtype, bound):
     packed = Packed((300, 0, 33, 1, 129), (310, 20, 0, 1, 260), dtype=dtype, d=64, dv=72, **OPTIONS[name])
@@ -373,6 +376,49 @@ def test_arguments_that_do_not_fit():
         attention_varlen(q, q, q[1:], cu, cu)
 
 
+# ------------------------------------------------------------------------------------------------ explain, prepare
+
+
+def test_explain_says_what_runs():
+    packed = Packed(dtype=np.float16, causal=True)
+    q, k, v = packed.q, packed.k, packed.v
+    plan = explain_varlen(q, k, v, *packed.cu, causal=True)
+    assert (plan.family, plan.direction) == ("cpu", "forward")
+    plan = explain_varlen(q, k, v, *packed.cu, max_seqlen_q=512, max_seqlen_k=640, causal=True, device="sm_90")
+    assert plan.family == "sm90"
+    assert [step.name for step in plan.kernels] == ["packed_rest", "fwd_sm90"]
+    assert plan.chain_k == 640
+    plan = explain_varlen(q, k, v, *packed.cu, backward=True, wrt=("q",), tile=Tile(block_m=32), device="sm_90")
+    assert (plan.direction, plan.block_m) == ("backward", 32)
+    assert "dk" not in {name for step in plan.kernels for name in step.writes}
+    functions = {"score": tilted, "score_args": (np.ones((6, 4)), 1.0), "mask": near, "mask_args": (np.ones(6, int),)}
+    plan = explain_varlen(q, k, v, *packed.cu, family="sm80", device="sm_90", **functions)
+    assert plan.family == "sm80"
+    assert plan.kernels[-1].spec.has_score
+    assert plan.kernels[-1].spec.mask_function
+
+
+def test_explain_and_prepare_check_as_the_call_does():
+    packed = Packed()
+    x, cu = (packed.q, packed.k, packed.v), packed.cu
+    for function in (attention_varlen, explain_varlen, prepare_varlen):
+        with pytest.raises(ValueError, match="max_seqlen_k=8: the longest"):
+            function(*x, *cu, max_seqlen_k=8)
+        with pytest.raises(ValueError, match=r"out.shape=\(3, 4, 24\)"):
+            function(*x, *cu, out=np.zeros((3, 4, 24)))
+        with pytest.raises(TypeError, match="score_args has 1 values and score is None"):
+            function(*x, *cu, score_args=(1.0,))
+        with pytest.raises(ValueError, match=r"segment_ids\[0\].shape=\(6, 63\)"):
+            function(*x, *cu, segment_ids=(np.zeros((6, 63), int), np.zeros((6, 64), int)))
+    with pytest.raises(ValueError, match=r"wrt=\('q',\) without backward=True"):
+        explain_varlen(*x, *cu, wrt=("q",))
+    with pytest.raises(ValueError, match="deterministic=False without backward=True"):
+        explain_varlen(*x, *cu, deterministic=False)
+    with pytest.raises(ValueError, match="device='sm_12'"):
+        explain_varlen(*x, *cu, device="sm_12")
+    prepare_varlen(*x, *cu)
+
+
 # ---------------------------------------------------------------------------------------------- kernels, emulated
 
 # Lengths below, at and beyond blocks, alone and side by side.
@@ -524,6 +570,19 @@ def test_wrong_offsets_stay_inside(emulator, name, family, monkeypatch):
             attention_varlen(x, x, x, right, cu, **bounds)
 
 
+def test_prepare_compiles_what_the_call_runs(emulator, monkeypatch):
+    packed = Packed((40,), (40,), np.float16, 16, 16)
+    with device(0, 90) as xp:
+        x = [xp.asarray(x) for x in (packed.q, packed.k, packed.v, *packed.cu)]
+        args = xp.asarray(np.ones((1, 4))), 1.0
+        bounds = {"max_seqlen_q": 64, "max_seqlen_k": 64, "score": tilted, "score_args": args}
+        prepare_varlen(*x, **bounds)
+        known = dict(_compile._loaded)
+        _, vjp = attention_varlen_vjp(*x, **bounds)
+        vjp(xp.asarray(packed.dout))
+        assert _compile._loaded == known
+
+
 def test_devices_and_families(emulator):
     packed = Packed((40,), (40,), np.float16, 16, 16)
     with device(0, 90) as xp:
@@ -553,7 +612,7 @@ def test_kernels_compile(card, family, dtype):
     assert {plan.family for plan in plans} == {family}
     assert [plan.kernels[0].name for plan in plans] == ["packed_rest"] * 2
     for step in (step for plan in plans for step in plan.kernels):
-        compiled = nvrtc.compile_spec(step.spec, step.smem, card)
+        compiled = nvrtc.compile_spec(step.spec, step.smem, "sm_90a" if family == "sm90" else card)
         assert compiled.spill_bytes == 0, compiled.log
 
 

@@ -659,7 +659,8 @@ LIBRARY = (
     # ---- packed sequences on sm90
     Planted(
         "tiles that do not end with their sequence", "fwd_sm90",
-        r"first_row\(longest - rows\)", "first_row(0)", ("out of bounds", "values", "uninitialised"), "", PACKED_FORWARD,
+        r"first_row\(longest - rows\)", "first_row(0)", ("out of bounds", "values", "uninitialised"), "",
+        PACKED_FORWARD,
     ),
     Planted(
         "the end of a sequence one row late", "fwd_sm90",
@@ -675,7 +676,8 @@ LIBRARY = (
         "the second 32 sequences skipped", "fwd_sm90", r"first \+= 32", "first += 64", ("values",), "", PACKED_FORWARD,
     ),
     Planted(
-        "a sequence found that is too short", "bwd_sm90", r"blocks > rank \? blocks : 0x7fffffff", "blocks > rank ? 9 : 9",
+        "a sequence found that is too short", "bwd_sm90",
+        r"blocks > rank \? blocks : 0x7fffffff", "blocks > rank ? 9 : 9",
         ("values", "deadlock", "out of bounds", "race between blocks", "undefined"), "", PACKED_BACKWARD,
     ),
 )  # fmt: skip
