@@ -18,8 +18,8 @@ import numpy as np
 from . import _compile
 from ._arrays import Array, ArraySpec, address, import_cupy, misaligned, on_device
 from ._block_map import MAPS
-from ._params import TAIL_AXES, Template, element_strides, make_template, scalars
-from ._plan import KernelPlan, Plan
+from ._params import BY_TILE, TAIL_AXES, Template, element_strides, make_template, scalars
+from ._plan import KernelPlan, Plan, tile_shift
 from ._problem import Problem
 from ._score_args import argument_place
 from ._tma import ALIGNMENT, MappedTemplate, map_axes, map_template, unreadable
@@ -124,7 +124,8 @@ def backward(
         finished = [step.writes[0] for step in plan.kernels if step.name == "bwd_finish"]
         partials = {name: _partial(problem, name, gradients[name]) for name in finished}
         tensors |= {name: partials[name].by_entry if name in partials else x for name, x in gradients.items()}
-        temporaries = tuple((name, (*problem.batch_shape, *tail), dtype) for name, tail, dtype in plan.temporaries)
+        lead = problem.batch_shape if problem.options.packed is None else ()
+        temporaries = tuple((name, (*lead, *tail), dtype) for name, tail, dtype in plan.temporaries)
         steps = tuple(step for step in plan.kernels if step.name != "bwd_finish")
         ready = _make_ready(problem, steps, device, tensors, temporaries + plan.maps, ())
         ready.run(tensors)
@@ -151,6 +152,8 @@ def _make_ready(
     made = []
     for name, shape, dtype in (*temporaries, *zeroed):
         strides = _contiguous(shape, dtype)
+        if problem.options.packed is not None and name in BY_TILE:  # tiles first, heads behind them
+            shape, strides = ((x[1], x[0], *x[2:]) for x in (shape, strides))
         made.append((name, shape, _shared(shape, strides) if name in MAPS else strides, dtype.itemsize))
     given = [(name, x.shape, x.strides, x.itemsize) for name, x in tensors.items()]
     launches = []
@@ -197,6 +200,8 @@ def _launch(problem: Problem, step: KernelPlan, device: int, layouts: tuple[Layo
         if (place := argument_place(name))
     )
     numbers = scalars(problem, step.section)
+    if problem.options.packed is not None:
+        numbers = replace(numbers, tile_shift=next((tile_shift(x[1][-1]) for x in layouts if x[0] == "delta"), 0))
     if not step.boxes:
         own, summed = problem.batch_shape, None
         if step.entries is not None:

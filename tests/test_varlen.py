@@ -398,6 +398,18 @@ def test_explain_says_what_runs():
     assert plan.kernels[-1].spec.mask_function
 
 
+@pytest.mark.parametrize(("family", "dtype"), [("sm90", np.float16), ("sm80", np.float16), ("simt", np.float32)])
+def test_workspace_is_that_of_the_rows_there_are(family, dtype):
+    """One long sequence among many short ones: not as if all were as long."""
+    x, ones = np.broadcast_to(np.zeros((), dtype), (8192, 4, 64)), np.full(4096, 1)
+    bytes_ = {}
+    for longest in (1, 4096):
+        cu = offsets((longest, *ones))
+        plan = explain_varlen(x, x, x, cu, cu, backward=True, family=family, device="sm_90", tile=Tile(block_m=64))
+        bytes_[longest] = plan.workspace
+    assert bytes_[1] == bytes_[4096] < 2**30
+
+
 def test_explain_and_prepare_check_as_the_call_does():
     packed = Packed()
     x, cu = (packed.q, packed.k, packed.v), packed.cu
