@@ -6,7 +6,9 @@ Each ratio is the time of a call with an option over that of a call it is held a
 rounds. Three have bars: windows at 16384 keys (0.10 and 0.16 of the full forward), and the backward with dbias of a
 bias (1, H, S, S) at batch 8, 2048 keys, d = 64 (1.6 of the same backward without dbias). The others say what an option
 costs beside the plain call at 4096 keys. The exit code is 1 if a call failed; a bar that is missed is said, and no
-failure. Packed sequences are held against a dense batch of the longest, pair by pair. --dry-run needs no GPU.
+failure. Packed sequences are held against a dense batch of the longest, for each pair that a tile computes (1.1); a
+dense batch, packed, against itself, which says what it takes to find the tiles (1.03); and sequences without rows
+against some that have rows. --dry-run needs no GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +26,15 @@ import numpy as np
 
 from benchmarks import facts
 from benchmarks.cells import arguments, build
-from cupyflash import _compile, attention, attention_backward, attention_varlen, explain
+from cupyflash import (
+    _compile,
+    attention,
+    attention_backward,
+    attention_varlen,
+    attention_varlen_backward,
+    explain,
+    explain_varlen,
+)
 from cupyflash._program import backend as backends
 from cupyflash._program.terminal import table
 from cupyflash._program.timing import device_clock
@@ -117,10 +127,9 @@ class Ratio(Comparison):
 
 @dataclass
 class Ragged(Comparison):
-    """Packed sequences of random lengths beside a dense batch of the longest: time for a pair that a tile computes."""
+    """Packed sequences beside another call."""
 
-    name: str = "4096 sequences of 1 to 512 rows"
-    bar: float | None = 1.1
+    direction: str = "forward"
     head_dim: int = 64
     heads: int = 4
     longest: int = 512
@@ -128,27 +137,79 @@ class Ragged(Comparison):
 
     @property
     def what(self) -> str:
-        return f"forward, {self.heads} heads, d={self.head_dim}"
+        return f"{self.direction}, {self.heads} heads, d={self.head_dim}"
+
+    def lengths(self) -> np.ndarray:
+        """Rows of each sequence, at random from 1 to the longest."""
+        return np.random.default_rng(3).integers(1, self.longest + 1, self.sequences)
+
+    def packed_call(self, lengths: np.ndarray, rows: int, xp: Any) -> Callable[[], object]:
+        """The call on sequences of these lengths, in arrays of so many rows; sets the family."""
+        offsets = xp.asarray(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        q, k, v, dout = self._draw((rows, self.heads, self.head_dim), xp)
+        longest: dict[str, Any] = {"max_seqlen_q": self.longest, "max_seqlen_k": self.longest}
+        self.family = explain_varlen(q, k, v, offsets, offsets, **longest).family
+        if self.direction == "forward":
+            return lambda: attention_varlen(q, k, v, offsets, offsets, **longest)
+        out, lse = attention_varlen(q, k, v, offsets, offsets, return_lse=True, **longest)
+        return lambda: attention_varlen_backward(dout, q, k, v, out, lse, offsets, offsets, **longest)
+
+    def dense_call(self, batch: int, xp: Any) -> tuple[Callable[[], object], tuple[int, int]]:
+        """The call on a batch whose entries are as long as the longest sequence, and its blocks of queries and keys."""
+        shape = (batch, self.longest, self.heads, self.head_dim)
+        q, k, v, dout = (x.swapaxes(1, 2) for x in self._draw(shape, xp))
+        plan = explain(q, k, v, backward=self.direction == "backward")
+        if self.direction == "forward":
+            return lambda: attention(q, k, v), (plan.block_m, plan.block_n)
+        out, lse = attention(q, k, v, return_lse=True)
+        return lambda: attention_backward(dout, q, k, v, out, lse), (plan.block_m, plan.block_n)
+
+    def _draw(self, shape: tuple[int, ...], xp: Any) -> list[Any]:
+        rng = xp.random.default_rng(4)
+        return [rng.standard_normal(shape, dtype=xp.float32).astype(BFLOAT16) for _ in range(4)]
+
+
+@dataclass
+class ByPair(Ragged):
+    """Sequences of random lengths beside a dense batch of the longest: time for a pair that a tile computes."""
+
+    name: str = "4096 sequences of 1 to 512 rows"
+    bar: float | None = 1.1
 
     def measure(self, rounds: int, xp: Any) -> None:
-        lengths = np.random.default_rng(3).integers(1, self.longest + 1, self.sequences)
-        offsets = xp.asarray(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        rng, rows, batch = xp.random.default_rng(4), int(lengths.sum()), self.sequences // 4
-        shape = (batch, self.heads, self.longest, self.head_dim)
-        dense = [rng.standard_normal(shape, dtype=xp.float32).astype(BFLOAT16) for _ in range(3)]
-        packed = [
-            rng.standard_normal((rows, *shape[1::2]), dtype=xp.float32).astype(BFLOAT16) for _ in range(3)
-        ]  # fmt: skip
-        self.family = "sm80"
-        tile = explain(*dense, family=self.family)
-        whole = -(-lengths // tile.block_m) * tile.block_m * (-(-lengths // tile.block_n) * tile.block_n)
-        pairs = int(whole.sum()), batch * self.longest**2
-        longest: dict[str, Any] = {"max_seqlen_q": self.longest, "max_seqlen_k": self.longest}
-        calls = (
-            lambda: attention_varlen(*packed, offsets, offsets, family=self.family, **longest),
-            lambda: attention(*dense, family=self.family),
+        lengths, batch = self.lengths(), self.sequences // 4
+        dense, (m, n) = self.dense_call(batch, xp)
+        whole = -(-lengths // m) * m * (-(-lengths // n) * n)
+        pairs = int(whole.sum()), batch * (-(-self.longest // m) * m * (-(-self.longest // n) * n))
+        self.take_turns(rounds, (self.packed_call(lengths, int(lengths.sum()), xp), dense), pairs)
+
+
+@dataclass
+class Equal(Ragged):
+    """A dense batch, packed, beside itself: the same tiles, found in another way."""
+
+    name: str = "1024 sequences of 512 rows"
+    bar: float | None = 1.03
+
+    def measure(self, rounds: int, xp: Any) -> None:
+        batch = self.sequences // 4
+        packed = self.packed_call(np.full(batch, self.longest), batch * self.longest, xp)
+        self.take_turns(rounds, (packed, self.dense_call(batch, xp)[0]))
+
+
+@dataclass
+class Nothing(Ragged):
+    """Sequences without rows beside those that have some: what it takes to find out, with nothing to do meanwhile."""
+
+    name: str = "4096 sequences of 0 rows"
+
+    def measure(self, rounds: int, xp: Any) -> None:
+        lengths = self.lengths()
+        # One row behind the last sequence: without any, nothing would be launched.
+        self.take_turns(
+            rounds,
+            (self.packed_call(0 * lengths, 1, xp), self.packed_call(lengths, int(lengths.sum()), xp)),
         )
-        self.take_turns(rounds, calls, pairs)
 
 
 def plan() -> list[Comparison]:
@@ -165,7 +226,9 @@ def plan() -> list[Comparison]:
             wrt=(*keys, "bias"), beside_wrt=keys,
         )
     )  # fmt: skip
-    found.append(Ragged())
+    for direction in ("forward", "backward"):
+        for kind in (ByPair, Equal, Nothing):
+            found += [kind(direction=direction, head_dim=d) for d in (64, 128)]
     for d in (64, 128):
         for name in BESIDE_PLAIN:
             for direction in ("forward", "backward"):

@@ -6,7 +6,13 @@ from ._tuned import TuningCacheWarning
 from ._tuning import TunedKernel, Tuning, tune
 from ._version import __version__
 from .attention import attention, attention_backward, attention_vjp, explain, prepare
-from .varlen import attention_varlen, attention_varlen_backward, attention_varlen_vjp
+from .varlen import (
+    attention_varlen,
+    attention_varlen_backward,
+    attention_varlen_vjp,
+    explain_varlen,
+    prepare_varlen,
+)
 
 __all__ = [
     "AttentionGradients",
@@ -24,6 +30,8 @@ __all__ = [
     "attention_varlen_vjp",
     "attention_vjp",
     "explain",
+    "explain_varlen",
     "prepare",
+    "prepare_varlen",
     "tune",
 ]

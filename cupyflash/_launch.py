@@ -18,11 +18,11 @@ import numpy as np
 from . import _compile
 from ._arrays import Array, ArraySpec, address, import_cupy, misaligned, on_device
 from ._block_map import MAPS
-from ._params import TAIL_AXES, Template, element_strides, make_template, scalars
-from ._plan import KernelPlan, Plan
+from ._params import BY_TILE, TAIL_AXES, Template, element_strides, make_template, scalars
+from ._plan import KernelPlan, Plan, tile_shift
 from ._problem import Problem
 from ._score_args import argument_place
-from ._tma import ALIGNMENT, MAP_AXES, MappedTemplate, map_template, unreadable
+from ._tma import ALIGNMENT, MappedTemplate, map_axes, map_template, unreadable
 
 Tensors = dict[str, Array | None]
 Layout = tuple[str, tuple[int, ...], tuple[int, ...], int]  # name, shape, strides in bytes, itemsize
@@ -104,7 +104,8 @@ def forward(problem: Problem, plan: Plan, device: int, inputs: Tensors, results:
     with on_device(device):
         tensors = {name: x for name, x in (_readable(plan, inputs) | results).items() if x is not None}
         tickets = any("tickets" in step.writes for step in plan.kernels)
-        zeroed = (("tickets", (), np.dtype(np.int32)),) if tickets else ()
+        # Where leading axes are walked from here, each launch takes those of its first entry.
+        zeroed = (("tickets", problem.batch_shape, np.dtype(np.int32)),) if tickets else ()
         ready = _make_ready(problem, plan.kernels, device, tensors, plan.maps, zeroed)
         ready.run(tensors)
     return None if plan.copies else ready
@@ -123,7 +124,8 @@ def backward(
         finished = [step.writes[0] for step in plan.kernels if step.name == "bwd_finish"]
         partials = {name: _partial(problem, name, gradients[name]) for name in finished}
         tensors |= {name: partials[name].by_entry if name in partials else x for name, x in gradients.items()}
-        temporaries = tuple((name, (*problem.batch_shape, *tail), dtype) for name, tail, dtype in plan.temporaries)
+        lead = problem.batch_shape if problem.options.packed is None else ()
+        temporaries = tuple((name, (*lead, *tail), dtype) for name, tail, dtype in plan.temporaries)
         steps = tuple(step for step in plan.kernels if step.name != "bwd_finish")
         ready = _make_ready(problem, steps, device, tensors, temporaries + plan.maps, ())
         ready.run(tensors)
@@ -150,6 +152,8 @@ def _make_ready(
     made = []
     for name, shape, dtype in (*temporaries, *zeroed):
         strides = _contiguous(shape, dtype)
+        if problem.options.packed is not None and name in BY_TILE:  # tiles first, heads behind them
+            shape, strides = ((x[1], x[0], *x[2:]) for x in (shape, strides))
         made.append((name, shape, _shared(shape, strides) if name in MAPS else strides, dtype.itemsize))
     given = [(name, x.shape, x.strides, x.itemsize) for name, x in tensors.items()]
     launches = []
@@ -196,6 +200,8 @@ def _launch(problem: Problem, step: KernelPlan, device: int, layouts: tuple[Layo
         if (place := argument_place(name))
     )
     numbers = scalars(problem, step.section)
+    if problem.options.packed is not None:
+        numbers = replace(numbers, tile_shift=next((tile_shift(x[1][-1]) for x in layouts if x[0] == "delta"), 0))
     if not step.boxes:
         own, summed = problem.batch_shape, None
         if step.entries is not None:
@@ -205,7 +211,7 @@ def _launch(problem: Problem, step: KernelPlan, device: int, layouts: tuple[Layo
         template = make_template(numbers, own, packed, summed, arguments=arguments)
         # The grid counts the tiles of all launches; there are several where leading axes are walked from here.
         return Launch(step, step.grid // len(template.offsets), device, template)
-    template = make_template(numbers, problem.batch_shape, packed, axes=MAP_AXES, arguments=arguments)
+    template = make_template(numbers, problem.batch_shape, packed, axes=map_axes(problem), arguments=arguments)
     return Launch(step, step.grid, device, map_template(problem, template, problem.dtype, step.boxes))
 
 

@@ -45,9 +45,10 @@ class PackedCall(Call):
         max_seqlens: tuple[Any, Any],
         beside: dict[str, Array] | None = None,
         out: Array | None = None,
+        device: object = None,
     ) -> None:
         self._cu_seqlens, self._max_seqlens = cu_seqlens, max_seqlens
-        super().__init__(q, k, v, asked, beside=beside, out=out)
+        super().__init__(q, k, v, asked, beside=beside, out=out, device=device)
 
     def _read_problem(
         self, asked: Asked, arrays: dict[str, Array], functions: Functions | None, out_dtype: np.dtype | None

@@ -25,7 +25,7 @@ TENSORS = (
     "q_lens", "kv_lens", "seed", "dbias", "dsinks", "key_map", "query_map", "cu_seqlens_q", "cu_seqlens_k",
 )  # fmt: skip
 _TENSOR = struct.Struct(f"<{1 + BATCH_AXES + 3}q")  # data, batch_stride[], head_stride, row_stride, col_stride
-_SCALARS = struct.Struct(f"<qdqqqdd{2 * BATCH_AXES + 7}iI3i")  # see Scalars
+_SCALARS = struct.Struct(f"<qdqqqdd{2 * BATCH_AXES + 7}iI4i")  # see Scalars
 # Axes after the leading ones, where they are not 3.
 TAIL_AXES = {
     "lse": 2, "dlse": 2, "delta": 2, "exponents": 2, "semaphores": 2, "q_offsets": 0, "tickets": 0, "alibi_slopes": 1,
@@ -37,6 +37,9 @@ TAIL_AXES = {
 FIRST_QUERY, FIRST_KEY = 0, 1
 _PACKED = dict.fromkeys(("q", "out", "lse", "dout", "dlse", "dq"), FIRST_QUERY)
 _PACKED |= dict.fromkeys(("k", "v", "dk", "dv"), FIRST_KEY)
+# Along a third it is a sequence's first tile of queries: the leading axis of these temporaries has all of them.
+FIRST_TILE = 2
+BY_TILE = frozenset({"delta", "exponents", "semaphores", "dq_sums"})
 NO_BOUND = 2**62  # of a window
 _FIRST_BATCH = len(TENSORS) * _TENSOR.size // 8 + 2  # where it lies, in units of 8 bytes
 _FUNCTIONS = -(-(len(TENSORS) * _TENSOR.size + _SCALARS.size) // 8) * 8  # where score_args lies, then mask_args
@@ -66,6 +69,7 @@ class Scalars:
     drop_below: int = 0
     bottom_right: bool = False
     packed: tuple[int, int] | None = None
+    tile_shift: int = 0
 
 
 def scalars(problem: Problem, section: int = 1) -> Scalars:
@@ -162,6 +166,8 @@ def make_template(
         inner = [0] * pad + list(s[outer:])
         if numbers.packed is not None and name in _PACKED:
             inner[_PACKED[name]] = inner[BATCH_AXES + 1]
+        if numbers.packed is not None and name in BY_TILE:
+            inner[FIRST_TILE], inner[BATCH_AXES - 1] = inner[BATCH_AXES - 1], 0
         _TENSOR.pack_into(packed, TENSORS.index(name) * _TENSOR.size, 0, *inner)
     _SCALARS.pack_into(
         packed, len(TENSORS) * _TENSOR.size, numbers.q_offset, numbers.scale,
@@ -169,7 +175,7 @@ def make_template(
         *(1,) * pad, *shape[outer:], *(1,) * pad, *reduce[outer:],
         numbers.num_heads, numbers.num_heads_k, numbers.seqlen_q, numbers.seqlen_k,
         numbers.head_dim, numbers.head_dim_v, numbers.section, numbers.drop_below, numbers.bottom_right,
-        *(numbers.packed or (0, 0)),
+        *(numbers.packed or (0, 0)), numbers.tile_shift,
     )  # fmt: skip
     for args, n, lengths, steps in arguments:
         pack_layout(packed, _argument(args, n), lengths, steps)

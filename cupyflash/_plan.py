@@ -402,12 +402,30 @@ def side(found: Side | None) -> Side:
     return found
 
 
+def by_tile(problem: Problem, block_m: int, rows: int, *columns: int) -> tuple[int, ...]:
+    """The axes of a temporary that has so many rows for each query tile of each head, behind the leading ones.
+
+    Packed sequences have no leading ones, but tiles behind the heads: as many as they can need at most, whatever their
+    lengths. Sequence n, which begins at row r, has those from r // 2**tile_shift(block_m) + n on.
+    """
+    packed, heads = problem.options.packed, problem.num_heads
+    if packed is None:
+        return (heads, -(-problem.seqlen_q // block_m) * rows, *columns)
+    return (heads, (packed[0] >> tile_shift(block_m)) + problem.batch, rows, *columns)
+
+
+def tile_shift(block_m: int) -> int:
+    """Log2 of the largest power of 2 that is no more than a tile's rows."""
+    return block_m.bit_length() - 1
+
+
 def workspace(problem: Problem, temporaries: tuple[ArraySpec, ...], partial: Iterable[str]) -> int:
     """Bytes of the temporaries, and of gradients that are written for each batch entry."""
     sizes = {"sinks": problem.num_heads, "bias": problem.num_heads * math.prod(problem.bias_shape[-2:])}
     sizes |= {name: math.prod(problem.tail(name)) for name in ("q", "k", "v")}
     bytes_ = sum(sizes[name] for name in partial) * problem.accumulator.itemsize
-    return problem.batch * (bytes_ + sum(math.prod(tail) * dtype.itemsize for _, tail, dtype in temporaries))
+    lead = problem.batch if problem.options.packed is None else 1
+    return problem.batch * bytes_ + lead * sum(math.prod(tail) * dtype.itemsize for _, tail, dtype in temporaries)
 
 
 def sign(scale: float) -> int:

@@ -14,6 +14,7 @@ from ._plan import (
     Tile,
     bias_kernel,
     by_entry,
+    by_tile,
     finishing,
     grid,
     keyed,
@@ -46,7 +47,10 @@ def plan_simt(
         if "sinks" in wrt:
             kernels.append(sinks_kernel(problem))
         kernels += finishing(problem, wrt)
-        temporaries = (("delta", (problem.num_heads, problem.seqlen_q), problem.accumulator),)
+        rows = kernels[0].spec.block_m
+        packed = problem.options.packed is not None
+        delta = by_tile(problem, rows, rows) if packed else (problem.num_heads, problem.seqlen_q)
+        temporaries = (("delta", delta, problem.accumulator),)
         bytes_ = workspace(problem, temporaries, partials(problem, wrt))
     maps = map_arrays(problem, kernels)
     main = next(step for step in kernels if step.name not in ("bwd_delta", "block_map"))

@@ -25,10 +25,6 @@ def why_not_sm90(problem: Problem, device: Device) -> str | None:
     """Why the Hopper family does not take a problem, or None."""
     if device.arch != 90:
         return f"{device.name} has compute capability {device.arch / 10}: TMA and wgmma are those of 9.0"
-    if problem.options.packed is not None:
-        return "packed sequences: TMA reads whole tiles, and rows of the next sequence must not be used"
-    if problem.options.lens:
-        return "q_lens, kv_lens: TMA reads whole tiles, and what lies beyond an entry's own length must not be used"
     return why_not_tensor_cores(problem, "wgmma")
 
 
@@ -36,11 +32,11 @@ def plan_sm90(problem: Problem, device: Device, tile: Tile, copies: tuple[str, .
     row = _tiles.choose_hopper("fwd_sm90", problem, tile, device.smem)
     widths = padded_widths(problem)
     all_heads = problem.num_heads * problem.batch
-    tiles = grid(problem.seqlen_q, row.block_m, all_heads)
-    blocks = device.sms * row.min_blocks
+    tiles, blocks = _tiles_of(problem, "q", row.block_m), device.sms * row.min_blocks
     if tiles > MAX_GRID - 2 * blocks:  # a block's next index stays within 32 bits
         raise ValueError(f"{tiles} tiles: the sm90 family takes at most {MAX_GRID - 2 * blocks}")
-    tickets = row.sections and tiles > blocks  # tiles go to whoever is free, not in a fixed order
+    # Tiles go to whoever is free, not in a fixed order.
+    tickets = problem.options.packed is not None or (tiles > blocks and (row.sections or problem.options.lens))
     kernel = KernelPlan(
         spec=spec_of(
             "fwd_sm90", problem, row, widths, max(widths),
@@ -68,7 +64,7 @@ def plan_sm90_backward(
     row = _tiles.choose_hopper_backward(problem, tile, device.smem)
     deterministic = deterministic or not row.arrival
     heads_k = problem.num_heads_k * problem.batch
-    jobs = grid(problem.seqlen_k, row.block_n, heads_k)
+    jobs = _tiles_of(problem, "k", row.block_n)
     if jobs > MAX_GRID - 4 * device.sms:  # tickets stay within 32 bits
         raise ValueError(f"{jobs} blocks of keys: the sm90 family takes at most {MAX_GRID - 4 * device.sms}")
     main = KernelPlan(
@@ -86,6 +82,15 @@ def plan_sm90_backward(
         kernels.append(_sm90_rounding(problem, row, wrt))
     temporaries = temporaries_of(problem, row, wrt, 1, _tiles.dq_numbers(row, *padded_widths(problem)))
     return backward_plan("sm90", problem, device, row, wrt, tuple(kernels), temporaries, copies)
+
+
+def _tiles_of(problem: Problem, name: str, block: int) -> int:
+    """How many blocks of the rows of "q" or "k" there are, of packed sequences at most."""
+    heads, longest, _ = problem.tail(name)
+    blocks = grid(longest, block, heads * problem.batch)
+    if problem.options.packed is None:
+        return blocks
+    return min(blocks, (problem.rows_of(name) // block + problem.batch) * heads)
 
 
 def _sm90_rounding(problem: Problem, row: _tiles.HopperBackwardRow, wrt: frozenset[str]) -> KernelPlan:

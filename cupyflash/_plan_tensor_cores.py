@@ -18,6 +18,7 @@ from ._plan import (
     Plan,
     bias_kernel,
     by_entry,
+    by_tile,
     finishing,
     grid,
     keyed,
@@ -104,16 +105,16 @@ def temporaries_of(
     problem: Problem, row: Blocks, wrt: frozenset[str], semaphores: int, numbers: int
 ) -> tuple[ArraySpec, ...]:
     """Temporary arrays; of each query tile so many semaphores, and numbers of dq before it is whole."""
-    heads, tiles = problem.num_heads, -(-problem.seqlen_q // row.block_m)
-    accumulator, integers = problem.accumulator, np.dtype(np.int32)
-    rows = [(name, (heads, tiles * row.block_m), accumulator) for name in ("delta", "exponents")]
-    always = (*rows, ("tickets", (), integers))
+    block_m, accumulator, integers = row.block_m, problem.accumulator, np.dtype(np.int32)
+    rows = [(name, by_tile(problem, block_m, block_m), accumulator) for name in ("delta", "exponents")]
+    tickets = () if problem.options.packed is None else problem.batch_shape
+    always = (*rows, ("tickets", tickets, integers))
     if "q" not in wrt:
         return always
     return (
         *always,
-        ("semaphores", (heads, tiles * semaphores), integers),
-        ("dq_sums", (heads, tiles, numbers), accumulator),
+        ("semaphores", by_tile(problem, block_m, semaphores), integers),
+        ("dq_sums", by_tile(problem, block_m, 1, numbers), accumulator),
     )
 
 

@@ -89,6 +89,11 @@ class Problem:
             "dout": (self.num_heads, self.seqlen_q, self.head_dim_v),
         }[name]
 
+    def rows_of(self, name: str) -> int:
+        """Rows of the array "q", "k", "v" or "dout", in which packed sequences lie one behind the other."""
+        packed = self.options.packed
+        return self.tail(name)[1] if packed is None else packed[name in ("k", "v")]
+
     @cached_property
     def broadcast(self) -> frozenset[str]:
         """Which of q, k, v are shared by several batch entries, so that their gradients are sums over them."""

@@ -155,8 +155,11 @@ def hopper_smem_bytes(row: HopperRow, head_dim: int, head_dim_v: int) -> int:
 
 
 def section(row: HopperRow, problem: Problem, all_heads: int) -> int:
-    """How many heads a section of the tile list has (TileWalk). It changes the order of tiles, never their bits."""
-    if not problem.causal:
+    """How many heads a section of the tile list has (TileWalk), or packed sequences (PackedWalk).
+
+    It changes the order of tiles, never their bits.
+    """
+    if not problem.causal or problem.options.packed is not None:
         return 1
     if not row.sections:
         return max(1, all_heads)
@@ -285,14 +288,22 @@ def hopper_backward_smem_bytes(row: HopperBackwardRow, head_dim: int, head_dim_v
 
 
 def backward_section(row: HopperBackwardRow, problem: Problem, ordered: bool, heads_k: int) -> int:
-    """How many kv heads run side by side. It changes the order of jobs, never the bits of a fixed order."""
+    """How many kv heads run side by side, or packed sequences. It changes the order of jobs, never the bits of a fixed
+    order."""
     if ordered:
         heads = row.heads
     else:
         group = problem.num_heads // problem.num_heads_k if problem.num_heads_k else 1
         head = group * problem.seqlen_q * (4 * problem.head_dim + 2 * (problem.head_dim + problem.head_dim_v))
         heads = max(1, ARRIVAL_BYTES // max(1, head))
+    if problem.options.packed is not None:
+        return packed_section(heads // max(1, problem.num_heads_k))
     return equal_sections(heads_k, heads)
+
+
+def packed_section(sequences: int) -> int:
+    """How many packed sequences run side by side, all heads of each: a power of 2, of a warp's 32 at most."""
+    return 1 << max(1, min(sequences, 32)).bit_length() - 1
 
 
 def hopper_candidates(kernel: str, problem: Problem, smem: int) -> Iterator[HopperRow]:

@@ -2,6 +2,11 @@
 
 A map has five dimensions: column, row, head, the last batch axis, the one before. Batch axes along which an array is
 broadcast, and a head axis of stride 0, have length 1 there; the kernel puts coordinate 0.
+
+Entries of lengths of their own end where the map ends, for whatever lies beyond must come as zeros. Row i of an entry
+of n rows, of at most R, is row R - n + i of the map, and between head and batch axis there is one more that steps from
+row to row: along it the entry has the coordinate of its end. Together these are R rows too far, so that the map begins
+R rows before the array. No length is known when a map is made.
 """
 
 from __future__ import annotations
@@ -9,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -21,7 +26,7 @@ from ._problem import Problem
 MAP_BYTES = 128
 MAPPED = ("q", "k", "v", "dout")  # the maps of MappedParams in kernels/params_sm90.cuh, in order
 MAPPED_PARAMS_BYTES = -(-(len(MAPPED) * MAP_BYTES + PARAMS_BYTES) // 64) * 64
-MAP_AXES = 2  # batch axes of a map
+MAP_AXES = 2  # batch axes of a map; of one for entries of lengths of their own there is one
 BOX_COLUMNS = 64  # 128 bytes: as wide as the swizzle's rows
 ALIGNMENT = 16  # bytes: of the address and of all strides but the columns'
 _LARGEST_STRIDE = 2**40
@@ -47,6 +52,8 @@ class MapLayout:
         Rows of one copy.
     empty : bool
         There is nothing to copy, wherever the tensor lies.
+    before : int
+        How many bytes before the tensor the map begins.
     """
 
     dtype: np.dtype
@@ -54,6 +61,7 @@ class MapLayout:
     strides: tuple[int, int, int, int]
     box_rows: int
     empty: bool
+    before: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class MappedTemplate:
         template.fill(words[_PARAMS_WORD:], launch, addresses)
         moved = dict(zip((name for name, _ in template.slots), template.offsets[launch], strict=True))
         for name, place, layout in self.maps:
-            address = 0 if layout.empty else addresses[name] + moved[name]
+            address = 0 if layout.empty else addresses[name] + moved[name] - layout.before
             made = self._made.get((place, address))
             if made is None:
                 if len(self._made) >= _KEPT:
@@ -101,10 +109,28 @@ def map_template(
     strides = dict(template.strides)
     maps = []
     for name, box_rows in boxes:
-        heads, rows, columns = problem.tail(name)
+        heads, longest, columns = problem.tail(name)
+        rows = problem.rows_of(name)
         layout = map_layout(dtype, (rows, columns), heads, template.batch_shape, strides[name], box_rows)
+        if problem.options.lens:
+            layout = by_entry_length(layout, longest)
         maps.append((name, MAPPED.index(name), layout))
     return MappedTemplate(template, tuple(maps))
+
+
+def map_axes(problem: Problem) -> int:
+    """How many batch axes the maps of a problem have."""
+    return MAP_AXES - 1 if problem.options.lens else MAP_AXES
+
+
+def by_entry_length(layout: MapLayout, longest: int) -> MapLayout:
+    """The map for entries of at most so many rows, which end anywhere among those of ``layout``."""
+    columns, rows, heads, entries, _ = layout.lengths
+    row, head, entry, _ = layout.strides
+    return replace(
+        layout, lengths=(columns, max(longest, 1), heads, rows + 1, entries), strides=(row, head, row, entry),
+        empty=layout.empty or longest == 0, before=longest * row,
+    )  # fmt: skip
 
 
 def map_layout(

@@ -15,13 +15,13 @@ from ._results import (
     AttentionGradients,
     as_given,
     check_flag,
-    check_out_of,
     compute,
     differentiate,
     given_gradients,
     results_of,
     split_out,
 )
+from ._unrun import explain_call, prepare_call
 
 
 def attention(
@@ -422,14 +422,8 @@ def explain(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
         dropout, seed, layout, precision, score, score_args, mask_args,
     )  # fmt: skip
-    call = _unrun(q, k, v, asked, out, device)
-    if backward:
-        return call.plan(family, tile, read_wrt(wrt, asked.differentiable), deterministic)
-    if wrt is not None:
-        raise ValueError(f"wrt={wrt!r} without backward=True: the forward has no gradients")
-    if not deterministic:
-        raise ValueError("deterministic=False without backward=True: the forward always gives the same bits")
-    return call.plan(family, tile)
+    call = Call(q, k, v, asked, out=split_out(out)[0], device=device)
+    return explain_call(call, out, family, tile, backward, wrt, deterministic, asked.differentiable)
 
 
 def prepare(
@@ -486,24 +480,8 @@ def prepare(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
         dropout, seed, layout, precision, score, score_args, mask_args,
     )  # fmt: skip
-    call = _unrun(q, k, v, asked, out, None)
-    plans = [call.plan(family, tile)]
-    if backward:
-        plans.append(call.plan(family, tile, read_wrt(wrt, asked.differentiable), deterministic))
-    if call.place is not None:
-        from ._launch import compile_plan
-
-        for plan in plans:
-            compile_plan(plan, call.place)
-
-
-def _unrun(q: Any, k: Any, v: Any, asked: Asked, out: Any, device: Any) -> Call:
-    """The Call that explain and prepare plan for, checked as attention would check it."""
-    out, lse = split_out(out)
-    call = Call(q, k, v, asked, out=out, device=device)
-    if out is not None:
-        check_out_of(call, out, lse)
-    return call
+    call = Call(q, k, v, asked, out=split_out(out)[0])
+    prepare_call(call, out, family, tile, backward, wrt, deterministic, asked.differentiable)
 
 
 def _specs(arrays: tuple[tuple[str, Array | None], ...]) -> tuple[ArraySpec, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from ._arrays import take
 from ._options import Asked
 from ._packed import PackedCall
-from ._plan import Tile
+from ._plan import Plan, Tile
 from ._problem import read_wrt
 from ._results import (
     AttentionGradients,
@@ -20,6 +20,7 @@ from ._results import (
     results_of,
     split_out,
 )
+from ._unrun import explain_call, prepare_call
 
 
 def attention_varlen(
@@ -37,9 +38,13 @@ def attention_varlen(
     softcap: float | None = None,
     bias: Any = None,
     mask: Any = None,
+    mask_args: tuple[Any, ...] = (),
     alibi_slopes: Any = None,
     sinks: Any = None,
+    score: Any = None,
+    score_args: tuple[Any, ...] = (),
     q_offset: Any = None,
+    segment_ids: tuple[Any, Any] | None = None,
     dropout: float = 0.0,
     seed: Any = None,
     precision: str | None = None,
@@ -74,12 +79,21 @@ def attention_varlen(
         True: row i of a sequence sees its keys j <= i + its keys - its queries. "top_left": j <= i.
     window : tuple of int or None, optional
         (left, right) beside the diagonal of each sequence, as for ``attention``.
-    bias, mask : array, optional
-        As for ``attention``; they broadcast to (B, Hq, max_seqlen_q, max_seqlen_k), by position in the sequence.
+    bias : array, optional
+        As for ``attention``; it broadcasts to (B, Hq, max_seqlen_q, max_seqlen_k), by position in the sequence.
+    mask : bool array or function, optional
+        As for ``attention``: an array that broadcasts likewise, or a function mask(b, h, i, j, *mask_args) of the
+        number of the sequence, the query head, and of query and key as they are counted in the sequence.
+    mask_args, score_args : tuple of arrays and numbers, optional
+        As for ``attention``.
+    score : function, optional
+        score(s, b, h, i, j, *score_args), as for ``attention``; b, h, i and j are those of ``mask``.
     alibi_slopes : array, optional
         Broadcasts to (B, Hq).
     q_offset : int or integer array that broadcasts to (B,), optional
         Places the diagonal of each sequence instead.
+    segment_ids : pair of integer arrays, optional
+        As for ``attention``; they broadcast to (B, max_seqlen_q) and (B, max_seqlen_k), by position in the sequence.
     dropout, seed
         As for ``attention``; the batch entry of a weight is the number of its sequence, and its row and key are
         counted in the sequence.
@@ -104,8 +118,7 @@ def attention_varlen(
     Notes
     -----
     The CPU and GPU kernels walk every sequence as an entry of a batch whose rows begin at its offset: nothing is padded
-    or copied. Block sizes may depend on the longest sequence, and so may the last bits of a result. On GPUs of compute
-    capability 9.0 the sm80 family runs.
+    or copied. Block sizes may depend on the longest sequence, and so may the last bits of a result.
 
     Examples
     --------
@@ -117,8 +130,8 @@ def attention_varlen(
     """
     check_flag("return_lse", return_lse)
     asked = Asked(
-        scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_offset=q_offset, dropout=dropout, seed=seed,
-        layout="shd", precision=precision,
+        scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, None, None, q_offset, segment_ids, dropout,
+        seed, "shd", precision, score, score_args, mask_args,
     )  # fmt: skip
     ours, lse = split_out(out)
     cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
@@ -148,9 +161,13 @@ def attention_varlen_backward(
     softcap: float | None = None,
     bias: Any = None,
     mask: Any = None,
+    mask_args: tuple[Any, ...] = (),
     alibi_slopes: Any = None,
     sinks: Any = None,
+    score: Any = None,
+    score_args: tuple[Any, ...] = (),
     q_offset: Any = None,
+    segment_ids: tuple[Any, Any] | None = None,
     dropout: float = 0.0,
     seed: Any = None,
     precision: str | None = None,
@@ -166,7 +183,9 @@ def attention_varlen_backward(
         Gradient of a scalar with respect to out, in q's dtype.
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k : array and int
         What ``attention_varlen`` was called with.
-    scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_offset, dropout, seed, precision : optional
+    scale, causal, window, softcap, bias, mask, mask_args, alibi_slopes, sinks, score, score_args : optional
+        Likewise.
+    q_offset, segment_ids, dropout, seed, precision : optional
         Likewise.
     out, lse : array
         What ``attention_varlen(..., return_lse=True)`` returned.
@@ -187,8 +206,8 @@ def attention_varlen_backward(
     """
     check_flag("deterministic", deterministic)
     asked = Asked(
-        scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_offset=q_offset, dropout=dropout, seed=seed,
-        layout="shd", precision=precision,
+        scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, None, None, q_offset, segment_ids, dropout,
+        seed, "shd", precision, score, score_args, mask_args,
     )  # fmt: skip
     names = read_wrt(wrt, asked.differentiable)
     given = given_gradients(grads_out)
@@ -214,9 +233,13 @@ def attention_varlen_vjp(
     softcap: float | None = None,
     bias: Any = None,
     mask: Any = None,
+    mask_args: tuple[Any, ...] = (),
     alibi_slopes: Any = None,
     sinks: Any = None,
+    score: Any = None,
+    score_args: tuple[Any, ...] = (),
     q_offset: Any = None,
+    segment_ids: tuple[Any, Any] | None = None,
     dropout: float = 0.0,
     seed: Any = None,
     precision: str | None = None,
@@ -231,7 +254,9 @@ def attention_varlen_vjp(
     ----------
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_lse : array, int and bool
         As for ``attention_varlen``.
-    scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_offset, dropout, seed, precision : optional
+    scale, causal, window, softcap, bias, mask, mask_args, alibi_slopes, sinks, score, score_args : optional
+        Likewise.
+    q_offset, segment_ids, dropout, seed, precision : optional
         Likewise.
     family, tile : optional
         Likewise, for both directions.
@@ -253,8 +278,9 @@ def attention_varlen_vjp(
     check_flag("deterministic", deterministic)
     options: dict[str, Any] = {
         "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "scale": scale, "causal": causal, "window": window,
-        "softcap": softcap, "bias": bias, "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks,
-        "q_offset": q_offset, "dropout": dropout, "seed": seed, "precision": precision, "family": family, "tile": tile,
+        "softcap": softcap, "bias": bias, "mask": mask, "mask_args": mask_args, "alibi_slopes": alibi_slopes,
+        "sinks": sinks, "score": score, "score_args": score_args, "q_offset": q_offset, "segment_ids": segment_ids,
+        "dropout": dropout, "seed": seed, "precision": precision, "family": family, "tile": tile,
     }  # fmt: skip
     cu_seqlens = (cu_seqlens_q, cu_seqlens_k)
     result = attention_varlen(q, k, v, *cu_seqlens, return_lse=True, **options)
@@ -266,3 +292,133 @@ def attention_varlen_vjp(
         )  # fmt: skip
 
     return (result if return_lse else result.out), vjp
+
+
+def explain_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    scale: float | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    bias: Any = None,
+    mask: Any = None,
+    mask_args: tuple[Any, ...] = (),
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    score: Any = None,
+    score_args: tuple[Any, ...] = (),
+    q_offset: Any = None,
+    segment_ids: tuple[Any, Any] | None = None,
+    dropout: float = 0.0,
+    seed: Any = None,
+    precision: str | None = None,
+    family: str | None = None,
+    tile: Tile | None = None,
+    out: Any = None,
+    backward: bool = False,
+    wrt: Iterable[str] | None = None,
+    deterministic: bool = True,
+    device: str | None = None,
+) -> Plan:
+    """How a call on packed sequences would run, as ``explain`` says it of dense ones. Nothing runs or is compiled.
+
+    Parameters
+    ----------
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        As for ``attention_varlen``: nothing of q, k, v is read, and of the offsets what the host must know.
+    scale, causal, window, softcap, bias, mask, mask_args, alibi_slopes, sinks, score, score_args
+        As for ``attention_varlen``.
+    q_offset, segment_ids, dropout, seed, precision, family, tile, out
+        As for ``attention_varlen``.
+    backward, wrt, deterministic, device
+        As for ``explain``, of ``attention_varlen_backward``.
+
+    Returns
+    -------
+    Plan
+        Prints as a table. A grid, or a workspace, is that of sequences which are all as long as the longest, as far as
+        lengths are not known.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for ``attention_varlen`` and ``explain``.
+    """
+    check_flag("deterministic", deterministic)
+    asked = Asked(
+        scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, None, None, q_offset, segment_ids, dropout,
+        seed, "shd", precision, score, score_args, mask_args,
+    )  # fmt: skip
+    cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    call = PackedCall(q, k, v, asked, cu_seqlens, max_seqlens, out=split_out(out)[0], device=device)
+    return explain_call(call, out, family, tile, backward, wrt, deterministic, asked.differentiable)
+
+
+def prepare_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    scale: float | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    bias: Any = None,
+    mask: Any = None,
+    mask_args: tuple[Any, ...] = (),
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    score: Any = None,
+    score_args: tuple[Any, ...] = (),
+    q_offset: Any = None,
+    segment_ids: tuple[Any, Any] | None = None,
+    dropout: float = 0.0,
+    seed: Any = None,
+    precision: str | None = None,
+    family: str | None = None,
+    tile: Tile | None = None,
+    out: Any = None,
+    backward: bool = True,
+    wrt: Iterable[str] | None = None,
+    deterministic: bool = True,
+) -> None:
+    """Compile what a call on packed sequences needs, without running it, as ``prepare`` does for dense ones.
+
+    Kernels depend on the longest sequence, head widths, dtypes and options; neither on how many sequences there are
+    nor on their lengths.
+
+    Parameters
+    ----------
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        As for ``attention_varlen``: nothing of q, k, v is read, and of the offsets what the host must know.
+    scale, causal, window, softcap, bias, mask, mask_args, alibi_slopes, sinks, score, score_args
+        As for ``attention_varlen``.
+    q_offset, segment_ids, dropout, seed, precision, family, tile, out
+        As for ``attention_varlen``.
+    backward, wrt, deterministic
+        As for ``prepare``, of ``attention_varlen_backward``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for ``attention_varlen``.
+    """
+    check_flag("deterministic", deterministic)
+    asked = Asked(
+        scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, None, None, q_offset, segment_ids, dropout,
+        seed, "shd", precision, score, score_args, mask_args,
+    )  # fmt: skip
+    cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    call = PackedCall(q, k, v, asked, cu_seqlens, max_seqlens, out=split_out(out)[0])
+    prepare_call(call, out, family, tile, backward, wrt, deterministic, asked.differentiable)

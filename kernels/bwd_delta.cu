@@ -66,7 +66,9 @@ __device__ __forceinline__ void clear_tickets(const Params& params) {
 
 __device__ __forceinline__ void prepare_dq(const Params& params, const Work& work, const Sequence& seq) {
   // A head has as many for each tile.
-  const int of_tile = static_cast<int>(params.semaphores.head_stride / ceil_div(params.seqlen_q, BLOCK_M));
+  const int packed_tiles = (params.rows_q >> params.tile_shift) + count_heads(params, 1);
+  const int tiles = PACKED ? packed_tiles : ceil_div(params.seqlen_q, BLOCK_M);
+  const int of_tile = static_cast<int>(params.semaphores.head_stride / tiles);
   int* semaphores = rows_of<int>(params.semaphores, seq.batch_index, work.head).at(work.block * of_tile);
 #pragma unroll 1
   for (int i = thread_index(); i < of_tile; i += NUM_THREADS) store_global(semaphores + i, Vector<int, 1>{{0}});
@@ -96,6 +98,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 4) bwd_delta(const Par
   if (num_blocks * params.num_heads == 0) return;  // no rows: the grid is there for the tickets
   const Work work = scheduled_work(params, num_blocks, params.num_heads, Longest::LAST_BLOCK);
   const Sequence seq = sequence_of(params, work.batch);
+  if (PACKED && work.block * BLOCK_M >= seq.seqlen_q) return;
   const auto out = rows_of<const Output>(params.out, seq.batch_index, work.head);          // (seqlen_q, head_dim_v)
   const auto dout = rows_of<const Element>(params.dout, seq.batch_index, work.head);       // (seqlen_q, head_dim_v)
   const auto lse = rows_of<const Accumulator>(params.lse, seq.batch_index, work.head);     // (seqlen_q)

@@ -23,7 +23,7 @@ __device__ __forceinline__ void finish(const Params& params, const Work& work, i
     Fragment<N> dq;
     clear(dq);
     add_part<128>(dq, own_part(tile_sums(params, seq.batch_index, work.head, work.block), consumer));
-    finish_dq(params, rows_of<Gradient_q>(params.dq, seq.batch_index, work.head), work.block, consumer, dq);
+    finish_dq(params, seq, rows_of<Gradient_q>(params.dq, seq.batch_index, work.head), work.block, consumer, dq);
   }
 }
 

@@ -43,6 +43,7 @@
 #include "memory.cuh"
 #include "seqlen.cuh"
 #include "schedule.cuh"
+#include "packed_walk.cuh"
 #include "mask.cuh"
 #include "block_walk.cuh"
 #include "score.cuh"
@@ -60,8 +61,8 @@ constexpr bool ORDERED = WANT_DQ && DETERMINISTIC;
 constexpr int CONSUMER_WARPS = 8;
 // dV is sent for before dS is computed, where registers allow it.
 constexpr bool EARLY_DV = BLOCK_M <= 64;
-// What consumers can spare the senders have, whose addresses then stay in registers.
-constexpr int CONSUMER_REGISTERS = WIDE || BLOCK_M <= 64 ? 232 : 240;
+// What consumers can spare the senders have, whose addresses then stay in registers, and who find packed sequences.
+constexpr int CONSUMER_REGISTERS = WIDE || BLOCK_M <= 64 || PACKED ? 232 : 240;
 constexpr int SENDER_REGISTERS = 3 * 168 - 2 * CONSUMER_REGISTERS;  // 3 x 168: what the block has at entry
 
 // ---- jobs: from the thread that takes tickets to everyone else
@@ -211,8 +212,9 @@ struct QueryRows {
   MapPlace place;
   const Accumulator* numbers;
 
-  __device__ __forceinline__ QueryRows(const Tensor& tensor, const Tensor& of_rows, const Sequence& seq, int head)
-      : place(map_place(tensor, seq.batch_index, head)),
+  __device__ __forceinline__ QueryRows(
+      const Params& params, const Tensor& tensor, const Tensor& of_rows, const Sequence& seq, int head)
+      : place(query_place(params, tensor, seq, head)),
         numbers(rows_of<const Accumulator>(of_rows, seq.batch_index, head).data) {}
   template <int COLS>
   __device__ __forceinline__ void send(
@@ -223,18 +225,25 @@ struct QueryRows {
   }
 };
 
+// By one thread; a whole warp looks for packed sequences.
 __device__ __forceinline__ void take_jobs(const MappedParams& launch, Smem& smem) {
   const Params& params = launch.params;
+  PackedWalk packed(params, params.cu_seqlens_k, params.rows_k, params.seqlen_k, BLOCK_N, params.num_heads_k);
   JobTurn job_turn;
   Turn<1> keys_turn;
   Turn<NUM_STAGES> turn;
   while (true) {
+    const Work found = packed.next(Longest::FIRST_BLOCK);
+    if (PACKED && lane_index() != 0) {
+      if (found.block < 0) return;
+      continue;
+    }
     Job& job = smem.jobs.refill(job_turn);
     TileWalk walk(params, ceil_div(params.seqlen_k, BLOCK_N), params.num_heads_k);
-    walk.index = take_ticket(static_cast<int*>(params.tickets.data));
-    const bool more = walk.more();
+    if (!PACKED) walk.index = take_ticket(static_cast<int*>(params.tickets.data));
+    const bool more = PACKED ? found.block >= 0 : walk.more();
     if (more) {
-      describe(job, params, walk.work(Longest::FIRST_BLOCK));
+      describe(job, params, PACKED ? found : walk.work(Longest::FIRST_BLOCK));
       job.keys_parity = keys_turn.parity;
     } else {
       job.n_block = -1;
@@ -242,7 +251,9 @@ __device__ __forceinline__ void take_jobs(const MappedParams& launch, Smem& smem
     smem.jobs.send(job_turn);
     if (!more) return;
     bool first = true;
-    const auto of_head = [&](int head) ALWAYS_INLINE { return QueryRows(params.q, params.exponents, job.seq, head); };
+    const auto of_head = [&](int head) ALWAYS_INLINE {
+      return QueryRows(params, params.q, params.exponents, job.seq, head);
+    };
     for_each_turn(params, job, of_head, [&](const QueryRows& rows, int m_block) ALWAYS_INLINE {
       const unsigned full = smem.q_ring.refill(turn, sizeof smem.q[0] + sizeof smem.exponents[0]);
       rows.send(smem.q[turn.slot], smem.exponents[turn.slot], launch.map_q, m_block, full);
@@ -250,7 +261,7 @@ __device__ __forceinline__ void take_jobs(const MappedParams& launch, Smem& smem
       if (!first) return;
       first = false;  // behind Q: K's buffer becomes free later
       load_tile(smem.k, launch.map_k, smem.k_ring.refill(keys_turn, sizeof smem.k), job.n_block * BLOCK_N,
-                map_place(params.k, job.seq.batch_index, job.head_k));
+                key_place(params, params.k, job.seq, job.head_k));
       keys_turn.advance();
     });
     job_turn.advance();
@@ -266,7 +277,9 @@ __device__ __forceinline__ void send_values(const MappedParams& launch, Smem& sm
     const Job& job = smem.jobs.await(job_turn);
     if (job.n_block < 0) return;
     bool first = true;
-    const auto of_head = [&](int head) ALWAYS_INLINE { return QueryRows(params.dout, params.delta, job.seq, head); };
+    const auto of_head = [&](int head) ALWAYS_INLINE {
+      return QueryRows(params, params.dout, params.delta, job.seq, head);
+    };
     for_each_turn(params, job, of_head, [&](const QueryRows& rows, int m_block) ALWAYS_INLINE {
       const unsigned full = smem.dout_ring.refill(turn, sizeof smem.dout[0] + sizeof smem.delta[0]);
       rows.send(smem.dout[turn.slot], smem.delta[turn.slot], launch.map_dout, m_block, full);
@@ -274,7 +287,7 @@ __device__ __forceinline__ void send_values(const MappedParams& launch, Smem& sm
       if (!first) return;
       first = false;
       load_tile(smem.v, launch.map_v, smem.v_ring.refill(keys_turn, sizeof smem.v), job.n_block * BLOCK_N,
-                map_place(params.v, job.seq.batch_index, job.head_k));
+                key_place(params, params.v, job.seq, job.head_k));
       keys_turn.advance();
     });
     smem.jobs.release(job_turn);
@@ -389,7 +402,7 @@ __device__ __forceinline__ void join_dq(
   }
   if (leave.last) {
     if (!leave.first) add_part<128>(dq, part);
-    finish_dq(params, rows_of<Gradient_q>(params.dq, job.seq.batch_index, head), m_block, consumer, dq);
+    finish_dq(params, job.seq, rows_of<Gradient_q>(params.dq, job.seq.batch_index, head), m_block, consumer, dq);
   } else if (leave.first) {
     store_part<128>(part, dq);
   } else {
@@ -399,13 +412,15 @@ __device__ __forceinline__ void join_dq(
   if (lane_index() == 0) mbarrier_arrive(shared_address(&smem.order.added[turn.slot]));
 }
 
-// A gradient of keys, from column col0 on.
+// A gradient of keys, from column col0 on; 0 beyond the entry's own length.
 template <int N>
 __device__ __forceinline__ void store_keys(
-    const Tensor& tensor, const Job& job, int key0, int col0, int col_end, const Fragment<N>& gradient) {
+    const Params& params, const Tensor& tensor, const Job& job, int key0, int col0, int col_end,
+    Fragment<N>& gradient) {
   auto rows = rows_of<Gradient>(tensor, job.seq.batch_index, job.head_k);  // (seqlen_k, columns)
   rows.data = rows.at(0, col0);
-  store_rows(rows, key0, job.seq.seqlen_k, col_end - col0, gradient);
+  if constexpr (LENS) clear_rows_from(gradient, job.seq.seqlen_k - key0);
+  store_rows(rows, key0, keys_to_write(params, job.seq), col_end - col0, gradient);
 }
 template <int N>
 __device__ __forceinline__ void multiply(Fragment<N>& fragment, Accumulator factor) {
@@ -565,10 +580,10 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
   const auto end = [&](const Job& job) ALWAYS_INLINE {
     const int key0 = job.n_block * BLOCK_N + 64 * consumer;
     if constexpr (DROPOUT) multiply(acc_dv, static_cast<Accumulator>(params.undropped));
-    if constexpr (WANT_DV) store_keys(params.dv, job, key0, 0, params.head_dim_v, acc_dv);
+    if constexpr (WANT_DV) store_keys(params, params.dv, job, key0, 0, params.head_dim_v, acc_dv);
     if constexpr (WANT_DK) {
       multiply(acc_dk, score.gradient);
-      store_keys(params.dk, job, key0, 0, params.head_dim, acc_dk);
+      store_keys(params, params.dk, job, key0, 0, params.head_dim, acc_dk);
     }
   };
   work_on_jobs(params, smem, begin, step, end);
@@ -668,10 +683,10 @@ __device__ __forceinline__ void consume_wide(const Params& params, Smem& smem, S
     const int key0 = job.n_block * BLOCK_N;
     const int col0 = consumer_again() * first_share(HEAD_DIM), col0_v = consumer_again() * first_share(HEAD_DIM_V);
     if constexpr (DROPOUT) multiply(acc_dv, static_cast<Accumulator>(params.undropped));
-    if constexpr (OWN_DV) store_keys(params.dv, job, key0, col0_v, params.head_dim_v, acc_dv);
+    if constexpr (OWN_DV) store_keys(params, params.dv, job, key0, col0_v, params.head_dim_v, acc_dv);
     if constexpr (OWN_DK) {
       multiply(acc_dk, score.gradient);
-      store_keys(params.dk, job, key0, col0, params.head_dim, acc_dk);
+      store_keys(params, params.dk, job, key0, col0, params.head_dim, acc_dk);
     }
   };
   work_on_jobs(params, smem, begin, step, end);
@@ -707,7 +722,7 @@ extern "C" __global__ void __launch_bounds__(32 * NUM_WARPS, 1) bwd_sm90(const _
   sync_block();  // the rings are there
   if (warpgroup == 0) {
     setmaxnreg_dec<SENDER_REGISTERS>();
-    if (lane_index() != 0) return;
+    if (lane_index() != 0 && !(PACKED && warp == 0)) return;
     if (warp == 0) {
       take_jobs(launch, smem);
     } else if (warp == 3) {

@@ -31,6 +31,7 @@
 #include "memory.cuh"
 #include "seqlen.cuh"
 #include "schedule.cuh"
+#include "packed_walk.cuh"
 #include "mask.cuh"
 #include "block_walk.cuh"
 #include "score.cuh"
@@ -46,8 +47,9 @@ static_assert(BLOCK_N % 16 == 0, "P is an operand of whole steps of 16 keys");
 static_assert(MIN_BLOCKS == 1 || (MIN_BLOCKS == 2 && CONSUMERS == 2), "registers for four consumers, not for more");
 
 // Their sum over warpgroups stays within what the block has at entry, or setmaxnreg would wait for ever.
-constexpr int CONSUMER_REGISTERS = MIN_BLOCKS == 2 ? 104 : CONSUMERS == 3 ? 160 : 240;
-constexpr int SENDER_REGISTERS = CONSUMERS == 3 ? 32 : 24;
+// To find packed sequences takes more than to send for tiles.
+constexpr int CONSUMER_REGISTERS = MIN_BLOCKS == 2 ? 104 : CONSUMERS == 3 ? 160 : PACKED ? 232 : 240;
+constexpr int SENDER_REGISTERS = MIN_BLOCKS == 2 || CONSUMERS == 3 ? 32 : PACKED ? 40 : 24;
 constexpr int REGISTERS_AT_ENTRY = 65536 / (MIN_BLOCKS * 32 * NUM_WARPS) / 8 * 8;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + SENDER_REGISTERS <= (1 + CONSUMERS) * REGISTERS_AT_ENTRY, "registers");
 
@@ -71,10 +73,10 @@ constexpr int SMEM_BYTES = sizeof(Smem);
 
 // The first query of a tile. Where a tile has warpgroups without rows it is the last one; or, in a causal head, where
 // the last one is the longest, the first one, whose row0 is then below 0 by whole warpgroups. (Where BLOCK_M is no
-// more than BLOCK_N, every tile that begins at a multiple of it has one block on the diagonal, which is worth more; and
-// a map of blocks counts from row 0.)
+// more than BLOCK_N, every tile that begins at a multiple of it has one block on the diagonal, which is worth more; a
+// map of blocks counts from row 0; and before an entry of its own length another one's rows may lie.)
 __device__ __forceinline__ int row0_of(const Sequence& seq, const Work& work) {
-  constexpr bool FIRST_IS_CUT = CAUSAL && BLOCK_N < BLOCK_M && !HIDES_PAIRS;
+  constexpr bool FIRST_IS_CUT = CAUSAL && BLOCK_N < BLOCK_M && !HIDES_PAIRS && !LENS;
   const int missing = FIRST_IS_CUT ? (ceil_div(seq.seqlen_q, BLOCK_M) * BLOCK_M - seq.seqlen_q) / 64 * 64 : 0;
   return work.block * BLOCK_M - missing;
 }
@@ -91,13 +93,23 @@ struct KeyBlocks {
   __device__ __forceinline__ int below(int n_block) const { return walk.down(n_block - 1, range.begin); }
 };
 
-// ---- the senders, one thread each
+// ---- the senders, one thread each; but a whole warp looks for packed sequences
 
 __device__ __forceinline__ void send_work(const Params& params, Smem& smem) {
   Turn<WORK_SLOTS> turn;
-  TileWalk walk(params, ceil_div(params.seqlen_q, BLOCK_M), params.num_heads);
-  for (; walk.more(); walk.advance(), turn.advance()) smem.work_ring.send(turn, walk.work(Longest::LAST_BLOCK));
-  smem.work_ring.send(turn, {-1, 0, 0});
+  if constexpr (PACKED) {
+    PackedWalk walk(params, params.cu_seqlens_q, params.rows_q, params.seqlen_q, BLOCK_M, params.num_heads);
+    Work work;
+    do {
+      work = walk.next(Longest::LAST_BLOCK);
+      if (lane_index() == 0) smem.work_ring.send(turn, work);
+      turn.advance();
+    } while (work.block >= 0);
+  } else {
+    TileWalk walk(params, ceil_div(params.seqlen_q, BLOCK_M), params.num_heads);
+    for (; walk.more(); walk.advance(), turn.advance()) smem.work_ring.send(turn, walk.work(Longest::LAST_BLOCK));
+    smem.work_ring.send(turn, {-1, 0, 0});
+  }
 }
 
 // K or V.
@@ -111,7 +123,7 @@ __device__ __forceinline__ void send_keys(
   for (Work work = work_ring.take(work_turn); work.block >= 0; work = work_ring.take(work_turn)) {
     const Sequence seq = sequence_of(params, work.batch);
     const KeyBlocks blocks(params, seq, work);
-    const MapPlace place = map_place(tensor, seq.batch_index, work.head / group);
+    const MapPlace place = key_place(params, tensor, seq, work.head / group);
 #pragma unroll 1
     for (int n_block = blocks.range.end - 1; n_block >= blocks.range.begin; n_block = blocks.below(n_block)) {
       const unsigned full = ring.refill(turn, sizeof tiles[0]);
@@ -130,7 +142,7 @@ __device__ __forceinline__ void send_queries(const Params& params, const TensorM
     const int row0 = row0_of(seq, work);
     const BlockRange blocks = KeyBlocks(params, seq, work).range;
     if (blocks.begin == blocks.end) continue;  // rows that see nothing need no Q
-    const MapPlace place = map_place(params.q, seq.batch_index, work.head);
+    const MapPlace place = query_place(params, params.q, seq, work.head);
 #pragma unroll 1
     for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
       const unsigned full = smem.q_ring[consumer].refill(turn, sizeof smem.q[0][0]);
@@ -188,6 +200,10 @@ struct QueryTile {
   __device__ __forceinline__ bool exists() const { return work.block >= 0; }
   // Where its rows end; it has none where that is not behind row0.
   __device__ __forceinline__ int row_end() const { return row0 < 0 ? row0 : mask.seqlen_q; }
+  // Where its results end, which rows beyond an entry's own length have too.
+  __device__ __forceinline__ int results_end(const Params& params) const {
+    return LENS && !PACKED ? params.seqlen_q : row_end();
+  }
   __device__ __forceinline__ bool sees_keys() const { return begin < end; }
   // The next key block, or one before `begin`.
   __device__ __forceinline__ int below(int n_block) const {
@@ -201,14 +217,18 @@ __device__ __forceinline__ void store_nothing(const Params& params, const QueryT
   const Sequence seq = sequence_of(params, tile.work.batch);
   const auto out = rows_of<Output>(params.out, seq.batch_index, tile.work.head);       // (seqlen_q, head_dim_v)
   const auto lse = rows_of<Accumulator>(params.lse, seq.batch_index, tile.work.head);  // (seqlen_q)
-  const int rows = smaller(tile.row_end() - tile.row0, 64);
+  const int rows = smaller(tile.results_end(params) - tile.row0, 64);
 #pragma unroll 1
   for (int row = thread_index() % 128 / 32; row < rows; row += 4) {
 #pragma unroll 1
     for (int col = lane_index(); col < params.head_dim_v; col += 32) {
       store_global(out.at(tile.row0 + row, col), Vector<Output, 1>{{from_accumulator<Output>(Accumulator(0))}});
     }
-    if (lane_index() == 0) store_number(lse, tile.row0 + row, lse_of_nothing(params, seq, tile.work.head));
+    const bool is_own = !LENS || tile.row0 + row < seq.seqlen_q;
+    if (lane_index() == 0) {
+      store_number(lse, tile.row0 + row,
+                   is_own ? lse_of_nothing(params, seq, tile.work.head) : -math::infinity<Accumulator>());
+    }
   }
 }
 
@@ -394,11 +414,18 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
     finish(params, seq, tile.work.head, softmax, acc_o);
     const auto out = rows_of<Output>(params.out, seq.batch_index, tile.work.head);       // (seqlen_q, head_dim_v)
     const auto lse = rows_of<Accumulator>(params.lse, seq.batch_index, tile.work.head);  // (seqlen_q)
-    store_fragment(out, tile.row0, tile.row_end(), params.head_dim_v, acc_o[0]);
+    const int results_end = tile.results_end(params);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (LENS && tile.row0 + acc_s.row(r) >= seq.seqlen_q) clear_row(acc_o[0], r);
+    }
+    store_fragment(out, tile.row0, results_end, params.head_dim_v, acc_o[0]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = tile.row0 + acc_s.row(r);
-      if (lane_index() % 4 == 0 && row < tile.row_end()) store_number(lse, row, softmax.lse(r, score));
+      if (lane_index() % 4 == 0 && row < results_end) {
+        store_number(lse, row, lse_of(softmax, r, score, !LENS || row < seq.seqlen_q));
+      }
     }
     tile = EARLY ? next : next_tile();
   }
@@ -420,11 +447,12 @@ extern "C" __global__ void __launch_bounds__(32 * NUM_WARPS, MIN_BLOCKS) fwd_sm9
   sync_block();  // the rings are there
   if (warpgroup == 0) {
     setmaxnreg_dec<SENDER_REGISTERS>();
+    if (PACKED && warp == 3) send_work(params, smem);
     if (lane_index() != 0) return;
     if (warp == 0) send_keys(params, params.k, launch.map_k, smem.k, smem.k_ring, smem.work_ring);
     if (warp == 1) send_keys(params, params.v, launch.map_v, smem.v, smem.v_ring, smem.work_ring);
     if (warp == 2) send_queries(params, launch.map_q, smem);
-    if (warp == 3) send_work(params, smem);
+    if (!PACKED && warp == 3) send_work(params, smem);
   } else {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
     consume(params, smem, warpgroup - 1);

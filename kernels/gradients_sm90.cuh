@@ -128,20 +128,42 @@ __device__ __forceinline__ void store_transposed(
   }
 }
 
-// A consumer's part of dq, whole: scaled, rounded, stored to the rows of its head, (seqlen_q, head_dim).
+// Rows, or columns, from `end` on become 0.
+template <int N>
+__device__ __forceinline__ void clear_rows_from(Fragment<N>& fragment, int end) {
+  const Place place = place_again();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (place.warp_row + place.quad + 8 * r >= end) clear_row(fragment, r);
+  }
+}
+template <int N>
+__device__ __forceinline__ void clear_columns_from(Fragment<N>& fragment, int end) {
+  const Place place = place_again();
+#pragma unroll
+  for (int c = 0; c < fragment.COLS; ++c) {
+    if (place.quad_col + fragment.ahead(c) < end) continue;
+    fragment(0, c) = fragment(1, c) = 0;
+  }
+}
+
+// A consumer's part of dq, whole: scaled, rounded, stored to the rows of its head, (seqlen_q, head_dim). Rows beyond the
+// entry's own length are 0, whatever the sums there.
 template <int N>
 __device__ __forceinline__ void finish_dq(
-    const Params& params, Rows<Gradient_q> rows, int m_block, int consumer, Fragment<N>& dq) {
+    const Params& params, const Sequence& seq, Rows<Gradient_q> rows, int m_block, int consumer, Fragment<N>& dq) {
   const Accumulator factor = score_of(params).gradient;
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) dq.at[i] *= factor;
-  const int row0 = m_block * BLOCK_M;
+  const int row0 = m_block * BLOCK_M, row_end = PACKED ? seq.seqlen_q : params.seqlen_q;
   if constexpr (WIDE) {
     const int col0 = consumer * first_share(HEAD_DIM);
     rows.data = rows.at(0, col0);
-    store_rows(rows, row0, params.seqlen_q, params.head_dim - col0, dq);
+    if constexpr (LENS) clear_rows_from(dq, seq.seqlen_q - row0);
+    store_rows(rows, row0, row_end, params.head_dim - col0, dq);
   } else {
     const int first_row = DQ_CHUNKS == 2 ? row0 : row0 + consumer * DQ_COLS;
-    store_transposed(rows, first_row, params.seqlen_q, DQ_CHUNKS == 2 ? 64 * consumer : 0, params.head_dim, dq);
+    if constexpr (LENS) clear_columns_from(dq, seq.seqlen_q - first_row);
+    store_transposed(rows, first_row, row_end, DQ_CHUNKS == 2 ? 64 * consumer : 0, params.head_dim, dq);
   }
 }

@@ -34,8 +34,12 @@ __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_
 __device__ __forceinline__ double shuffle_xor(double x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ unsigned shuffle_xor(unsigned x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
-// Whether any lane says so. Reached by all 32 lanes.
+// The value of a lane. Reached by all 32 lanes.
+__device__ __forceinline__ int shuffle(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+
+// Whether any lane says so; and a bit for each that does. Reached by all 32 lanes.
 __device__ __forceinline__ bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
+__device__ __forceinline__ unsigned warp_vote(bool x) { return __ballot_sync(0xffffffffu, x); }
 
 // The number of the lowest and of the highest bit that is set, of a word that is not 0; how many are.
 __device__ __forceinline__ int lowest_bit(unsigned bits) { return __ffs(static_cast<int>(bits)) - 1; }

@@ -43,6 +43,7 @@ struct Params {
   unsigned drop_below;  // a weight whose random word is below this is dropped
   int bottom_right;     // an entry's diagonal ends at its own last query and key, q_offset is for whole ones
   int rows_q, rows_k;   // PACKED: of the arrays in which the sequences lie; seqlen_q, seqlen_k bound one sequence
+  int tile_shift;       // PACKED: a backward's temporaries have a tile for every 2^tile_shift rows, and one a sequence
   FunctionArgs score_args, mask_args;  // what the call's functions read
 };
 

@@ -20,7 +20,9 @@ using Offset = OffsetOf<FAR_DIAGONAL>::Type;
 
 // Packed sequences: entries have one leading axis, which is the last of the four. Along two others a tensor that is
 // packed has its rows, so that an index there is the entry's first query or first key, and leads to where it begins.
-constexpr int FIRST_QUERY = 0, FIRST_KEY = 1;
+// Along a third, temporaries have their query tiles: what begins at row r of the array, behind n others, has tiles from
+// r / 2^tile_shift + n on, which is beyond those of all before, since a tile has at least 2^tile_shift rows.
+constexpr int FIRST_QUERY = 0, FIRST_KEY = 1, FIRST_TILE = 2;
 
 struct Sequence {
   int batch_index[4];  // of the entry, along the leading axes
@@ -79,6 +81,7 @@ __device__ __forceinline__ void describe(Sequence& seq, const Params& params) {
     int* first = seq.batch_index;
     seq.seqlen_q = packed_length(params.cu_seqlens_q, n, params.rows_q, params.seqlen_q, first[FIRST_QUERY]);
     seq.seqlen_k = packed_length(params.cu_seqlens_k, n, params.rows_k, params.seqlen_k, first[FIRST_KEY]);
+    first[FIRST_TILE] = (first[FIRST_QUERY] >> params.tile_shift) + n;
     if (params.bottom_right) q_offset = static_cast<long long>(seq.seqlen_k) - seq.seqlen_q;
   } else if constexpr (LENS) {
     seq.seqlen_q = own_length(params.q_lens, seq.batch_index, params.seqlen_q);

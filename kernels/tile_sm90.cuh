@@ -4,6 +4,7 @@
 #include "basics.cuh"
 #include "memory.cuh"
 #include "rows.cuh"
+#include "seqlen.cuh"
 #include "schedule.cuh"
 #include "mma_sm90.cuh"
 #include "fragment.cuh"
@@ -18,24 +19,57 @@ struct alignas(1024) SwizzledTile {
   Element at[CHUNKS][ROWS][64];
 };
 
-// Where a head of a tensor lies, in the coordinates of its map behind (column, row). A broadcast axis has length 1
-// there.
-struct MapPlace {
+// Where a head of a tensor lies, in the coordinates of its map behind the column. A broadcast axis has length 1 there.
+// rows: those of the entry, from `begin` on, of at most `longest`.
+template <bool OF_OWN_LENGTH>
+struct MapPlaceOf {
   int head, inner, outer;
+
+  __device__ __forceinline__ MapPlaceOf(const Tensor& tensor, const int (&batch_index)[4], int of_head, int, int, int)
+      : head(of_head),
+        inner(tensor.batch_stride[3] == 0 ? 0 : batch_index[3]),
+        outer(tensor.batch_stride[2] == 0 ? 0 : batch_index[2]) {}
+  __device__ __forceinline__ int row(int row) const { return row; }
 };
-__device__ __forceinline__ MapPlace map_place(const Tensor& tensor, const int (&batch_index)[4], int head) {
-  return {head, tensor.batch_stride[3] == 0 ? 0 : batch_index[3], tensor.batch_stride[2] == 0 ? 0 : batch_index[2]};
+// What comes from beyond an entry's own rows must be zeros, and the map of all entries has one length of rows,
+// `longest`. So every entry is put where its last row is the map's last: row i of n is row longest - n + i there. And
+// along the inner axis, which steps from row to row as well, an entry has the coordinate where it ends. Both together
+// are `longest` rows too far, and by so much the map begins before the tensor.
+template <>
+struct MapPlaceOf<true> {
+  int first_row, head, inner, outer;
+
+  __device__ __forceinline__ MapPlaceOf(
+      const Tensor& tensor, const int (&batch_index)[4], int of_head, int begin, int rows, int longest)
+      : first_row(longest - rows),
+        head(of_head),
+        inner(begin + rows),
+        outer(tensor.batch_stride[3] == 0 ? 0 : batch_index[3]) {}
+  __device__ __forceinline__ int row(int row) const { return first_row + row; }
+};
+using MapPlace = MapPlaceOf<LENS>;
+
+// Of a tensor whose rows are queries, and of one whose rows are keys.
+__device__ __forceinline__ MapPlace query_place(
+    const Params& params, const Tensor& tensor, const Sequence& seq, int head) {
+  const int begin = PACKED ? seq.batch_index[FIRST_QUERY] : 0;
+  return MapPlace(tensor, seq.batch_index, head, begin, seq.seqlen_q, params.seqlen_q);
+}
+__device__ __forceinline__ MapPlace key_place(
+    const Params& params, const Tensor& tensor, const Sequence& seq, int head) {
+  const int begin = PACKED ? seq.batch_index[FIRST_KEY] : 0;
+  return MapPlace(tensor, seq.batch_index, head, begin, seq.seqlen_k, params.seqlen_k);
 }
 
 // Sends for rows row0 to row0 + ROWS - 1, by one thread; counts sizeof(tile) bytes in the mbarrier. Rows and columns
-// that the tensor does not have arrive as zeros.
+// that the entry does not have arrive as zeros.
 template <int ROWS, int COLS>
 __device__ __forceinline__ void load_tile(
     SwizzledTile<ROWS, COLS>& tile, const TensorMap& map, unsigned mbarrier, int row0, const MapPlace& place) {
 #pragma unroll
   for (int chunk = 0; chunk < tile.CHUNKS; ++chunk) {
     const unsigned to = shared_address(tile.at[chunk]);
-    tensor_load(to, map, mbarrier, 64 * chunk, row0, place.head, place.inner, place.outer);
+    tensor_load(to, map, mbarrier, 64 * chunk, place.row(row0), place.head, place.inner, place.outer);
   }
 }
 

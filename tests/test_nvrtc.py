@@ -133,8 +133,6 @@ def option_specs() -> dict[str, tuple[Spec, int, str]]:
     families = {"sm_60": ("simt",), "sm_90": ("simt", "sm80", "sm90")}
     for device, name, dim in itertools.product(("sm_60", "sm_80", "sm_86", "sm_90", "sm_120"), OPTIONS, (64, 128, 256)):
         for family in families.get(device, ("simt", "sm80")):
-            if family == "sm90" and "kv_lens" in OPTIONS[name]:
-                continue
             dtype = np.float32 if family == "simt" else ml_dtypes.bfloat16
             x = _broadcast((2, 4, SEQLEN, dim), dtype)
             for backward in (False, True):

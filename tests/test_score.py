@@ -376,7 +376,7 @@ def test_kernels_under_the_emulator(family, score, mask):
     why_not()
     dtype, arch = FAMILIES[family]
     seed = KINDS.index((score, mask))
-    lens = {} if family == "sm90" else {"q_lens": "entries", "kv_lens": "entries"}
+    lens = {"q_lens": "entries", "kv_lens": "entries"}
     beside = (
         {"causal": True, "bias": "heads"}, {"softcap": 5.0, "bias": "keys", "dropout": 0.2, **lens}, {"sinks": "float32"}
     )  # fmt: skip

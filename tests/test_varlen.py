@@ -10,11 +10,14 @@ from emulator import Device, Schedule, why_not
 from cupyflash import (
     AttentionGradients,
     Tile,
+    _compile,
     attention,
     attention_backward,
     attention_varlen,
     attention_varlen_backward,
     attention_varlen_vjp,
+    explain_varlen,
+    prepare_varlen,
 )
 from cupyflash._options import Asked
 from cupyflash._packed import PackedCall
@@ -61,13 +64,19 @@ class Packed:
         found = dict(self.options)
         queries, keys = (s.stop - s.start for s in self.sequence(b))
         for name in ("bias", "mask"):
-            if name in found:
+            if name in found and not callable(found[name]):
                 whole = np.broadcast_to(found[name], self.shape)
                 found[name] = whole[b, :, :queries, :keys]
         if "alibi_slopes" in found:
             found["alibi_slopes"] = np.broadcast_to(found["alibi_slopes"], self.shape[:2])[b]
         if np.ndim(found.get("q_offset", 0)):
             found["q_offset"] = int(found["q_offset"][b])
+        if "segment_ids" in found:
+            found["segment_ids"] = tuple(x[b, :n] for x, n in zip(found["segment_ids"], (queries, keys), strict=True))
+        for name in ("score_args", "mask_args"):  # what depends on the sequence has an axis of them first
+            if name in found:
+                first, *rest = found[name]
+                found[name] = (first[b : b + 1], *rest)
         return found
 
     def each(self, wrt):
@@ -101,13 +110,20 @@ class Packed:
 
     def run(self, wrt, xp=np, **more):
         """The same from the packed arrays."""
-        on = {name: xp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in self.options.items()} | more
+        on = {name: on_device(x, xp) for name, x in self.options.items()} | more
         q, k, v, dout, dlse = map(xp.asarray, (self.q, self.k, self.v, self.dout, self.dlse))
         cu = tuple(map(xp.asarray, self.cu))
         out, lse = attention_varlen(q, k, v, *cu, return_lse=True, **on)
         g = attention_varlen_backward(dout, q, k, v, out, lse, *cu, dlse=dlse, wrt=wrt, **on)
         host = (lambda x: x) if xp is np else (lambda x: x.get())
         return host(out), host(lse), {name: host(getattr(g, f"d{name}")) for name in wrt}
+
+
+def on_device(x, xp):
+    """An option as a call on arrays of xp takes it."""
+    if isinstance(x, tuple):
+        return tuple(on_device(y, xp) for y in x)
+    return xp.asarray(x) if isinstance(x, np.ndarray) else x
 
 
 def wrt_of(options):
@@ -134,6 +150,21 @@ def pairs(*shape):
     return lambda rng, full: rng.standard_normal([n or m for n, m in zip(shape, full, strict=True)])
 
 
+def tilted(s, b, h, i, j, table, factor):
+    """A score that tells sequences, heads and positions apart."""
+    return factor * s + table[b, h] * (i - 2 * j)
+
+
+def near(b, h, i, j, reach):
+    """A mask that does."""
+    return abs(i - j) <= reach[b] + 3 * h
+
+
+SCORE = {
+    "score": lambda rng, full: tilted, "score_args": lambda rng, full: (0.1 * rng.standard_normal(full[:2]), 0.7)
+}  # fmt: skip
+MASK = {"mask": lambda rng, full: near, "mask_args": lambda rng, full: (rng.integers(0, 30, full[0]),)}
+SEGMENTS = {"segment_ids": lambda rng, full: tuple(np.sort(rng.integers(0, 3, (full[0], n))) for n in full[2:])}
 OPTIONS = {
     "plain": {},
     "causal": {"causal": True},
@@ -155,6 +186,11 @@ OPTIONS = {
         "mask": lambda rng, full: rng.random((1, *full[1:])) < 0.7, "window": (30, 8),
         "alibi_slopes": lambda rng, full: rng.random(full[1]),
     },
+    "score": SCORE,
+    "score and causal": {**SCORE, "causal": True, "softcap": 3.0},
+    "mask function": MASK,
+    "both functions": {**SCORE, **MASK, "window": (20, 9)},
+    "segments": SEGMENTS,
 }  # fmt: skip
 
 
@@ -170,7 +206,7 @@ def test_tiles(name, tile):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-4), (ml_dtypes.bfloat16, 0.03)], ids=["simt", "sm80"])
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-4), (ml_dtypes.bfloat16, 0.03)], ids=["simt", "sm90"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_on_a_gpu(gpu, name, dtype, bound):
     packed = Packed((300, 0, 33, 1, 129), (310, 20, 0, 1, 260), dtype=dtype, d=64, dv=72, **OPTIONS[name])
@@ -340,6 +376,61 @@ def test_arguments_that_do_not_fit():
         attention_varlen(q, q, q[1:], cu, cu)
 
 
+# ------------------------------------------------------------------------------------------------ explain, prepare
+
+
+def test_explain_says_what_runs():
+    packed = Packed(dtype=np.float16, causal=True)
+    q, k, v = packed.q, packed.k, packed.v
+    plan = explain_varlen(q, k, v, *packed.cu, causal=True)
+    assert (plan.family, plan.direction) == ("cpu", "forward")
+    plan = explain_varlen(q, k, v, *packed.cu, max_seqlen_q=512, max_seqlen_k=640, causal=True, device="sm_90")
+    assert plan.family == "sm90"
+    assert [step.name for step in plan.kernels] == ["packed_rest", "fwd_sm90"]
+    assert plan.chain_k == 640
+    plan = explain_varlen(q, k, v, *packed.cu, backward=True, wrt=("q",), tile=Tile(block_m=32), device="sm_90")
+    assert (plan.direction, plan.block_m) == ("backward", 32)
+    assert "dk" not in {name for step in plan.kernels for name in step.writes}
+    functions = {"score": tilted, "score_args": (np.ones((6, 4)), 1.0), "mask": near, "mask_args": (np.ones(6, int),)}
+    plan = explain_varlen(q, k, v, *packed.cu, family="sm80", device="sm_90", **functions)
+    assert plan.family == "sm80"
+    assert plan.kernels[-1].spec.has_score
+    assert plan.kernels[-1].spec.mask_function
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("sm90", np.float16), ("sm80", np.float16), ("simt", np.float32)])
+def test_workspace_is_that_of_the_rows_there_are(family, dtype):
+    """One long sequence among many short ones: not as if all were as long."""
+    x, ones = np.broadcast_to(np.zeros((), dtype), (8192, 4, 64)), np.full(4096, 1)
+    bytes_ = {}
+    for longest in (1, 4096):
+        cu = offsets((longest, *ones))
+        plan = explain_varlen(x, x, x, cu, cu, backward=True, family=family, device="sm_90", tile=Tile(block_m=64))
+        bytes_[longest] = plan.workspace
+    assert bytes_[1] == bytes_[4096] < 2**30
+
+
+def test_explain_and_prepare_check_as_the_call_does():
+    packed = Packed()
+    x, cu = (packed.q, packed.k, packed.v), packed.cu
+    for function in (attention_varlen, explain_varlen, prepare_varlen):
+        with pytest.raises(ValueError, match="max_seqlen_k=8: the longest"):
+            function(*x, *cu, max_seqlen_k=8)
+        with pytest.raises(ValueError, match=r"out.shape=\(3, 4, 24\)"):
+            function(*x, *cu, out=np.zeros((3, 4, 24)))
+        with pytest.raises(TypeError, match="score_args has 1 values and score is None"):
+            function(*x, *cu, score_args=(1.0,))
+        with pytest.raises(ValueError, match=r"segment_ids\[0\].shape=\(6, 63\)"):
+            function(*x, *cu, segment_ids=(np.zeros((6, 63), int), np.zeros((6, 64), int)))
+    with pytest.raises(ValueError, match=r"wrt=\('q',\) without backward=True"):
+        explain_varlen(*x, *cu, wrt=("q",))
+    with pytest.raises(ValueError, match="deterministic=False without backward=True"):
+        explain_varlen(*x, *cu, deterministic=False)
+    with pytest.raises(ValueError, match="device='sm_12'"):
+        explain_varlen(*x, *cu, device="sm_12")
+    prepare_varlen(*x, *cu)
+
+
 # ---------------------------------------------------------------------------------------------- kernels, emulated
 
 # Lengths below, at and beyond blocks, alone and side by side.
@@ -367,6 +458,9 @@ FAMILIES = {
     "simt": ("simt", np.float32, 75, 20, 33),
     "simt float64": ("simt", np.float64, 75, 16, 16),
     "simt wide": ("simt", np.float32, 90, 130, 40),
+    "sm90": ("sm90", np.float16, 90, 40, 24),
+    "sm90 bfloat16": ("sm90", ml_dtypes.bfloat16, 90, 100, 128),
+    "sm90 wide": ("sm90", ml_dtypes.bfloat16, 90, 136, 64),
 }
 
 
@@ -379,7 +473,7 @@ def test_kernels(emulator, family, name):
         check(Packed(EMULATED_Q, EMULATED_K, dtype, d, dv, **OPTIONS[name]), xp, bound_of(dtype), family=family)
 
 
-@pytest.mark.parametrize("family", ["sm80", "simt"])
+@pytest.mark.parametrize("family", ["sm80", "simt", "sm90", "sm90 wide"])
 @pytest.mark.parametrize("seed", [0, 5])
 def test_kernels_under_schedules(emulator, family, seed):
     """Plain causal calls, in order and with several blocks at a time; a fixed order and that of arrival."""
@@ -466,7 +560,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-@pytest.mark.parametrize("family", ["sm80", "simt float64"])
+@pytest.mark.parametrize("family", ["sm80", "simt float64", "sm90"])
 def test_wrong_offsets_stay_inside(emulator, name, family, monkeypatch):
     """Nothing outside the arrays is read or written, which the emulator would report; those who ask are told."""
     family, dtype, arch, *_ = FAMILIES[family]
@@ -488,13 +582,26 @@ def test_wrong_offsets_stay_inside(emulator, name, family, monkeypatch):
             attention_varlen(x, x, x, right, cu, **bounds)
 
 
+def test_prepare_compiles_what_the_call_runs(emulator, monkeypatch):
+    packed = Packed((40,), (40,), np.float16, 16, 16)
+    with device(0, 90) as xp:
+        x = [xp.asarray(x) for x in (packed.q, packed.k, packed.v, *packed.cu)]
+        args = xp.asarray(np.ones((1, 4))), 1.0
+        bounds = {"max_seqlen_q": 64, "max_seqlen_k": 64, "score": tilted, "score_args": args}
+        prepare_varlen(*x, **bounds)
+        known = dict(_compile._loaded)
+        _, vjp = attention_varlen_vjp(*x, **bounds)
+        vjp(xp.asarray(packed.dout))
+        assert _compile._loaded == known
+
+
 def test_devices_and_families(emulator):
     packed = Packed((40,), (40,), np.float16, 16, 16)
     with device(0, 90) as xp:
         q, k, v = map(xp.asarray, (packed.q, packed.k, packed.v))
         cu = tuple(map(xp.asarray, packed.cu))
-        with pytest.raises(ValueError, match="family='sm90': packed sequences"):
-            attention_varlen(q, k, v, *cu, family="sm90")
+        with pytest.raises(ValueError, match="family='cpu' with CuPy arrays"):
+            attention_varlen(q, k, v, *cu, family="cpu")
         with pytest.raises(TypeError, match="cu_seqlens_q is a CuPy array, q a NumPy array"):
             attention_varlen(packed.q, packed.k, packed.v, *cu)
 
@@ -502,7 +609,7 @@ def test_devices_and_families(emulator):
 # ------------------------------------------------------------------------------------------------ kernels, compiled
 
 COMPILED = [("sm_60", "simt", np.float32), ("sm_80", "simt", np.float64), ("sm_80", "sm80", np.float16)]
-COMPILED += [("sm_90", "sm80", ml_dtypes.bfloat16)]
+COMPILED += [("sm_90", "sm90", ml_dtypes.bfloat16)]
 
 
 @pytest.mark.nvrtc
@@ -517,14 +624,7 @@ def test_kernels_compile(card, family, dtype):
     assert {plan.family for plan in plans} == {family}
     assert [plan.kernels[0].name for plan in plans] == ["packed_rest"] * 2
     for step in (step for plan in plans for step in plan.kernels):
-        compiled = nvrtc.compile_spec(step.spec, step.smem, card)
+        compiled = nvrtc.compile_spec(step.spec, step.smem, "sm_90a" if family == "sm90" else card)
         assert compiled.spill_bytes == 0, compiled.log
 
 
-def test_hopper_says_why_it_declines():
-    packed = Packed(dtype=np.float16)
-    asked = Asked(layout="shd")
-    problem = PackedCall(packed.q, packed.k, packed.v, asked, packed.cu, (None, None)).problem
-    plan = plan_gpu(problem, DEVICES["sm_90"], None, None, None)
-    assert plan.family == "sm80"
-    assert dict(plan.declined)["sm90"].startswith("packed sequences: TMA reads whole tiles")

@@ -5,7 +5,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from .removals import AMPERE_BACKWARD, AMPERE_FORWARD, HOPPER_FORWARD, HOPPER_NARROW, Problem, hopper_backward
+from .removals import (
+    AMPERE_BACKWARD,
+    AMPERE_FORWARD,
+    HOPPER_FORWARD,
+    HOPPER_NARROW,
+    PACKED_BACKWARD,
+    PACKED_FORWARD,
+    PackedProblem,
+    Problem,
+    hopper_backward,
+)
 from .samples import SAMPLES
 
 RAGGED = Problem("float32", 16, 70, 70)
@@ -39,7 +49,7 @@ class Planted:
     new: str
     kinds: tuple[str, ...]
     says: str = ""
-    problem: Problem = RAGGED
+    problem: Problem | PackedProblem = RAGGED
     seeds: tuple[int, ...] = (0, 1)
 
     def applies(self, text: str) -> bool:
@@ -645,5 +655,29 @@ LIBRARY = (
     Planted(
         "parts of dq that overlap", "bwd_dq_sm90",
         r"DQ_SECOND = (.*?);", "DQ_SECOND = 0;", ("values",), "", _ARRIVAL,
+    ),
+    # ---- packed sequences on sm90
+    Planted(
+        "tiles that do not end with their sequence", "fwd_sm90",
+        r"first_row\(longest - rows\)", "first_row(0)", ("out of bounds", "values", "uninitialised"), "",
+        PACKED_FORWARD,
+    ),
+    Planted(
+        "the end of a sequence one row late", "fwd_sm90",
+        r"first_row\(longest - rows\),", "first_row(longest - rows - 1),", ("out of bounds", "values"), "",
+        PACKED_FORWARD,
+    ),
+    Planted(
+        "rows of the next sequence written", "bwd_sm90",
+        r"return LENS && !PACKED \? params\.seqlen_k : seq\.seqlen_k;", "return params.seqlen_k;",
+        ("out of bounds", "race between blocks", "values"), "", PACKED_BACKWARD, SEVERAL_BLOCKS,
+    ),
+    Planted(
+        "the second 32 sequences skipped", "fwd_sm90", r"first \+= 32", "first += 64", ("values",), "", PACKED_FORWARD,
+    ),
+    Planted(
+        "a sequence found that is too short", "bwd_sm90",
+        r"blocks > rank \? blocks : 0x7fffffff", "blocks > rank ? 9 : 9",
+        ("values", "deadlock", "out of bounds", "race between blocks", "undefined"), "", PACKED_BACKWARD,
     ),
 )  # fmt: skip

@@ -166,6 +166,55 @@ class Problem:
         return held[1:].reshape(x.shape)
 
 
+@dataclass(frozen=True)
+class PackedProblem:
+    """Packed sequences on sm90, NaN in the rows behind the last one; more than the 32 that a warp looks at at once."""
+
+    lengths_q: tuple[int, ...]
+    lengths_k: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+    heads: int = 2
+    head_dim: int = 16
+    spare: int = 3
+
+    def forward(self, patches: tuple[Patch, ...], schedule: Schedule) -> None:
+        self._run(patches, schedule, backward=False)
+
+    def backward(self, patches: tuple[Patch, ...], schedule: Schedule) -> None:
+        self._run(patches, schedule, backward=True)
+
+    def _run(self, patches: tuple[Patch, ...], schedule: Schedule, backward: bool) -> None:
+        """Patches are for one direction: a backward gets the out and lse that are right."""
+        from cupyflash import attention_varlen, attention_varlen_backward
+
+        q, k, v, dout, *cu = self.arrays()
+        options = dict(self.options)
+        exact = {name: x for name, x in options.items() if name not in ("tile", "deterministic")}
+        out, lse = attention_varlen(q, k, v, *cu, return_lse=True, **exact)
+        with Device(schedule, patches, arch=90, undefined=False) as xp:
+            device = list(map(xp.asarray, (q, k, v, *cu)))
+            if backward:
+                results = [xp.asarray(x) for x in (out, lse)]
+                got = attention_varlen_backward(xp.asarray(dout), *device[:3], *results, *device[3:], **options)
+            else:
+                options.pop("deterministic", None)
+                got = attention_varlen(*device, return_lse=True, **options)
+            found = [x.get() for x in got if x is not None]
+        want = attention_varlen_backward(dout, q, k, v, out, lse, *cu, **exact) if backward else (out, lse)
+        for x, y in zip(found, (y for y in want if y is not None), strict=True):
+            _compare(x, y.astype(np.float64))
+
+    def arrays(self) -> list[np.ndarray]:
+        r = np.random.default_rng(0)
+        lengths = (self.lengths_q, self.lengths_k, self.lengths_k, self.lengths_q)
+        packed = []
+        for own in lengths:
+            x = np.full((sum(own) + self.spare, self.heads, self.head_dim), np.nan, np.float16)
+            x[: sum(own)] = r.standard_normal((sum(own), self.heads, self.head_dim))
+            packed.append(x)
+        return [*packed, *(np.concatenate([[0], np.cumsum(own)]).astype(np.int32) for own in lengths[:2])]
+
+
 def _compare(got: np.ndarray, right: np.ndarray) -> None:
     # Coarse: these problems find lost synchronisation and wrong indices, others find lost digits. In 16 bits P and dS
     # are rounded: errors of theirs are 1e-3.
@@ -264,6 +313,18 @@ HOPPER_NARROW = (
 HOPPER_WIDE = (hopper_backward(160, 16), hopper_backward(16, 160))
 
 
+# No rows, one, a tile and one more or less of the shortest tiles; a second look at sequences.
+_LENGTHS_Q = (1, 0, 129, 16, 15, 0, 64, *(28 * (0,)), 17, 33)
+_LENGTHS_K = (0, 5, 16, 129, 1, 128, 17, *(28 * (0,)), 127, 40)
+PACKED_FORWARD = PackedProblem(
+    _LENGTHS_Q, _LENGTHS_K, (("tile", Rows(rows=(("fwd_sm90", HopperRow(64, 16, 2, 2, True, False, "")),))),)
+)
+PACKED_BACKWARD = PackedProblem(
+    _LENGTHS_Q, _LENGTHS_K,
+    (("tile", Rows(rows=(("bwd_sm90", HopperBackwardRow(16, 128, 2, 8, True, "")),))), ("causal", True)),
+)  # fmt: skip
+
+
 def runs_of(removal: Removal) -> list[Run]:
     """What a removal may break, likeliest first."""
     file = removal.file
@@ -280,7 +341,7 @@ def runs_of(removal: Removal) -> list[Run]:
     if file.endswith(("_sm80.cu", "_sm80.cuh")):
         return [p.forward for p in AMPERE_FORWARD]
     if file == "fwd_sm90.cu":
-        return [p.forward for p in HOPPER_FORWARD]
+        return [p.forward for p in (*HOPPER_FORWARD, PACKED_FORWARD)]
     if file == "bwd_sm90.cu":
         narrow, wide = ([p.backward for p in problems] for problems in (HOPPER_NARROW, HOPPER_WIDE))
         return [*wide, *narrow] if removal.function == "consume_wide" else [*narrow, *wide]

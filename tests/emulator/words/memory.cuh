@@ -22,7 +22,9 @@ __device__ __forceinline__ double shuffle_xor(double x, int mask) {
 __device__ __forceinline__ unsigned shuffle_xor(unsigned x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
+__device__ __forceinline__ int shuffle(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 __device__ __forceinline__ bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
+__device__ __forceinline__ unsigned warp_vote(bool x) { return __ballot_sync(0xffffffffu, x); }
 
 __device__ __forceinline__ int lowest_bit(unsigned bits) { return __ffs(static_cast<int>(bits)) - 1; }
 __device__ __forceinline__ int highest_bit(unsigned bits) { return 31 - __clz(static_cast<int>(bits)); }
