@@ -21,6 +21,7 @@
 #include "score.cuh"
 #include "tile_sm80.cuh"
 #include "softmax.cuh"
+#include "fragment_pairs.cuh"
 #include "bias_turns.cuh"
 
 // A bias of queries and keys is the same in every turn: dbias is summed over what the bias is broadcast over. Its tile
@@ -198,6 +199,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
     const auto weigh = [&](bool ask) ALWAYS_INLINE {
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f) {
+        const FragmentPairs<RowIs::QUERY> pairs(features.added, at(f, 0, 0).i, at(f, 0, 0).j);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const Accumulator lse = load_shared<1>(&smem.exponents[first_row + 16 * f + acc_s[f].warp_row(r)]).at[0];
@@ -205,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
           for (int c = 0; c < acc_s[f].COLS; ++c) {
             const Pair pair = at(f, r, c);
             const Accumulator capped = score.capped(score.scaled(acc_s[f](r, c)));
-            const Accumulator s = features.added.behind_alibi(capped, pair.i, pair.j);
+            const Accumulator s = features.added.behind_alibi(capped, pairs.distance(r, acc_s[f].ahead(c)));
             const Accumulator bias = BIAS_STAYS ? own_bias[f](r, c) : features.added.bias_of(pair.i, pair.j);
             acc_s[f](r, c) = bias_weight_of(score, features, s + bias, lse, sees(ask, f, r, c), pair);
           }
@@ -215,13 +217,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
     const auto add_ds = [&](bool ask) ALWAYS_INLINE {
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f) {
+        const auto kept = kept_pairs<RowIs::QUERY, BLOCK_N>(features.kept, at(f, 0, 0).i, at(f, 0, 0).j);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const Accumulator delta = load_shared<1>(&smem.delta[first_row + 16 * f + acc_s[f].warp_row(r)]).at[0];
 #pragma unroll
           for (int c = 0; c < acc_s[f].COLS; ++c) {
             acc_ds[f](r, c) += score_gradient(
-                features, acc_s[f](r, c), acc_dp[f](r, c), delta, sees(ask, f, r, c), at(f, r, c));
+                features, acc_s[f](r, c), acc_dp[f](r, c), delta, sees(ask, f, r, c), kept(r, c));
           }
         }
       }

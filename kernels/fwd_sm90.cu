@@ -36,6 +36,7 @@
 #include "params_sm90.cuh"
 #include "tile_sm90.cuh"
 #include "softmax.cuh"
+#include "fragment_pairs.cuh"
 
 constexpr int CONSUMERS = BLOCK_M / 64;
 static_assert(BLOCK_M % 64 == 0 && NUM_WARPS == 4 * (1 + CONSUMERS), "a warpgroup for every 64 rows, and the senders");
@@ -276,7 +277,10 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
     const auto at = [&](int r, int c) ALWAYS_INLINE {
       return Pair{tile.row0 + acc_s.row(r), origin + acc_s.ahead(c)};
     };
-    to_logits(acc_s, score, tile.features, at);
+    const FragmentPairs<RowIs::QUERY> pairs(tile.features.added, tile.row0 + acc_s.row(0), origin);
+    to_logits(acc_s, score, tile.features, [&](int r, int c) ALWAYS_INLINE {
+      return pairs.at(tile.features.added, r, acc_s.ahead(c));
+    });
     if (masked) {
       const MaskRow row[2] = {
           tile.mask.row(tile.row0 + acc_s.row(0), origin), tile.mask.row(tile.row0 + acc_s.row(1), origin)};
@@ -289,7 +293,7 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
     for (int r = 0; r < 2; ++r) softmax.raise(acc_s, r, score);
 #pragma unroll
     for (int r = 0; r < 2; ++r) softmax.weigh(acc_s, r, score);
-    drop(acc_s, tile.features, at);
+    drop(acc_s, kept_pairs<RowIs::QUERY, BLOCK_N>(tile.features.kept, tile.row0 + acc_s.row(0), origin));
   };
   const auto shrink_outputs = [&]() ALWAYS_INLINE {
     if (!warp_any(softmax.rose())) return;  // mostly none did

@@ -9,6 +9,7 @@
 #include "score.cuh"
 #include "rows.cuh"
 #include "fragment.cuh"
+#include "fragment_pairs.cuh"
 #include "softmax.cuh"
 
 // Where this thread's columns of a fragment begin: Fragment's first_col(). Unsigned, so that addresses made of it
@@ -39,15 +40,25 @@ struct Seen {
   MaskColumn key[2];
   Mask mask;
   Features features;
+  FragmentPairs<RowIs::KEY> pairs;
   int first_key, query0;
 
   __device__ __forceinline__ Seen(const Params& params, const Sequence& seq, int head, int key0, int fragment_query0)
-      : mask(mask_of(params, seq)), features(params, seq, head), first_key(key0), query0(fragment_query0 + own_col()) {
+      : mask(mask_of(params, seq)),
+        features(params, seq, head),
+        pairs(features.added, fragment_query0 + own_col(), key0),
+        first_key(key0),
+        query0(fragment_query0 + own_col()) {
     key[0] = mask.column(first_key, query0);
     key[1] = mask.column(first_key + 8, query0);
   }
   // The pair of row r and the column that is `ahead` of this thread's first.
   __device__ __forceinline__ Pair at(int r, int ahead) const { return {query0 + ahead, first_key + 8 * r}; }
+  template <int N>
+  __device__ __forceinline__ PairBits<N> kept() const {
+    return kept_pairs<RowIs::KEY, N>(features.kept, query0, first_key);
+  }
+  __device__ __forceinline__ FragmentPair pair(int r, int ahead) const { return pairs.at(features.added, r, ahead); }
   __device__ __forceinline__ bool visible(int r, int ahead) const {
     if constexpr (!HIDES_PAIRS) return key[r].visible(ahead);
     return key[r].visible(ahead) && features.sees(mask, at(r, ahead));
@@ -59,7 +70,7 @@ struct Seen {
 template <int N>
 __device__ __forceinline__ void to_probabilities(
     Fragment<N>& acc_s, unsigned (&operand)[N / 16][4], const Score& score, const Accumulator* exponents,
-    const Seen& seen, bool masked) {
+    const Seen& seen, const PairBits<N>& kept, bool masked) {
 #pragma unroll
   for (int c = 0; c < acc_s.COLS; c += 2) {
     const Vector<Accumulator, 2> lse = load_shared<2>(exponents + own_col() + acc_s.ahead(c));
@@ -68,10 +79,10 @@ __device__ __forceinline__ void to_probabilities(
     for (int e = 0; e < 4; ++e) {
       const int r = e / 2, col = c + e % 2, ahead = acc_s.ahead(col);
       const bool visible = !masked || seen.visible(r, ahead);
-      const Pair pair = seen.at(r, ahead);
-      const Weight weight = weight_of(score, seen.features, acc_s(r, col), lse.at[e % 2], visible, pair);
+      const Weight weight =
+          weight_of(score, seen.features, acc_s(r, col), lse.at[e % 2], visible, seen.pair(r, ahead));
       acc_s(r, col) = weight.sloped;
-      if constexpr (WEIGHTS_APART) p[r][e % 2] = seen.features.keeps(pair) ? weight.p : Accumulator(0);
+      if constexpr (WEIGHTS_APART) p[r][e % 2] = !DROPOUT || kept(r, col) ? weight.p : Accumulator(0);
     }
     if constexpr (WEIGHTS_APART) {
 #pragma unroll
@@ -83,7 +94,8 @@ __device__ __forceinline__ void to_probabilities(
 // dP^T becomes dS^T; p(c) is what it is a multiple of, in columns c and c + 1, of the first row and then of the second.
 template <int N, typename P>
 __device__ __forceinline__ void to_score_gradients(
-    Fragment<N>& acc_dp, const P& p, const Accumulator* delta, const Seen& seen, bool masked) {
+    Fragment<N>& acc_dp, const P& p, const Accumulator* delta, const Seen& seen, const PairBits<N>& kept,
+    bool masked) {
 #pragma unroll
   for (int c = 0; c < acc_dp.COLS; c += 2) {
     const Vector<Accumulator, 4> four = p(c);
@@ -93,7 +105,7 @@ __device__ __forceinline__ void to_score_gradients(
       const int r = e / 2, col = c + e % 2, ahead = acc_dp.ahead(col);
       const bool visible = !masked || seen.visible(r, ahead);
       acc_dp(r, col) =
-          score_gradient(seen.features, four.at[e], acc_dp(r, col), row.at[e % 2], visible, seen.at(r, ahead));
+          score_gradient(seen.features, four.at[e], acc_dp(r, col), row.at[e % 2], visible, kept(r, col));
     }
   }
 }

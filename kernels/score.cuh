@@ -53,14 +53,26 @@ __device__ __forceinline__ Score score_of(const Params& params) {
   return {math::max(exponent, math::smallest<Accumulator>()), scale, softcap};
 }
 
+// A query and a key, counted in their own sequence.
+struct Pair {
+  int i, j;
+};
+// A pair of a fragment: whoever has the fragment knows what is added to its logit.
+struct FragmentPair : Pair {
+  Accumulator distance;  // of the key from the diagonal, to either side
+  Accumulator bias;
+};
+
 // What is added to a logit, of one head of one entry.
 template <bool ON>
 struct AddedOf {
   __device__ __forceinline__ AddedOf(const Params&, const Sequence&, int) {}
   template <typename Number>
-  __device__ __forceinline__ Number to(Number s, int, int) const {
+  __device__ __forceinline__ Number to(Number s, const Pair&) const {
     return s;
   }
+  __device__ __forceinline__ Accumulator distance(int, int) const { return 0; }
+  __device__ __forceinline__ Accumulator bias_of(int, int) const { return 0; }
 };
 template <>
 struct AddedOf<true> {
@@ -81,18 +93,23 @@ struct AddedOf<true> {
     }
   }
   template <typename Number>
-  __device__ __forceinline__ Number to(Number s, int i, int j) const {
-    s = behind_alibi(s, i, j);
-    if constexpr (HAS_BIAS) s = s + bias_of(i, j);
+  __device__ __forceinline__ Number to(Number s, const Pair& pair) const {
+    return to(s, FragmentPair{pair, distance(pair.i, pair.j), HAS_BIAS ? bias_of(pair.i, pair.j) : Accumulator(0)});
+  }
+  template <typename Number>
+  __device__ __forceinline__ Number to(Number s, const FragmentPair& pair) const {
+    s = behind_alibi(s, pair.distance);
+    if constexpr (HAS_BIAS) s = s + pair.bias;
     return s;
   }
   template <typename Number>
-  __device__ __forceinline__ Number behind_alibi(Number s, int i, int j) const {
-    if constexpr (ALIBI) {
-      const Offset distance = j - q_offset - i;
-      s = s - slope * static_cast<Accumulator>(distance < 0 ? -distance : distance);
-    }
+  __device__ __forceinline__ Number behind_alibi(Number s, Accumulator distance) const {
+    if constexpr (ALIBI) s = s - slope * (distance < 0 ? -distance : distance);
     return s;
+  }
+  // Of key j from the diagonal of query i; a long one is rounded.
+  __device__ __forceinline__ Accumulator distance(int i, int j) const {
+    return ALIBI ? static_cast<Accumulator>(j - q_offset - i) : Accumulator(0);
   }
   // Of a pair beyond the ends of the sequences (a tile may begin before the first row) that of a pair inside, which
   // nobody looks at.
