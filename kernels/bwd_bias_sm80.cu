@@ -192,24 +192,41 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
       return Pair{turn.m_block * BLOCK_M + first_row + 16 * f + Part::warp_row(r),
                   turn.n_block * BLOCK_N + Part::first_col() + Part::ahead(c)};
     };
-    const auto sees = [&](bool ask, int f, int r, int c) ALWAYS_INLINE {
-      return !ask || features.sees(mask, at(f, r, c));
+    PairBits<BLOCK_N> shown[FRAGMENTS] = {};
+    if (HIDES_PAIRS && masked) {
+#pragma unroll
+      for (int f = 0; f < FRAGMENTS; ++f) {
+        const Pair first = at(f, 0, 0);
+        shown[f] = shown_pairs<RowIs::QUERY, BLOCK_N>(features.hidden, mask, first.i, first.j);
+      }
+    }
+    // What the queries of a thread's rows see; nothing where they lie beyond an entry's own length.
+    const auto row_of = [&](int f, int r) ALWAYS_INLINE {
+      const Pair first = at(f, r, 0);
+      const bool exists = !(LENS || HIDES_PAIRS) || first.i < mask.seqlen_q;
+      return exists ? mask.row(first.i, first.j) : MaskRow{0, -1};
+    };
+    const auto sees = [&](bool ask, const MaskRow& row, int f, int r, int c) ALWAYS_INLINE {
+      if (!ask) return true;
+      const bool visible = row.visible(acc_s[f].ahead(c));
+      return HIDES_PAIRS ? visible && shown[f](r, c) && features.accepts(mask, at(f, r, c)) : visible;
     };
     // S becomes P; dP becomes dS, which is added.
     const auto weigh = [&](bool ask) ALWAYS_INLINE {
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f) {
-        const FragmentPairs<RowIs::QUERY> pairs(features.added, at(f, 0, 0).i, at(f, 0, 0).j);
+        const Distances<RowIs::QUERY> distances(features.added, at(f, 0, 0).i, at(f, 0, 0).j);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
+          const MaskRow row = row_of(f, r);
           const Accumulator lse = load_shared<1>(&smem.exponents[first_row + 16 * f + acc_s[f].warp_row(r)]).at[0];
 #pragma unroll
           for (int c = 0; c < acc_s[f].COLS; ++c) {
             const Pair pair = at(f, r, c);
             const Accumulator capped = score.capped(score.scaled(acc_s[f](r, c)));
-            const Accumulator s = features.added.behind_alibi(capped, pairs.distance(r, acc_s[f].ahead(c)));
+            const Accumulator s = features.added.behind_alibi(capped, distances.at(r, acc_s[f].ahead(c)));
             const Accumulator bias = BIAS_STAYS ? own_bias[f](r, c) : features.added.bias_of(pair.i, pair.j);
-            acc_s[f](r, c) = bias_weight_of(score, features, s + bias, lse, sees(ask, f, r, c), pair);
+            acc_s[f](r, c) = bias_weight_of(score, features, s + bias, lse, sees(ask, row, f, r, c), pair);
           }
         }
       }
@@ -220,11 +237,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
         const auto kept = kept_pairs<RowIs::QUERY, BLOCK_N>(features.kept, at(f, 0, 0).i, at(f, 0, 0).j);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
+          const MaskRow row = row_of(f, r);
           const Accumulator delta = load_shared<1>(&smem.delta[first_row + 16 * f + acc_s[f].warp_row(r)]).at[0];
 #pragma unroll
           for (int c = 0; c < acc_s[f].COLS; ++c) {
             acc_ds[f](r, c) += score_gradient(
-                features, acc_s[f](r, c), acc_dp[f](r, c), delta, sees(ask, f, r, c), kept(r, c));
+                features, acc_s[f](r, c), acc_dp[f](r, c), delta, sees(ask, row, f, r, c), kept(r, c));
           }
         }
       }

@@ -374,7 +374,7 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
     for (int f = 0; f < FRAGMENTS; ++f) {
       const Seen seen = seen_by(params, job, turn, f);
       to_probabilities(
-          acc[f], p[f], score_of(params), smem.exponents[turn.slot], seen, seen.kept<BLOCK_M>(), masked);
+          acc[f], p[f], score_of(params), smem.exponents[turn.slot], seen, seen.bits<BLOCK_M>(masked), masked);
       if constexpr (WANT_DS) {
 #pragma unroll
         for (int i = 0; i < BLOCK_M / 8; ++i) {
@@ -426,7 +426,7 @@ __device__ __forceinline__ void make_keys(const Params& params, Smem& smem) {
         return load_shared<4>(smem.p[group][f * BLOCK_M / 8 + c / 2][lane_index()]);
       };
       const Seen seen = seen_by(params, job, turn, f);
-      to_score_gradients(acc[f], p, smem.delta[turn.slot], seen, seen.kept<BLOCK_M>(), masked);
+      to_score_gradients(acc[f], p, smem.delta[turn.slot], seen, seen.bits<BLOCK_M>(masked), masked);
       if constexpr (WANT_DQ) store_rounded(smem.ds, fragment_key(f), 0, acc[f]);
       round_to(ds[f], acc[f]);
     }

@@ -480,11 +480,11 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
       product<HEAD_DIM_V / 16>(acc_dp, v, operand<Major::K>(smem.dout[turn.slot]));
     }
     wgmma_commit();
-    const auto kept = seen.kept<BLOCK_M>();
+    const auto bits = seen.bits<BLOCK_M>(masked);
     // P^T = exp2(S^T - lse)
     wgmma_wait<1>();
     wgmma_hold(acc_s.at);
-    to_probabilities(acc_s, p, score, smem.exponents[turn.slot], seen, kept, masked);
+    to_probabilities(acc_s, p, score, smem.exponents[turn.slot], seen, bits, masked);
     // dV += P^T dO
     const auto add_dv = [&]() ALWAYS_INLINE {
       if constexpr (!WEIGHTS_APART) round_to(p, acc_s);
@@ -499,7 +499,7 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
     if (EARLY_DV) add_dv();
     // dS^T = P^T * (dP^T - delta)
     if constexpr (WANT_DS) {
-      to_score_gradients(acc_dp, FourOf<BLOCK_M>{acc_s}, smem.delta[turn.slot], seen, kept, masked);
+      to_score_gradients(acc_dp, FourOf<BLOCK_M>{acc_s}, smem.delta[turn.slot], seen, bits, masked);
     }
     if constexpr (WANT_DS) round_to(ds, acc_dp);
     if (!EARLY_DV) add_dv();
@@ -578,11 +578,11 @@ __device__ __forceinline__ void consume_wide(const Params& params, Smem& smem, S
                                from_row(operand<Major::K>(smem.dout[turn.slot]), query0));
     }
     wgmma_commit();
-    const auto kept = seen.kept<HALF>();
+    const auto bits = seen.bits<HALF>(masked);
     // P^T = exp2(S^T - lse)
     wgmma_wait<1>();
     wgmma_hold(acc_s.at);
-    to_probabilities(acc_s, rounded, score, smem.exponents[turn.slot] + query0, seen, kept, masked);
+    to_probabilities(acc_s, rounded, score, smem.exponents[turn.slot] + query0, seen, bits, masked);
     // dV += P^T dO
     if constexpr (WANT_DV) {
       if constexpr (!WEIGHTS_APART) round_to(rounded, acc_s);
@@ -599,7 +599,7 @@ __device__ __forceinline__ void consume_wide(const Params& params, Smem& smem, S
     wgmma_wait<1>();
     if constexpr (WANT_DS) {
       wgmma_hold(acc_dp.at);
-      to_score_gradients(acc_dp, FourOf<HALF>{acc_s}, smem.delta[turn.slot] + query0, seen, kept, masked);
+      to_score_gradients(acc_dp, FourOf<HALF>{acc_s}, smem.delta[turn.slot] + query0, seen, bits, masked);
       round_to(rounded, acc_dp);
       store_scores(scores.ds[turn.slot], query0, rounded);
       meet(2);

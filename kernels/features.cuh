@@ -30,6 +30,11 @@ struct Features : Scored {
     if ((LENS || HIDES_PAIRS) && (pair.i < 0 || pair.i >= mask.seqlen_q)) return false;
     return mask.visible(pair.i, pair.j) && !hidden.hides(pair.i, pair.j);
   }
+  // What the mask function says, whose pair may lie beyond the ends: it gets one inside.
+  __device__ __forceinline__ bool accepts(const Mask& mask, const Pair& pair) const {
+    if constexpr (!MASK_FUNCTION) return true;
+    return !hidden.refuses(clamped(pair.i, mask.seqlen_q), clamped(pair.j, mask.seqlen_k));
+  }
   __device__ __forceinline__ bool keeps(const Pair& pair) const { return kept.keeps(pair.i, pair.j); }
 };
 

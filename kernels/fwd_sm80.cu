@@ -237,16 +237,18 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       const int origin = n_block * BLOCK_N + acc[f].first_col(), row0 = tile.row0 + fragment_row(f);
       const MaskRow row[2] = {mask.row(tile.query(row0 + acc[f].warp_row(0)), origin),
                               mask.row(tile.query(row0 + acc[f].warp_row(1)), origin)};
+      const Pair first = pair_at(f, n_block, 0, 0);
+      const auto shown = shown_pairs<RowIs::QUERY, BLOCK_N>(features.hidden, mask, first.i, first.j);
       hide(acc[f], [&](int r, int c) {
         const bool visible = row[r].visible(acc[f].ahead(c));
-        return HIDES_PAIRS ? visible && features.sees(mask, pair_at(f, n_block, r, c)) : visible;
+        return HIDES_PAIRS ? visible && shown(r, c) && features.accepts(mask, pair_at(f, n_block, r, c)) : visible;
       });
     }
   };
   const auto become_logits = [&](Fragment<BLOCK_N>& acc, int f, int n_block) ALWAYS_INLINE {
     const Pair first = pair_at(f, n_block, 0, 0);
-    const FragmentPairs<RowIs::QUERY> pairs(features.added, first.i, first.j);
-    to_logits(acc, score, features, [&](int r, int c) { return pairs.at(features.added, r, acc.ahead(c)); });
+    const FragmentPairs<RowIs::QUERY, BLOCK_N> pairs(features.added, first.i, first.j);
+    to_logits(acc, score, features, [&](int r, int c) { return pairs.at(features.added, r, c); });
   };
   // Columns of one step of P's product: logits become P.
   const auto weigh = [&](int f, int step, int n_block) ALWAYS_INLINE {

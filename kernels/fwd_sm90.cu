@@ -181,6 +181,7 @@ struct QueryTile {
     // It takes one block in any case, of rows that see nothing, and of rows that there are none of.
     const bool takes_one = own.end <= begin || row_end() <= row0;
     own.end = takes_one ? begin + 1 : own.end;
+    own.begin = CUT_AT_BEGIN && !takes_one && own.begin > begin ? own.begin : begin;
   }
   __device__ __forceinline__ bool exists() const { return work.block >= 0; }
   // Where its rows end; it has none where that is not behind row0.
@@ -256,10 +257,10 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
       store_nothing(params, tile);
     }
   };
-  // Up to the first block that this consumer takes: its Q and K are there.
-  const auto await_tile = [&](const QueryTile& tile) ALWAYS_INLINE {
-#pragma unroll 1  // blocks that only other consumers see
-    for (n_block = tile.end - 1; n_block >= tile.own.end; n_block = tile.below(n_block)) {
+  // Blocks down to `last` that only other consumers see.
+  const auto leave_out = [&](const QueryTile& tile, int last) ALWAYS_INLINE {
+#pragma unroll 1
+    for (; n_block >= last; n_block = tile.below(n_block)) {
       smem.k_ring.await(turn);
       smem.v_ring.await(turn);
       take_turn(consumer);
@@ -269,31 +270,40 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
       smem.v_ring.release(turn);
       turn.advance();
     }
+  };
+  // Up to the first block that this consumer takes: its Q and K are there.
+  const auto await_tile = [&](const QueryTile& tile) ALWAYS_INLINE {
+    n_block = tile.end - 1;
+    leave_out(tile, tile.own.end);
     smem.q_ring[consumer].await(q_turn);
     smem.k_ring.await(turn);
   };
-  const auto soften = [&](const QueryTile& tile, bool masked) ALWAYS_INLINE {
-    const int origin = n_block * BLOCK_N + acc_s.first_col();
-    const auto at = [&](int r, int c) ALWAYS_INLINE {
-      return Pair{tile.row0 + acc_s.row(r), origin + acc_s.ahead(c)};
-    };
-    const FragmentPairs<RowIs::QUERY> pairs(tile.features.added, tile.row0 + acc_s.row(0), origin);
-    to_logits(acc_s, score, tile.features, [&](int r, int c) ALWAYS_INLINE {
-      return pairs.at(tile.features.added, r, acc_s.ahead(c));
-    });
+  // What options say of the block's pairs, while its products are under way.
+  struct Beside {
+    FragmentPairs<RowIs::QUERY, BLOCK_N> pairs;
+    FragmentBits<RowIs::QUERY, BLOCK_N> bits;
+  };
+  const auto beside = [&](const QueryTile& tile, bool masked) ALWAYS_INLINE {
+    const int i = tile.row0 + acc_s.row(0), j = n_block * BLOCK_N + acc_s.first_col();
+    return Beside{{tile.features.added, i, j}, {tile.features, tile.mask, i, j, masked}};
+  };
+  const auto soften = [&](const QueryTile& tile, const Beside& of, bool masked) ALWAYS_INLINE {
+    const auto at = [&](int r, int c) ALWAYS_INLINE { return of.pairs.at(tile.features.added, r, c); };
+    to_logits(acc_s, score, tile.features, at);
     if (masked) {
+      const int origin = n_block * BLOCK_N + acc_s.first_col();
       const MaskRow row[2] = {
           tile.mask.row(tile.row0 + acc_s.row(0), origin), tile.mask.row(tile.row0 + acc_s.row(1), origin)};
       hide(acc_s, [&](int r, int c) {
         const bool visible = row[r].visible(acc_s.ahead(c));
-        return HIDES_PAIRS ? visible && tile.features.sees(tile.mask, at(r, c)) : visible;
+        return HIDES_PAIRS ? visible && of.bits.shown(r, c) && tile.features.accepts(tile.mask, at(r, c)) : visible;
       });
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) softmax.raise(acc_s, r, score);
 #pragma unroll
     for (int r = 0; r < 2; ++r) softmax.weigh(acc_s, r, score);
-    drop(acc_s, kept_pairs<RowIs::QUERY, BLOCK_N>(tile.features.kept, tile.row0 + acc_s.row(0), origin));
+    drop(acc_s, of.bits.kept);
   };
   const auto shrink_outputs = [&]() ALWAYS_INLINE {
     if (!warp_any(softmax.rose())) return;  // mostly none did
@@ -310,16 +320,18 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
       score_tile();
       accumulate_pv(v_turn);
       pass_turn(consumer);
+      const Beside of = beside(tile, masked);
       await_scores(true);
-      soften(tile, masked);
+      soften(tile, of, masked);
       await_outputs(v_turn);
       round_to(p, acc_s);
       shrink_outputs();
     } else {
       smem.k_ring.await(turn);
       score_tile();
+      const Beside of = beside(tile, masked);
       await_scores(false);
-      soften(tile, masked);
+      soften(tile, of, masked);
       round_to(p, acc_s);
       shrink_outputs();
       accumulate_pv(turn);
@@ -341,24 +353,26 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
       if (!EARLY) await_tile(tile);
       if constexpr (OVERLAP) {
         if (!EARLY) score_tile();
+        const bool masked = !needs_no_look(tile.walk, tile.own, n_block);
+        const Beside of = beside(tile, masked);
         await_scores(false);
-        soften(tile, !needs_no_look(tile.walk, tile.own, n_block));
+        soften(tile, of, masked);
         round_to(p, acc_s);
         n_block = tile.below(n_block);
       }
       if constexpr (HIDES_PAIRS) {
 #pragma unroll 1
-        while (n_block >= tile.begin) step(tile, !needs_no_look(tile.walk, tile.own, n_block));
+        while (n_block >= tile.own.begin) step(tile, !needs_no_look(tile.walk, tile.own, n_block));
       } else {
         if (!OVERLAP || CUT_AT_END) {
 #pragma unroll 1
-          while (n_block >= tile.begin && n_block >= tile.own.full_end) step(tile, MASKED);
+          while (n_block >= tile.own.begin && n_block >= tile.own.full_end) step(tile, MASKED);
         }
 #pragma unroll 1
-        while (n_block >= tile.begin && n_block >= tile.own.full_begin) step(tile, UNMASKED);
+        while (n_block >= tile.own.begin && n_block >= tile.own.full_begin) step(tile, UNMASKED);
         if (CUT_AT_BEGIN) {
 #pragma unroll 1
-          while (n_block >= tile.begin) step(tile, MASKED);
+          while (n_block >= tile.own.begin) step(tile, MASKED);
         }
       }
       smem.q_ring[consumer].release(q_turn);
@@ -368,6 +382,7 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
         await_outputs(turn);
         turn.advance();
       }
+      if constexpr (CUT_AT_BEGIN) leave_out(tile, tile.begin);
     }
 
     QueryTile next = tile;

@@ -10,14 +10,19 @@
 // Whether a logit is more than a scaled product; and whether its slope, by the scaled product, is other than 1.
 constexpr bool CHANGES_LOGITS = SOFTCAP || ALIBI || HAS_BIAS || HAS_SCORE, SLOPED = SOFTCAP || HAS_SCORE;
 
-// tanh within 4 u of 1, not of itself: what a logit needs, whose error counts beside the softcap.
-__device__ __forceinline__ Accumulator bounded_tanh(Accumulator x) {
-  const Accumulator e = math::exp2(x * static_cast<Accumulator>(2 * math::LOG2E));  // 0 and infinity give -1 and 1
-  return math::fma(Accumulator(-2), math::reciprocal(e + Accumulator(1)), Accumulator(1));
+// r = 1 / (1 + exp(2 s / cap)), from which cap tanh(s / cap) = cap - 2 cap r: within 4 u of cap, not of itself, which is
+// what a logit needs, whose error counts beside the cap. An exponential of 0 or infinity gives cap and -cap. The slope
+// is 1 - tanh^2 = 4 r (1 - r).
+__device__ __forceinline__ Accumulator cap_remainder(Accumulator s, Accumulator cap) {
+  const Accumulator e = math::exp2(s * (static_cast<Accumulator>(2 * math::LOG2E) / cap));
+  return math::reciprocal(e + Accumulator(1));
 }
-__device__ __forceinline__ Dual bounded_tanh(Dual x) {
-  const Accumulator t = bounded_tanh(x.value);
-  return {t, x.slope * math::fma(-t, t, Accumulator(1))};
+__device__ __forceinline__ Accumulator capped_at(Accumulator cap, Accumulator s) {
+  return math::fma(Accumulator(-2) * cap, cap_remainder(s, cap), cap);
+}
+__device__ __forceinline__ Dual capped_at(Accumulator cap, Dual s) {
+  const Accumulator r = cap_remainder(s.value, cap);
+  return {math::fma(Accumulator(-2) * cap, r, cap), s.slope * (r * math::fma(Accumulator(-4), r, Accumulator(4)))};
 }
 
 struct Score {
@@ -38,7 +43,7 @@ struct Score {
   // Generic over the number type, so that a dual number brings the slope for the backward.
   template <typename Number>
   __device__ __forceinline__ Number capped(Number s) const {
-    if constexpr (SOFTCAP) return bounded_tanh(s * (Accumulator(1) / softcap)) * softcap;
+    if constexpr (SOFTCAP) return capped_at(softcap, s);
     return s;
   }
 };

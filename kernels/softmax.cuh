@@ -189,7 +189,9 @@ __device__ __forceinline__ Weight weight_of(const Score& score, Dual logit, Accu
   // What a function makes of a row beyond the end, whose lse is +inf, may be infinite itself.
   if constexpr (HAS_SCORE) visible = visible && lse != math::infinity<Accumulator>();
   const Accumulator p = visible ? math::exp2(math::fma(logit.value, score.exponent, -lse)) : Accumulator(0);
-  return {p, p == 0 ? Accumulator(0) : p * logit.slope};
+  // A function's slope may be infinite where p is 0; a cap's is at most 1, and NaN where the logit is.
+  const bool nothing = HAS_SCORE ? p == 0 : !visible;
+  return {p, nothing ? Accumulator(0) : p * logit.slope};
 }
 template <typename AnyPair>
 __device__ __forceinline__ Weight weight_of(
