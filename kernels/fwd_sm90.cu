@@ -181,12 +181,13 @@ struct QueryTile {
     // It takes one block in any case, of rows that see nothing, and of rows that there are none of.
     const bool takes_one = own.end <= begin || row_end() <= row0;
     own.end = takes_one ? begin + 1 : own.end;
-    own.begin = CUT_AT_BEGIN && !takes_one && own.begin > begin ? own.begin : begin;
+    if constexpr (CUT_AT_BEGIN) own.begin = !takes_one && own.begin > begin ? own.begin : begin;
   }
   __device__ __forceinline__ bool exists() const { return work.block >= 0; }
   // Where its rows end; it has none where that is not behind row0.
   __device__ __forceinline__ int row_end() const { return row0 < 0 ? row0 : mask.seqlen_q; }
   __device__ __forceinline__ bool sees_keys() const { return begin < end; }
+  __device__ __forceinline__ int own_begin() const { return CUT_AT_BEGIN ? own.begin : begin; }
   // The next key block, or one before `begin`.
   __device__ __forceinline__ int below(int n_block) const {
     if constexpr (!HIDES_PAIRS) return n_block - 1;
@@ -362,17 +363,17 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
       }
       if constexpr (HIDES_PAIRS) {
 #pragma unroll 1
-        while (n_block >= tile.own.begin) step(tile, !needs_no_look(tile.walk, tile.own, n_block));
+        while (n_block >= tile.own_begin()) step(tile, !needs_no_look(tile.walk, tile.own, n_block));
       } else {
         if (!OVERLAP || CUT_AT_END) {
 #pragma unroll 1
-          while (n_block >= tile.own.begin && n_block >= tile.own.full_end) step(tile, MASKED);
+          while (n_block >= tile.own_begin() && n_block >= tile.own.full_end) step(tile, MASKED);
         }
 #pragma unroll 1
-        while (n_block >= tile.own.begin && n_block >= tile.own.full_begin) step(tile, UNMASKED);
+        while (n_block >= tile.own_begin() && n_block >= tile.own.full_begin) step(tile, UNMASKED);
         if (CUT_AT_BEGIN) {
 #pragma unroll 1
-          while (n_block >= tile.own.begin) step(tile, MASKED);
+          while (n_block >= tile.own_begin()) step(tile, MASKED);
         }
       }
       smem.q_ring[consumer].release(q_turn);
