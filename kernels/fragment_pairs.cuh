@@ -166,7 +166,10 @@ template <RowIs ROW, int N, bool HELD = HAS_BIAS && sizeof(Bias) == 2>
 struct Biases {
   int i, j;
 
-  __device__ __forceinline__ Biases(const Added&, int i, int j) : i(i), j(j) {}
+  __device__ __forceinline__ void read(const Added&, int first_i, int first_j) {
+    i = first_i;
+    j = first_j;
+  }
   __device__ __forceinline__ Accumulator at(const Added& added, int r, int c) const {
     const Pair pair = pair_of<ROW>(i, j, r, Fragment<N>::ahead(c));
     return added.bias_of(pair.i, pair.j);
@@ -177,7 +180,7 @@ struct Biases<ROW, N, true> {
   unsigned words[N / 8][2];  // of each row and eight columns the two of this thread
 
   template <bool ON>
-  __device__ __forceinline__ Biases(const AddedOf<ON>& added, int i, int j) {
+  __device__ __forceinline__ void read(const AddedOf<ON>& added, int i, int j) {
     constexpr int KEYS = ROW == RowIs::QUERY ? N : 16;
     const int t = lane_index() % 4, g = lane_index() / 4, first_key = ROW == RowIs::QUERY ? j - 2 * t : j - g;
     if (warp_any(added.bias.vectors && first_key + KEYS <= added.last_key + 1)) {
@@ -206,7 +209,7 @@ struct Biases<ROW, N, true> {
   }
 
  private:
-  static __device__ __forceinline__ void read(unsigned (&x)[4], const Bias* from) {
+  static __device__ __forceinline__ void read_eight(unsigned (&x)[4], const Bias* from) {
     const Vector<unsigned, 4> four = load_global<4>(reinterpret_cast<const unsigned*>(from));
 #pragma unroll
     for (int u = 0; u < 4; ++u) x[u] = four.at[u];
@@ -220,7 +223,7 @@ struct Biases<ROW, N, true> {
 #pragma unroll
       for (int k = 0; k < ceil_div(N, 32); ++k) {
         unsigned x[4];
-        read(x, row + 8 * (N % 32 == 0 ? 4 * k + t : smaller(4 * k + t, N / 8 - 1)));
+        read_eight(x, row + 8 * (N % 32 == 0 ? 4 * k + t : smaller(4 * k + t, N / 8 - 1)));
 #pragma unroll
         for (int u = 0; u < 4 && 4 * k + u < N / 8; ++u) words[4 * k + u][r] = x[u];
       }
@@ -233,7 +236,7 @@ struct Biases<ROW, N, true> {
 #pragma unroll
     for (int n = 0; n < N / 8; n += 2) {
       unsigned x[4];
-      read(x, bias.at(clamped(query + 8 * n + t / 2 * 8 + g, seqlen_q), key + t % 2 * 8));
+      read_eight(x, bias.at(clamped(query + 8 * n + t / 2 * 8 + g, seqlen_q), key + t % 2 * 8));
 #pragma unroll
       for (int u = 0; u < 4; ++u) words[n + u / 2][u % 2] = movmatrix_trans(x[u]);
     }
@@ -263,8 +266,9 @@ struct FragmentPairs {
   Distances<ROW> distances;
   Biases<ROW, N> biases;
 
-  __device__ __forceinline__ FragmentPairs(const Added& added, int i, int j)
-      : i(i), j(j), distances(added, i, j), biases(added, i, j) {}
+  __device__ __forceinline__ FragmentPairs(const Added& added, int i, int j) : i(i), j(j), distances(added, i, j) {
+    biases.read(added, i, j);
+  }
   __device__ __forceinline__ FragmentPair at(const Added& added, int r, int c) const {
     const int ahead = Fragment<N>::ahead(c);
     const Accumulator bias = HAS_BIAS ? biases.at(added, r, c) : Accumulator(0);

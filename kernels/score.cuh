@@ -118,10 +118,9 @@ struct AddedOf<true> {
   }
   // Of a pair beyond the ends of the sequences (a tile may begin before the first row) that of a pair inside, which
   // nobody looks at.
-  __device__ __forceinline__ Accumulator bias_of(int i, int j) const { return bias_within(i, j, last_query, last_key); }
-  __device__ __forceinline__ Accumulator bias_within(int i, int j, int last_i, int last_j) const {
-    const int row = i < 0 ? 0 : smaller(i, last_i);
-    return to_accumulator(load_global<1>(bias.at(row, smaller(j, last_j))).at[0]);
+  __device__ __forceinline__ Accumulator bias_of(int i, int j) const {
+    const int row = i < 0 ? 0 : smaller(i, last_query);
+    return to_accumulator(load_global<1>(bias.at(row, smaller(j, last_key))).at[0]);
   }
 };
 using Added = AddedOf<ALIBI || HAS_BIAS>;
