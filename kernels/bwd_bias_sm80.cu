@@ -299,11 +299,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
         weigh(UNMASKED);
       }
       if (part == 0) {
-        if (last) {
-          cp_async_wait<1>();
-        } else {
-          cp_async_wait<0>();  // Q and K of the next turn have not been sent for
-        }
+        cp_async_wait<BLOCK_N == PART ? 1 : 0>();  // Q and K of the next turn are sent for behind the last part
         sync_block();  // dO and V are written, by all threads
       }
       clear(acc_dp);

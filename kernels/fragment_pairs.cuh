@@ -1,5 +1,5 @@
-// What options say of all pairs of a fragment at once, a warp's (16, N): a lane draws and loads for others what comes in
-// one piece, and the warp exchanges it. A row is a query in the forward and a key in the backward.
+// What options say of all pairs of a fragment at once, a warp's (16, N): a lane draws and loads for others what comes
+// in one piece, and the warp exchanges it. A row is a query in the forward and a key in the backward.
 #pragma once
 #include "features.cuh"
 #include "fragment.cuh"
@@ -24,8 +24,8 @@ __device__ __forceinline__ Pair pair_of(int i, int j, int r, int ahead) {
   return ROW == RowIs::QUERY ? Pair{i + 8 * r, j + ahead} : Pair{i + ahead, j + 8 * r};
 }
 
-// Lanes whose numbers differ by LANE trade bits whose places differ by BIT: the one at a place with it goes to the place
-// without it of the lane with LANE, and the other way round. Reached by all 32 lanes.
+// Lanes whose numbers differ by LANE trade bits whose places differ by BIT: the one at a place with it goes to the
+// place without it of the lane with LANE, and the other way round. Reached by all 32 lanes.
 template <int LANE, int BIT>
 __device__ __forceinline__ unsigned trade_bits(unsigned x) {
   constexpr unsigned LOW = ~0u / (1u << BIT | 1u);  // bits at places without BIT
@@ -34,8 +34,8 @@ __device__ __forceinline__ unsigned trade_bits(unsigned x) {
   return high ? (x & ~LOW) | (other >> BIT & LOW) : (x & LOW) | (other << BIT & ~LOW);
 }
 
-// Which weights dropout keeps; query i and key j are the thread's first. What Philox draws at once, for four neighbouring
-// keys of one query, is of two lanes where a row is a query, of four where it is a key: they draw for one another.
+// Which weights dropout keeps; query i and key j are the thread's first. What Philox draws at once, for four
+// neighbouring keys of one query, is of two lanes where a row is a query, of four where it is a key: they draw for one another.
 template <RowIs ROW, int N, bool ON>
 __device__ __forceinline__ PairBits<N> kept_pairs(const KeptOf<ON>& kept, int i, int j) {
   PairBits<N> bits = {};
@@ -94,8 +94,8 @@ __device__ __forceinline__ void read_mask(
       }
       bits.words[w] = trade_bits<2, 8>(trade_bits<1, 4>(word));
     } else {
-      // All 16 keys of two queries. Bit 4 (key / 4 % 2) + 2 (key / 8) + query of the byte key % 4 is the pair's, so four
-      // bits in a row are those of a lane g = key % 8, in another order; and in this order lanes take the queries.
+      // All 16 keys of two queries. Bit 4 (key / 4 % 2) + 2 (key / 8) + query of the byte key % 4 is the pair's, so
+      // four bits in a row are those of a lane g = key % 8, in another order; in this order lanes take the queries.
       const int group = smaller(8 * w + g % 4 * 2 + g / 4, N / 8 - 1);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -109,8 +109,8 @@ __device__ __forceinline__ void read_mask(
   }
 }
 
-// Which pairs neither mask nor segments hide; query i and key j are the thread's first. What lies beyond the ends of the
-// sequences has the bits of something inside.
+// Which pairs neither mask nor segments hide; query i and key j are the thread's first. What lies beyond the ends of
+// the sequences has the bits of something inside.
 template <RowIs ROW, int N, bool ON>
 __device__ __forceinline__ PairBits<N> shown_pairs(const HiddenPairsOf<ON>& hidden, const Mask& ends, int i, int j) {
   PairBits<N> bits = {};
@@ -160,8 +160,8 @@ __device__ __forceinline__ PairBits<N> shown_pairs(const HiddenPairsOf<ON>& hidd
 
 // ---- what is added to logits
 
-// Biases of a fragment, as they are stored; query i and key j are the thread's first. Those of 16 bits are read at once,
-// by vectors where the bias lies in them, and wait in registers; others one by one, when they are asked for.
+// Biases of a fragment, as they are stored; query i and key j are the thread's first. Those of 16 bits are read at
+// once, by vectors where the bias lies in them, and wait in registers; others one by one, when they are asked for.
 template <RowIs ROW, int N, bool HELD = HAS_BIAS && sizeof(Bias) == 2>
 struct Biases {
   int i, j;
@@ -229,8 +229,8 @@ struct Biases<ROW, N, true> {
       }
     }
   }
-  // A matrix of eight queries and eight keys comes with queries as rows: lane t of a quad reads, of one of two groups of
-  // queries, one of two groups of keys.
+  // A matrix of eight queries and eight keys comes with queries as rows: lane t of a quad reads, of one of two groups
+  // of queries, one of two groups of keys.
   __device__ __forceinline__ void read_keys(
       const Rows<const Bias>& bias, int query, int key, int t, int g, int seqlen_q) {
 #pragma unroll

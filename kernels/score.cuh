@@ -10,9 +10,9 @@
 // Whether a logit is more than a scaled product; and whether its slope, by the scaled product, is other than 1.
 constexpr bool CHANGES_LOGITS = SOFTCAP || ALIBI || HAS_BIAS || HAS_SCORE, SLOPED = SOFTCAP || HAS_SCORE;
 
-// r = 1 / (1 + exp(2 s / cap)), from which cap tanh(s / cap) = cap - 2 cap r: within 4 u of cap, not of itself, which is
-// what a logit needs, whose error counts beside the cap. An exponential of 0 or infinity gives cap and -cap. The slope
-// is 1 - tanh^2 = 4 r (1 - r).
+// r = 1 / (1 + exp(2 s / cap)), from which cap tanh(s / cap) = cap - 2 cap r: within 4 u of cap, not of itself, which
+// is what a logit needs, whose error counts beside the cap. Exponentials of 0 and infinity give -cap and cap. The
+// slope is 1 - tanh^2 = 4 r (1 - r).
 __device__ __forceinline__ Accumulator cap_remainder(Accumulator s, Accumulator cap) {
   const Accumulator e = math::exp2(s * (static_cast<Accumulator>(2 * math::LOG2E) / cap));
   return math::reciprocal(e + Accumulator(1));
