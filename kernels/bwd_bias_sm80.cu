@@ -29,10 +29,12 @@
 // stays in registers.
 constexpr bool BIAS_STAYS = !SUM_ROWS && !SUM_COLS;
 
-// S, dP and what is made of them take PART of the tile's columns at a time: registers hold the sums of all of them, so
-// that what a turn costs beside its products is shared by many.
+// S, dP and what is made of them take PART of the tile's columns at a time: registers hold the sums of all of them,
+// so that what a turn costs beside its products is shared by many.
 constexpr int PART = smaller(BLOCK_N, 64);
 static_assert(BLOCK_N % PART == 0, "parts are equal");
+// Groups of copies behind dO and V when the first part waits for them: Q and K of the next turn, if it is the last part.
+constexpr int SENT_BEHIND = BLOCK_N == PART ? 1 : 0;
 
 constexpr int FRAGMENTS = BLOCK_M / (16 * NUM_WARPS);
 static_assert(BLOCK_M == 16 * NUM_WARPS * FRAGMENTS && BLOCK_N % 16 == 0, "products are dealt out in steps of 16");
@@ -299,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
         weigh(UNMASKED);
       }
       if (part == 0) {
-        cp_async_wait<BLOCK_N == PART ? 1 : 0>();  // Q and K of the next turn are sent for behind the last part
+        cp_async_wait<SENT_BEHIND>();
         sync_block();  // dO and V are written, by all threads
       }
       clear(acc_dp);
