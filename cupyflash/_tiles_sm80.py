@@ -258,7 +258,7 @@ def ampere_backward_candidates(problem: Problem) -> Iterator[AmpereBackwardRow]:
 def bias_row(head_dim: int, head_dim_v: int) -> AmpereRow:
     """The tile of bwd_bias_sm80: with 99 KB a thread block has room for Q, dO, K and V of it."""
     if max(head_dim, head_dim_v) <= 128:
-        return AmpereRow(64, 64, 4, 2, 1, 0, False, "not compared")
+        return AmpereRow(64, 128, 4, 2, 1, 0, False, "not compared")
     return AmpereRow(64, 32, 4, 2, 1, 0, False, "not compared")
 
 

@@ -4,10 +4,11 @@
 // A warp owns 16 * FRAGMENTS queries of the tile; what it has of S, dP and dbias stays in its registers. Two thread
 // blocks on a multiprocessor fill each other's gaps.
 //
-//     one turn:   S    = Q K^T                     dO, V of this turn are on their way
-//                 P    = exp2(S - lse)             Q, K of the next turn are sent for
+//     one turn, PART columns at a time:
+//                 S    = Q K^T                     dO, V of this turn are on their way
+//                 P    = exp2(S - lse)             behind the last part's S, Q and K of the next turn are sent for
 //                 dP   = dO V^T
-//                 acc += P * (dP - delta)          dO, V of the next turn are sent for
+//                 acc += P * (dP - delta)          behind the last part's dP, dO and V of the next turn are sent for
 //
 //     shared memory:   q (BLOCK_M, HEAD_DIM)   k (BLOCK_N, HEAD_DIM)   dout (BLOCK_M, HEAD_DIM_V)
 //                      v (BLOCK_N, HEAD_DIM_V)   lse and delta of the rows
@@ -21,11 +22,19 @@
 #include "score.cuh"
 #include "tile_sm80.cuh"
 #include "softmax.cuh"
+#include "fragment_pairs.cuh"
 #include "bias_turns.cuh"
 
 // A bias of queries and keys is the same in every turn: dbias is summed over what the bias is broadcast over. Its tile
 // stays in registers.
 constexpr bool BIAS_STAYS = !SUM_ROWS && !SUM_COLS;
+
+// S, dP and what is made of them take PART of the tile's columns at a time: registers hold the sums of all of them,
+// so that what a turn costs beside its products is shared by many.
+constexpr int PART = smaller(BLOCK_N, 64);
+static_assert(BLOCK_N % PART == 0, "parts are equal");
+// Groups of copies behind dO and V when the first part waits for them: Q and K of the next turn, if it is the last part.
+constexpr int SENT_BEHIND = BLOCK_N == PART ? 1 : 0;
 
 constexpr int FRAGMENTS = BLOCK_M / (16 * NUM_WARPS);
 static_assert(BLOCK_M == 16 * NUM_WARPS * FRAGMENTS && BLOCK_N % 16 == 0, "products are dealt out in steps of 16");
@@ -81,6 +90,29 @@ __device__ __forceinline__ void load_numbers(const Params& params, Smem& smem, c
   store_shared(&smem.exponents[thread_index_again()], Vector<Accumulator, 1>{{exponent}});
   store_shared(&smem.delta[thread_index_again()], Vector<Accumulator, 1>{{delta}});
 }
+
+// The bias of a warp's (16, BLOCK_N), where it stays: as it is stored where that saves registers.
+template <bool HELD>
+struct OwnBiasOf {
+  Biases<RowIs::QUERY, BLOCK_N> biases;
+
+  __device__ __forceinline__ void read(const Added& added, int i, int j) { biases.read(added, i, j); }
+  __device__ __forceinline__ Accumulator at(const Added& added, int r, int c) const { return biases.at(added, r, c); }
+};
+template <>
+struct OwnBiasOf<false> {
+  Fragment<BLOCK_N> biases;
+
+  __device__ __forceinline__ void read(const Added& added, int i, int j) {
+#pragma unroll
+    for (int c = 0; c < biases.COLS; ++c) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) biases(r, c) = added.bias_of(i + 8 * r, j + biases.ahead(c));
+    }
+  }
+  __device__ __forceinline__ Accumulator at(const Added&, int r, int c) const { return biases(r, c); }
+};
+using OwnBias = OwnBiasOf<sizeof(Bias) == 2>;
 
 // ---- results
 
@@ -157,7 +189,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
   BiasTurn turn(params);
   const Bytes bytes = {bytes_in_any_row(params.q), bytes_in_any_row(params.k), bytes_in_any_row(params.dout),
                        bytes_in_any_row(params.v)};
-  Fragment<BLOCK_N> own_bias[FRAGMENTS];
   const int first_row = warp_uniform(thread_index() / 32) * 16 * FRAGMENTS;
   if (turn.exists(params)) {
     load_q_k(params, smem, turn, bytes);
@@ -165,93 +196,122 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) bwd_bias_sm80(const Pa
     load_do_v(params, smem, turn, bytes);
   }
   cp_async_commit();
+  OwnBias own_bias[FRAGMENTS];
   if (BIAS_STAYS && turn.exists(params)) {
-    const Added added(params, turn.seq, turn.head);
+    Added added(params, turn.seq, turn.head);
+    added.last_query = params.seqlen_q - 1;  // within the tensor, which an entry's own lengths may not fill
+    added.last_key = params.seqlen_k - 1;
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; ++f) {
-#pragma unroll
-      for (int i = 0; i < 2 * own_bias[f].COLS; ++i) {
-        const int r = i % 2, c = i / 2, row = turn.m_block * BLOCK_M + first_row + 16 * f + own_bias[f].warp_row(r);
-        const int col = turn.n_block * BLOCK_N + own_bias[f].first_col() + own_bias[f].ahead(c);
-        // Within the tensor, which an entry's own lengths may not fill.
-        own_bias[f](r, c) = added.bias_within(row, col, params.seqlen_q - 1, params.seqlen_k - 1);
-      }
+      using Whole = Fragment<BLOCK_N>;
+      const int row = turn.m_block * BLOCK_M + first_row + 16 * f + Whole::warp_row(0);
+      own_bias[f].read(added, row, turn.n_block * BLOCK_N + Whole::first_col());
     }
   }
 #pragma unroll 1
   while (turn.exists(params)) {
-    Fragment<BLOCK_N> acc_s[FRAGMENTS], acc_dp[FRAGMENTS];
     const Sequence& seq = turn.seq;
     const Mask mask = mask_of(params, seq);
     const Features features(params, seq, turn.head);
     const BlockRange blocks = mask.key_blocks(turn.m_block * BLOCK_M, BLOCK_M);
     const bool masked = !needs_no_look(key_walk(params, seq, turn.head, turn.m_block), blocks, turn.n_block);
-    const auto at = [&](int f, int r, int c) ALWAYS_INLINE {
-      using Part = Fragment<BLOCK_N>;
-      return Pair{turn.m_block * BLOCK_M + first_row + 16 * f + Part::warp_row(r),
-                  turn.n_block * BLOCK_N + Part::first_col() + Part::ahead(c)};
-    };
-    const auto sees = [&](bool ask, int f, int r, int c) ALWAYS_INLINE {
-      return !ask || features.sees(mask, at(f, r, c));
-    };
-    // S becomes P; dP becomes dS, which is added.
-    const auto weigh = [&](bool ask) ALWAYS_INLINE {
-#pragma unroll
-      for (int f = 0; f < FRAGMENTS; ++f) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const Accumulator lse = load_shared<1>(&smem.exponents[first_row + 16 * f + acc_s[f].warp_row(r)]).at[0];
-#pragma unroll
-          for (int c = 0; c < acc_s[f].COLS; ++c) {
-            const Pair pair = at(f, r, c);
-            const Accumulator capped = score.capped(score.scaled(acc_s[f](r, c)));
-            const Accumulator s = features.added.behind_alibi(capped, pair.i, pair.j);
-            const Accumulator bias = BIAS_STAYS ? own_bias[f](r, c) : features.added.bias_of(pair.i, pair.j);
-            acc_s[f](r, c) = bias_weight_of(score, features, s + bias, lse, sees(ask, f, r, c), pair);
-          }
-        }
-      }
-    };
-    const auto add_ds = [&](bool ask) ALWAYS_INLINE {
-#pragma unroll
-      for (int f = 0; f < FRAGMENTS; ++f) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const Accumulator delta = load_shared<1>(&smem.delta[first_row + 16 * f + acc_s[f].warp_row(r)]).at[0];
-#pragma unroll
-          for (int c = 0; c < acc_s[f].COLS; ++c) {
-            acc_ds[f](r, c) += score_gradient(
-                features, acc_s[f](r, c), acc_dp[f](r, c), delta, sees(ask, f, r, c), at(f, r, c));
-          }
-        }
-      }
-    };
     BiasTurn next = turn;
     next.advance(params);
 
     load_numbers(params, smem, turn);
     cp_async_wait<1>();
     sync_block();  // Q and K are written, by all threads, and the rows' numbers
-    clear(acc_s);
-    add_product<HEAD_DIM / 16>(
-        acc_s, operand<Side::LEFT, Major::K>(smem.q, first_row), operand<Side::RIGHT, Major::K>(smem.k));
-    sync_block();  // they are read: send for the next ones
-    if (next.exists(params)) load_q_k(params, smem, next, bytes);
-    cp_async_commit();
-    if (masked) {
-      weigh(MASKED);
-    } else {
-      weigh(UNMASKED);
-    }
-    cp_async_wait<1>();
-    sync_block();  // dO and V are written, by all threads
-    clear(acc_dp);
-    add_product<HEAD_DIM_V / 16>(
-        acc_dp, operand<Side::LEFT, Major::K>(smem.dout, first_row), operand<Side::RIGHT, Major::K>(smem.v));
-    if (masked) {
-      add_ds(MASKED);
-    } else {
-      add_ds(UNMASKED);
+#pragma unroll
+    for (int part = 0; part < BLOCK_N / PART; ++part) {
+      const bool last = part + 1 == BLOCK_N / PART;
+      Fragment<PART> acc_s[FRAGMENTS], acc_dp[FRAGMENTS];
+      const auto at = [&](int f, int r, int c) ALWAYS_INLINE {
+        using Scores = Fragment<PART>;
+        return Pair{turn.m_block * BLOCK_M + first_row + 16 * f + Scores::warp_row(r),
+                    turn.n_block * BLOCK_N + part * PART + Scores::first_col() + Scores::ahead(c)};
+      };
+      PairBits<PART> shown[FRAGMENTS] = {};
+      if (HIDES_PAIRS && masked) {
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; ++f) {
+          const Pair first = at(f, 0, 0);
+          shown[f] = shown_pairs<RowIs::QUERY, PART>(features.hidden, mask, first.i, first.j);
+        }
+      }
+      // What the query of a thread's row sees; nothing where it lies beyond an entry's own length.
+      const auto row_of = [&](int f, int r) ALWAYS_INLINE {
+        const Pair first = at(f, r, 0);
+        const bool exists = !(LENS || HIDES_PAIRS) || first.i < mask.seqlen_q;
+        return exists ? mask.row(first.i, first.j) : MaskRow{0, -1};
+      };
+      const auto sees = [&](bool ask, const MaskRow& row, int f, int r, int c) ALWAYS_INLINE {
+        if (!ask) return true;
+        const bool visible = row.visible(acc_s[f].ahead(c));
+        return HIDES_PAIRS ? visible && shown[f](r, c) && features.accepts(mask, at(f, r, c)) : visible;
+      };
+      // S becomes P; dP becomes dS, which is added.
+      const auto weigh = [&](bool ask) ALWAYS_INLINE {
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; ++f) {
+          const Distances<RowIs::QUERY> distances(features.added, at(f, 0, 0).i, at(f, 0, 0).j);
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const MaskRow row = row_of(f, r);
+            const Accumulator lse = load_shared<1>(&smem.exponents[first_row + 16 * f + acc_s[f].warp_row(r)]).at[0];
+#pragma unroll
+            for (int c = 0; c < acc_s[f].COLS; ++c) {
+              const Pair pair = at(f, r, c);
+              const Accumulator capped = score.capped(score.scaled(acc_s[f](r, c)));
+              const Accumulator s = features.added.behind_alibi(capped, distances.at(r, acc_s[f].ahead(c)));
+              const Accumulator bias = BIAS_STAYS ? own_bias[f].at(features.added, r, part * PART / 4 + c)
+                                                  : features.added.bias_of(pair.i, pair.j);
+              acc_s[f](r, c) = bias_weight_of(score, features, s + bias, lse, sees(ask, row, f, r, c), pair);
+            }
+          }
+        }
+      };
+      const auto add_ds = [&](bool ask) ALWAYS_INLINE {
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; ++f) {
+          const auto kept = kept_pairs<RowIs::QUERY, PART>(features.kept, at(f, 0, 0).i, at(f, 0, 0).j);
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const MaskRow row = row_of(f, r);
+            const Accumulator delta = load_shared<1>(&smem.delta[first_row + 16 * f + acc_s[f].warp_row(r)]).at[0];
+#pragma unroll
+            for (int c = 0; c < acc_s[f].COLS; ++c) {
+              acc_ds[f](r, part * PART / 4 + c) += score_gradient(
+                  features, acc_s[f](r, c), acc_dp[f](r, c), delta, sees(ask, row, f, r, c), kept(r, c));
+            }
+          }
+        }
+      };
+
+      clear(acc_s);
+      add_product<HEAD_DIM / 16>(acc_s, operand<Side::LEFT, Major::K>(smem.q, first_row),
+                                 operand<Side::RIGHT, Major::K>(smem.k, part * PART));
+      if (last) {
+        sync_block();  // Q and K are read: send for the next ones
+        if (next.exists(params)) load_q_k(params, smem, next, bytes);
+        cp_async_commit();
+      }
+      if (masked) {
+        weigh(MASKED);
+      } else {
+        weigh(UNMASKED);
+      }
+      if (part == 0) {
+        cp_async_wait<SENT_BEHIND>();
+        sync_block();  // dO and V are written, by all threads
+      }
+      clear(acc_dp);
+      add_product<HEAD_DIM_V / 16>(acc_dp, operand<Side::LEFT, Major::K>(smem.dout, first_row),
+                                   operand<Side::RIGHT, Major::K>(smem.v, part * PART));
+      if (masked) {
+        add_ds(MASKED);
+      } else {
+        add_ds(UNMASKED);
+      }
     }
     sync_block();  // dO, V and the rows' numbers are read: send for the next ones
     if (next.exists(params)) load_do_v(params, smem, next, bytes);

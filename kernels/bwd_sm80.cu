@@ -373,7 +373,8 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; ++f) {
       const Seen seen = seen_by(params, job, turn, f);
-      to_probabilities(acc[f], p[f], score_of(params), smem.exponents[turn.slot], seen, masked);
+      to_probabilities(
+          acc[f], p[f], score_of(params), smem.exponents[turn.slot], seen, seen.bits<BLOCK_M>(masked), masked);
       if constexpr (WANT_DS) {
 #pragma unroll
         for (int i = 0; i < BLOCK_M / 8; ++i) {
@@ -424,7 +425,8 @@ __device__ __forceinline__ void make_keys(const Params& params, Smem& smem) {
       const auto p = [&](int c) ALWAYS_INLINE {
         return load_shared<4>(smem.p[group][f * BLOCK_M / 8 + c / 2][lane_index()]);
       };
-      to_score_gradients(acc[f], p, smem.delta[turn.slot], seen_by(params, job, turn, f), masked);
+      const Seen seen = seen_by(params, job, turn, f);
+      to_score_gradients(acc[f], p, smem.delta[turn.slot], seen, seen.bits<BLOCK_M>(masked), masked);
       if constexpr (WANT_DQ) store_rounded(smem.ds, fragment_key(f), 0, acc[f]);
       round_to(ds[f], acc[f]);
     }

@@ -528,10 +528,11 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
       product<HEAD_DIM_V / 16>(acc_dp, v, operand<Major::K>(smem.dout[turn.slot]));
     }
     wgmma_commit();
+    const auto bits = seen.bits<BLOCK_M>(masked);
     // P^T = exp2(S^T - lse)
     wgmma_wait<1>();
     wgmma_hold(acc_s.at);
-    to_probabilities(acc_s, p, score, smem.exponents[turn.slot], seen, masked);
+    to_probabilities(acc_s, p, score, smem.exponents[turn.slot], seen, bits, masked);
     // dV += P^T dO
     const auto add_dv = [&]() ALWAYS_INLINE {
       if constexpr (!WEIGHTS_APART) round_to(p, acc_s);
@@ -545,7 +546,9 @@ __device__ __forceinline__ void consume_narrow(const Params& params, Smem& smem,
     }
     if (EARLY_DV) add_dv();
     // dS^T = P^T * (dP^T - delta)
-    if constexpr (WANT_DS) to_score_gradients(acc_dp, FourOf<BLOCK_M>{acc_s}, smem.delta[turn.slot], seen, masked);
+    if constexpr (WANT_DS) {
+      to_score_gradients(acc_dp, FourOf<BLOCK_M>{acc_s}, smem.delta[turn.slot], seen, bits, masked);
+    }
     if constexpr (WANT_DS) round_to(ds, acc_dp);
     if (!EARLY_DV) add_dv();
     // dQ^T = K^T dS^T
@@ -624,10 +627,11 @@ __device__ __forceinline__ void consume_wide(const Params& params, Smem& smem, S
                                from_row(operand<Major::K>(smem.dout[turn.slot]), query0));
     }
     wgmma_commit();
+    const auto bits = seen.bits<HALF>(masked);
     // P^T = exp2(S^T - lse)
     wgmma_wait<1>();
     wgmma_hold(acc_s.at);
-    to_probabilities(acc_s, rounded, score, smem.exponents[turn.slot] + query0, seen, masked);
+    to_probabilities(acc_s, rounded, score, smem.exponents[turn.slot] + query0, seen, bits, masked);
     // dV += P^T dO
     if constexpr (WANT_DV) {
       if constexpr (!WEIGHTS_APART) round_to(rounded, acc_s);
@@ -644,7 +648,7 @@ __device__ __forceinline__ void consume_wide(const Params& params, Smem& smem, S
     wgmma_wait<1>();
     if constexpr (WANT_DS) {
       wgmma_hold(acc_dp.at);
-      to_score_gradients(acc_dp, FourOf<HALF>{acc_s}, smem.delta[turn.slot] + query0, seen, masked);
+      to_score_gradients(acc_dp, FourOf<HALF>{acc_s}, smem.delta[turn.slot] + query0, seen, bits, masked);
       round_to(rounded, acc_dp);
       store_scores(scores.ds[turn.slot], query0, rounded);
       meet(2);

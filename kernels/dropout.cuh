@@ -43,11 +43,18 @@ struct KeptOf<true> {
   }
   // Word j % 4 of the four that query i has for keys j / 4 * 4 on.
   __device__ __forceinline__ bool keeps(int i, int j) const {
-    unsigned word[4] = {static_cast<unsigned>(j) / 4, static_cast<unsigned>(i), static_cast<unsigned>(head),
-                        static_cast<unsigned>(batch)};
-    philox(word, key0, key1);
+    unsigned word[4];
+    draw(word, key0, key1, i, j);
     const unsigned low = j & 1 ? word[1] : word[0], high = j & 1 ? word[3] : word[2];
     return (j & 2 ? high : low) >= drop_below;
+  }
+  // All four; of the seed's two halves.
+  __device__ __forceinline__ void draw(unsigned (&word)[4], unsigned low, unsigned high, int i, int j) const {
+    word[0] = static_cast<unsigned>(j) / 4;
+    word[1] = static_cast<unsigned>(i);
+    word[2] = static_cast<unsigned>(head);
+    word[3] = static_cast<unsigned>(batch);
+    philox(word, low, high);
   }
   // What kept weights are multiplied by.
   __device__ __forceinline__ Accumulator factor() const { return undropped; }

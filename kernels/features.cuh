@@ -7,11 +7,6 @@
 #include "score.cuh"
 #include "dropout.cuh"
 
-// A query and a key, counted in their own sequence.
-struct Pair {
-  int i, j;
-};
-
 struct Features : Scored {
   Added added;
   HiddenPairs hidden;
@@ -21,19 +16,24 @@ struct Features : Scored {
       : Scored(params, seq, head), added(params, seq, head), hidden(params, seq, head), kept(params, seq, head) {}
 
   // The logit of a scaled product.
-  template <typename Number>
-  __device__ __forceinline__ Number logit(const Score& score, Number s, const Pair& pair) const {
+  template <typename Number, typename AnyPair>
+  __device__ __forceinline__ Number logit(const Score& score, Number s, const AnyPair& pair) const {
     return scored(unscored(score, s, pair), pair.i, pair.j);
   }
   // What the score function gets.
-  template <typename Number>
-  __device__ __forceinline__ Number unscored(const Score& score, Number s, const Pair& pair) const {
-    return added.to(score.capped(s), pair.i, pair.j);
+  template <typename Number, typename AnyPair>
+  __device__ __forceinline__ Number unscored(const Score& score, Number s, const AnyPair& pair) const {
+    return added.to(score.capped(s), pair);
   }
   // What mask.visible() says, of a query that may lie beyond the ends, and of this pair alone.
   __device__ __forceinline__ bool sees(const Mask& mask, const Pair& pair) const {
     if ((LENS || HIDES_PAIRS) && (pair.i < 0 || pair.i >= mask.seqlen_q)) return false;
     return mask.visible(pair.i, pair.j) && !hidden.hides(pair.i, pair.j);
+  }
+  // What the mask function says, whose pair may lie beyond the ends: it gets one inside.
+  __device__ __forceinline__ bool accepts(const Mask& mask, const Pair& pair) const {
+    if constexpr (!MASK_FUNCTION) return true;
+    return !hidden.refuses(clamped(pair.i, mask.seqlen_q), clamped(pair.j, mask.seqlen_k));
   }
   __device__ __forceinline__ bool keeps(const Pair& pair) const { return kept.keeps(pair.i, pair.j); }
 };

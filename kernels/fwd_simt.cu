@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_simt(const Para
       for (int chunk = 0; chunk < CHUNKS_V; ++chunk) multiply_row(acc_o[chunk], r, softmax.shrink[r]);
       softmax.weigh(acc_s, r, score);
     }
-    drop(acc_s, features, at);
+    drop(acc_s, [&](int r, int c) { return features.keeps(at(r, c)); });
     store_scores(smem.tile_p, acc_s);
 
 #pragma unroll 1

@@ -29,6 +29,7 @@
 #include "score.cuh"
 #include "tile_sm80.cuh"
 #include "softmax.cuh"
+#include "fragment_pairs.cuh"
 
 constexpr int FRAGMENTS = BLOCK_M / (16 * NUM_WARPS);  // of 16 rows, a warp
 static_assert(BLOCK_M == 16 * NUM_WARPS * FRAGMENTS && BLOCK_N % 16 == 0, "products are dealt out in steps of 16");
@@ -236,21 +237,26 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       const int origin = n_block * BLOCK_N + acc[f].first_col(), row0 = tile.row0 + fragment_row(f);
       const MaskRow row[2] = {mask.row(tile.query(row0 + acc[f].warp_row(0)), origin),
                               mask.row(tile.query(row0 + acc[f].warp_row(1)), origin)};
+      const Pair first = pair_at(f, n_block, 0, 0);
+      const auto shown = shown_pairs<RowIs::QUERY, BLOCK_N>(features.hidden, mask, first.i, first.j);
       hide(acc[f], [&](int r, int c) {
         const bool visible = row[r].visible(acc[f].ahead(c));
-        return HIDES_PAIRS ? visible && features.sees(mask, pair_at(f, n_block, r, c)) : visible;
+        return HIDES_PAIRS ? visible && shown(r, c) && features.accepts(mask, pair_at(f, n_block, r, c)) : visible;
       });
     }
   };
   const auto become_logits = [&](Fragment<BLOCK_N>& acc, int f, int n_block) ALWAYS_INLINE {
-    to_logits(acc, score, features, [&](int r, int c) { return pair_at(f, n_block, r, c); });
+    const Pair first = pair_at(f, n_block, 0, 0);
+    const FragmentPairs<RowIs::QUERY, BLOCK_N> pairs(features.added, first.i, first.j);
+    to_logits(acc, score, features, [&](int r, int c) { return pairs.at(features.added, r, c); });
   };
   // Columns of one step of P's product: logits become P.
   const auto weigh = [&](int f, int step, int n_block) ALWAYS_INLINE {
 #pragma unroll
     for (int r = 0; r < 2; ++r) softmax[f].weigh(acc_s[f], r, score, 4 * step, 4 * step + 4);
-    const auto at = [&](int r, int c) { return pair_at(f, n_block, r, c); };
-    drop(acc_s[f], features, at, 4 * step, 4 * step + 4);
+    const Pair first = pair_at(f, n_block, 0, 4 * step);
+    const auto kept = kept_pairs<RowIs::QUERY, 16>(features.kept, first.i, first.j);
+    drop(acc_s[f], kept, 4 * step, 4 * step + 4);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       p[f][step][i] = pack<Element>(acc_s[f].at[8 * step + 2 * i], acc_s[f].at[8 * step + 2 * i + 1]);

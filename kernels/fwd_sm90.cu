@@ -38,6 +38,7 @@
 #include "params_sm90.cuh"
 #include "tile_sm90.cuh"
 #include "softmax.cuh"
+#include "fragment_pairs.cuh"
 
 constexpr int CONSUMERS = BLOCK_M / 64;
 static_assert(BLOCK_M % 64 == 0 && NUM_WARPS == 4 * (1 + CONSUMERS), "a warpgroup for every 64 rows, and the senders");
@@ -196,6 +197,7 @@ struct QueryTile {
     // It takes one block in any case, of rows that see nothing, and of rows that there are none of.
     const bool takes_one = own.end <= begin || row_end() <= row0;
     own.end = takes_one ? begin + 1 : own.end;
+    if constexpr (CUT_AT_BEGIN) own.begin = !takes_one && own.begin > begin ? own.begin : begin;
   }
   __device__ __forceinline__ bool exists() const { return work.block >= 0; }
   // Where its rows end; it has none where that is not behind row0.
@@ -205,6 +207,7 @@ struct QueryTile {
     return LENS && !PACKED ? params.seqlen_q : row_end();
   }
   __device__ __forceinline__ bool sees_keys() const { return begin < end; }
+  __device__ __forceinline__ int own_begin() const { return CUT_AT_BEGIN ? own.begin : begin; }
   // The next key block, or one before `begin`.
   __device__ __forceinline__ int below(int n_block) const {
     if constexpr (!HIDES_PAIRS) return n_block - 1;
@@ -286,10 +289,10 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
       store_nothing(params, tile);
     }
   };
-  // Up to the first block that this consumer takes: its Q and K are there.
-  const auto await_tile = [&](const QueryTile& tile) ALWAYS_INLINE {
-#pragma unroll 1  // blocks that only other consumers see
-    for (n_block = tile.end - 1; n_block >= tile.own.end; n_block = tile.below(n_block)) {
+  // Blocks down to `last` that only other consumers see.
+  const auto leave_out = [&](const QueryTile& tile, int last) ALWAYS_INLINE {
+#pragma unroll 1
+    for (; n_block >= last; n_block = tile.below(n_block)) {
       smem.k_ring.await(turn);
       smem.v_ring.await(turn);
       take_turn(consumer);
@@ -299,28 +302,40 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
       smem.v_ring.release(turn);
       turn.advance();
     }
+  };
+  // Up to the first block that this consumer takes: its Q and K are there.
+  const auto await_tile = [&](const QueryTile& tile) ALWAYS_INLINE {
+    n_block = tile.end - 1;
+    leave_out(tile, tile.own.end);
     smem.q_ring[consumer].await(q_turn);
     smem.k_ring.await(turn);
   };
-  const auto soften = [&](const QueryTile& tile, bool masked) ALWAYS_INLINE {
-    const int origin = n_block * BLOCK_N + acc_s.first_col();
-    const auto at = [&](int r, int c) ALWAYS_INLINE {
-      return Pair{tile.row0 + acc_s.row(r), origin + acc_s.ahead(c)};
-    };
+  // What options say of the block's pairs, while its products are under way.
+  struct Beside {
+    FragmentPairs<RowIs::QUERY, BLOCK_N> pairs;
+    FragmentBits<RowIs::QUERY, BLOCK_N> bits;
+  };
+  const auto beside = [&](const QueryTile& tile, bool masked) ALWAYS_INLINE {
+    const int i = tile.row0 + acc_s.row(0), j = n_block * BLOCK_N + acc_s.first_col();
+    return Beside{{tile.features.added, i, j}, {tile.features, tile.mask, i, j, masked}};
+  };
+  const auto soften = [&](const QueryTile& tile, const Beside& of, bool masked) ALWAYS_INLINE {
+    const auto at = [&](int r, int c) ALWAYS_INLINE { return of.pairs.at(tile.features.added, r, c); };
     to_logits(acc_s, score, tile.features, at);
     if (masked) {
+      const int origin = n_block * BLOCK_N + acc_s.first_col();
       const MaskRow row[2] = {
           tile.mask.row(tile.row0 + acc_s.row(0), origin), tile.mask.row(tile.row0 + acc_s.row(1), origin)};
       hide(acc_s, [&](int r, int c) {
         const bool visible = row[r].visible(acc_s.ahead(c));
-        return HIDES_PAIRS ? visible && tile.features.sees(tile.mask, at(r, c)) : visible;
+        return HIDES_PAIRS ? visible && of.bits.shown(r, c) && tile.features.accepts(tile.mask, at(r, c)) : visible;
       });
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) softmax.raise(acc_s, r, score);
 #pragma unroll
     for (int r = 0; r < 2; ++r) softmax.weigh(acc_s, r, score);
-    drop(acc_s, tile.features, at);
+    drop(acc_s, of.bits.kept);
   };
   const auto shrink_outputs = [&]() ALWAYS_INLINE {
     if (!warp_any(softmax.rose())) return;  // mostly none did
@@ -337,16 +352,18 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
       score_tile();
       accumulate_pv(v_turn);
       pass_turn(consumer);
+      const Beside of = beside(tile, masked);
       await_scores(true);
-      soften(tile, masked);
+      soften(tile, of, masked);
       await_outputs(v_turn);
       round_to(p, acc_s);
       shrink_outputs();
     } else {
       smem.k_ring.await(turn);
       score_tile();
+      const Beside of = beside(tile, masked);
       await_scores(false);
-      soften(tile, masked);
+      soften(tile, of, masked);
       round_to(p, acc_s);
       shrink_outputs();
       accumulate_pv(turn);
@@ -368,24 +385,26 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
       if (!EARLY) await_tile(tile);
       if constexpr (OVERLAP) {
         if (!EARLY) score_tile();
+        const bool masked = !needs_no_look(tile.walk, tile.own, n_block);
+        const Beside of = beside(tile, masked);
         await_scores(false);
-        soften(tile, !needs_no_look(tile.walk, tile.own, n_block));
+        soften(tile, of, masked);
         round_to(p, acc_s);
         n_block = tile.below(n_block);
       }
       if constexpr (HIDES_PAIRS) {
 #pragma unroll 1
-        while (n_block >= tile.begin) step(tile, !needs_no_look(tile.walk, tile.own, n_block));
+        while (n_block >= tile.own_begin()) step(tile, !needs_no_look(tile.walk, tile.own, n_block));
       } else {
         if (!OVERLAP || CUT_AT_END) {
 #pragma unroll 1
-          while (n_block >= tile.begin && n_block >= tile.own.full_end) step(tile, MASKED);
+          while (n_block >= tile.own_begin() && n_block >= tile.own.full_end) step(tile, MASKED);
         }
 #pragma unroll 1
-        while (n_block >= tile.begin && n_block >= tile.own.full_begin) step(tile, UNMASKED);
+        while (n_block >= tile.own_begin() && n_block >= tile.own.full_begin) step(tile, UNMASKED);
         if (CUT_AT_BEGIN) {
 #pragma unroll 1
-          while (n_block >= tile.begin) step(tile, MASKED);
+          while (n_block >= tile.own_begin()) step(tile, MASKED);
         }
       }
       smem.q_ring[consumer].release(q_turn);
@@ -395,6 +414,7 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
         await_outputs(turn);
         turn.advance();
       }
+      if constexpr (CUT_AT_BEGIN) leave_out(tile, tile.begin);
     }
 
     QueryTile next = tile;

@@ -9,6 +9,7 @@
 #include "score.cuh"
 #include "rows.cuh"
 #include "fragment.cuh"
+#include "fragment_pairs.cuh"
 #include "softmax.cuh"
 
 // Where this thread's columns of a fragment begin: Fragment's first_col(). Unsigned, so that addresses made of it
@@ -42,15 +43,26 @@ struct Seen {
   int first_key, query0;
 
   __device__ __forceinline__ Seen(const Params& params, const Sequence& seq, int head, int key0, int fragment_query0)
-      : mask(mask_of(params, seq)), features(params, seq, head), first_key(key0), query0(fragment_query0 + own_col()) {
+      : mask(mask_of(params, seq)),
+        features(params, seq, head),
+        first_key(key0),
+        query0(fragment_query0 + own_col()) {
     key[0] = mask.column(first_key, query0);
     key[1] = mask.column(first_key + 8, query0);
   }
   // The pair of row r and the column that is `ahead` of this thread's first.
-  __device__ __forceinline__ Pair at(int r, int ahead) const { return {query0 + ahead, first_key + 8 * r}; }
   __device__ __forceinline__ bool visible(int r, int ahead) const {
-    if constexpr (!HIDES_PAIRS) return key[r].visible(ahead);
-    return key[r].visible(ahead) && features.sees(mask, at(r, ahead));
+    if constexpr (!MASK_FUNCTION) return key[r].visible(ahead);
+    return key[r].visible(ahead) && features.accepts(mask, pair_of<RowIs::KEY>(query0, first_key, r, ahead));
+  }
+  template <int N>
+  __device__ __forceinline__ FragmentBits<RowIs::KEY, N> bits(bool masked) const {
+    return {features, mask, query0, first_key, masked};
+  }
+  // From column `first` on.
+  template <int N>
+  __device__ __forceinline__ FragmentPairs<RowIs::KEY, N> pairs(int first) const {
+    return {features.added, query0 + first, first_key};
   }
 };
 
@@ -59,23 +71,29 @@ struct Seen {
 template <int N>
 __device__ __forceinline__ void to_probabilities(
     Fragment<N>& acc_s, unsigned (&operand)[N / 16][4], const Score& score, const Accumulator* exponents,
-    const Seen& seen, bool masked) {
+    const Seen& seen, const FragmentBits<RowIs::KEY, N>& bits, bool masked) {
+  constexpr int PART = HAS_BIAS ? POWER_IN<N, 32> : N;  // biases of more would push accumulators out of registers
 #pragma unroll
-  for (int c = 0; c < acc_s.COLS; c += 2) {
-    const Vector<Accumulator, 2> lse = load_shared<2>(exponents + own_col() + acc_s.ahead(c));
-    Accumulator p[2][2];
+  for (int part = 0; part < N / PART; ++part) {
+    const auto pairs = seen.pairs<PART>(part * PART);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int r = e / 2, col = c + e % 2, ahead = acc_s.ahead(col);
-      const bool visible = !masked || seen.visible(r, ahead);
-      const Pair pair = seen.at(r, ahead);
-      const Weight weight = weight_of(score, seen.features, acc_s(r, col), lse.at[e % 2], visible, pair);
-      acc_s(r, col) = weight.sloped;
-      if constexpr (WEIGHTS_APART) p[r][e % 2] = seen.features.keeps(pair) ? weight.p : Accumulator(0);
-    }
-    if constexpr (WEIGHTS_APART) {
+    for (int at = 0; at < PART / 4; at += 2) {
+      const int c = part * PART / 4 + at;
+      const Vector<Accumulator, 2> lse = load_shared<2>(exponents + own_col() + acc_s.ahead(c));
+      Accumulator p[2][2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) operand[(c + r) / 4][(c + r) % 4] = pack<Element>(p[r][0], p[r][1]);
+      for (int e = 0; e < 4; ++e) {
+        const int r = e / 2, col = c + e % 2;
+        const bool visible = !masked || (seen.visible(r, acc_s.ahead(col)) && (!HIDES_PAIRS || bits.shown(r, col)));
+        const FragmentPair pair = pairs.at(seen.features.added, r, at + e % 2);
+        const Weight weight = weight_of(score, seen.features, acc_s(r, col), lse.at[e % 2], visible, pair);
+        acc_s(r, col) = weight.sloped;
+        if constexpr (WEIGHTS_APART) p[r][e % 2] = !DROPOUT || bits.kept(r, col) ? weight.p : Accumulator(0);
+      }
+      if constexpr (WEIGHTS_APART) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) operand[(c + r) / 4][(c + r) % 4] = pack<Element>(p[r][0], p[r][1]);
+      }
     }
   }
 }
@@ -83,7 +101,8 @@ __device__ __forceinline__ void to_probabilities(
 // dP^T becomes dS^T; p(c) is what it is a multiple of, in columns c and c + 1, of the first row and then of the second.
 template <int N, typename P>
 __device__ __forceinline__ void to_score_gradients(
-    Fragment<N>& acc_dp, const P& p, const Accumulator* delta, const Seen& seen, bool masked) {
+    Fragment<N>& acc_dp, const P& p, const Accumulator* delta, const Seen& seen,
+    const FragmentBits<RowIs::KEY, N>& bits, bool masked) {
 #pragma unroll
   for (int c = 0; c < acc_dp.COLS; c += 2) {
     const Vector<Accumulator, 4> four = p(c);
@@ -91,9 +110,9 @@ __device__ __forceinline__ void to_score_gradients(
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int r = e / 2, col = c + e % 2, ahead = acc_dp.ahead(col);
-      const bool visible = !masked || seen.visible(r, ahead);
+      const bool visible = !masked || (seen.visible(r, ahead) && (!HIDES_PAIRS || bits.shown(r, col)));
       acc_dp(r, col) =
-          score_gradient(seen.features, four.at[e], acc_dp(r, col), row.at[e % 2], visible, seen.at(r, ahead));
+          score_gradient(seen.features, four.at[e], acc_dp(r, col), row.at[e % 2], visible, bits.kept(r, col));
     }
   }
 }

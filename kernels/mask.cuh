@@ -176,6 +176,7 @@ template <bool ON>
 struct HiddenPairsOf {
   __device__ __forceinline__ HiddenPairsOf(const Params&, const Sequence&, int) {}
   __device__ __forceinline__ bool hides(int, int) const { return false; }
+  __device__ __forceinline__ bool refuses(int, int) const { return false; }
 };
 template <>
 struct HiddenPairsOf<true> : MaskFunctionOf<MASK_FUNCTION> {

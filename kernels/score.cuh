@@ -10,14 +10,19 @@
 // Whether a logit is more than a scaled product; and whether its slope, by the scaled product, is other than 1.
 constexpr bool CHANGES_LOGITS = SOFTCAP || ALIBI || HAS_BIAS || HAS_SCORE, SLOPED = SOFTCAP || HAS_SCORE;
 
-// tanh within 4 u of 1, not of itself: what a logit needs, whose error counts beside the softcap.
-__device__ __forceinline__ Accumulator bounded_tanh(Accumulator x) {
-  const Accumulator e = math::exp2(x * static_cast<Accumulator>(2 * math::LOG2E));  // 0 and infinity give -1 and 1
-  return math::fma(Accumulator(-2), math::reciprocal(e + Accumulator(1)), Accumulator(1));
+// r = 1 / (1 + exp(2 s / cap)), from which cap tanh(s / cap) = cap - 2 cap r: within 4 u of cap, not of itself, which
+// is what a logit needs, whose error counts beside the cap. Exponentials of 0 and infinity give -cap and cap. The
+// slope is 1 - tanh^2 = 4 r (1 - r).
+__device__ __forceinline__ Accumulator cap_remainder(Accumulator s, Accumulator cap) {
+  const Accumulator e = math::exp2(s * (static_cast<Accumulator>(2 * math::LOG2E) / cap));
+  return math::reciprocal(e + Accumulator(1));
 }
-__device__ __forceinline__ Dual bounded_tanh(Dual x) {
-  const Accumulator t = bounded_tanh(x.value);
-  return {t, x.slope * math::fma(-t, t, Accumulator(1))};
+__device__ __forceinline__ Accumulator capped_at(Accumulator cap, Accumulator s) {
+  return math::fma(Accumulator(-2) * cap, cap_remainder(s, cap), cap);
+}
+__device__ __forceinline__ Dual capped_at(Accumulator cap, Dual s) {
+  const Accumulator r = cap_remainder(s.value, cap);
+  return {math::fma(Accumulator(-2) * cap, r, cap), s.slope * (r * math::fma(Accumulator(-4), r, Accumulator(4)))};
 }
 
 struct Score {
@@ -38,7 +43,7 @@ struct Score {
   // Generic over the number type, so that a dual number brings the slope for the backward.
   template <typename Number>
   __device__ __forceinline__ Number capped(Number s) const {
-    if constexpr (SOFTCAP) return bounded_tanh(s * (Accumulator(1) / softcap)) * softcap;
+    if constexpr (SOFTCAP) return capped_at(softcap, s);
     return s;
   }
 };
@@ -53,14 +58,26 @@ __device__ __forceinline__ Score score_of(const Params& params) {
   return {math::max(exponent, math::smallest<Accumulator>()), scale, softcap};
 }
 
+// A query and a key, counted in their own sequence.
+struct Pair {
+  int i, j;
+};
+// A pair of a fragment: whoever has the fragment knows what is added to its logit.
+struct FragmentPair : Pair {
+  Accumulator distance;  // of the key from the diagonal, to either side
+  Accumulator bias;
+};
+
 // What is added to a logit, of one head of one entry.
 template <bool ON>
 struct AddedOf {
   __device__ __forceinline__ AddedOf(const Params&, const Sequence&, int) {}
   template <typename Number>
-  __device__ __forceinline__ Number to(Number s, int, int) const {
+  __device__ __forceinline__ Number to(Number s, const Pair&) const {
     return s;
   }
+  __device__ __forceinline__ Accumulator distance(int, int) const { return 0; }
+  __device__ __forceinline__ Accumulator bias_of(int, int) const { return 0; }
 };
 template <>
 struct AddedOf<true> {
@@ -81,25 +98,29 @@ struct AddedOf<true> {
     }
   }
   template <typename Number>
-  __device__ __forceinline__ Number to(Number s, int i, int j) const {
-    s = behind_alibi(s, i, j);
-    if constexpr (HAS_BIAS) s = s + bias_of(i, j);
+  __device__ __forceinline__ Number to(Number s, const Pair& pair) const {
+    return to(s, FragmentPair{pair, distance(pair.i, pair.j), HAS_BIAS ? bias_of(pair.i, pair.j) : Accumulator(0)});
+  }
+  template <typename Number>
+  __device__ __forceinline__ Number to(Number s, const FragmentPair& pair) const {
+    s = behind_alibi(s, pair.distance);
+    if constexpr (HAS_BIAS) s = s + pair.bias;
     return s;
   }
   template <typename Number>
-  __device__ __forceinline__ Number behind_alibi(Number s, int i, int j) const {
-    if constexpr (ALIBI) {
-      const Offset distance = j - q_offset - i;
-      s = s - slope * static_cast<Accumulator>(distance < 0 ? -distance : distance);
-    }
+  __device__ __forceinline__ Number behind_alibi(Number s, Accumulator distance) const {
+    if constexpr (ALIBI) s = s - slope * (distance < 0 ? -distance : distance);
     return s;
+  }
+  // Of key j from the diagonal of query i; a long one is rounded.
+  __device__ __forceinline__ Accumulator distance(int i, int j) const {
+    return ALIBI ? static_cast<Accumulator>(j - q_offset - i) : Accumulator(0);
   }
   // Of a pair beyond the ends of the sequences (a tile may begin before the first row) that of a pair inside, which
   // nobody looks at.
-  __device__ __forceinline__ Accumulator bias_of(int i, int j) const { return bias_within(i, j, last_query, last_key); }
-  __device__ __forceinline__ Accumulator bias_within(int i, int j, int last_i, int last_j) const {
-    const int row = i < 0 ? 0 : smaller(i, last_i);
-    return to_accumulator(load_global<1>(bias.at(row, smaller(j, last_j))).at[0]);
+  __device__ __forceinline__ Accumulator bias_of(int i, int j) const {
+    const int row = i < 0 ? 0 : smaller(i, last_query);
+    return to_accumulator(load_global<1>(bias.at(row, smaller(j, last_key))).at[0]);
   }
 };
 using Added = AddedOf<ALIBI || HAS_BIAS>;

@@ -15,14 +15,13 @@ __device__ __forceinline__ void to_logits(Scores& acc_s, const Score& score, con
 }
 
 // Weights in columns [begin, end) that dropout does not keep become 0. What is kept is multiplied by finish().
-template <typename Scores, typename At>
-__device__ __forceinline__ void drop(
-    Scores& acc_s, const Features& features, At at, int begin = 0, int end = Scores::COLS) {
+template <typename Scores, typename IsKept>
+__device__ __forceinline__ void drop(Scores& acc_s, const IsKept& kept, int begin = 0, int end = Scores::COLS) {
   if constexpr (!DROPOUT) return;
 #pragma unroll
   for (int r = 0; r < acc_s.ROWS; ++r) {
 #pragma unroll
-    for (int c = begin; c < end; ++c) acc_s(r, c) = features.keeps(at(r, c)) ? acc_s(r, c) : Accumulator(0);
+    for (int c = begin; c < end; ++c) acc_s(r, c) = kept(r, c - begin) ? acc_s(r, c) : Accumulator(0);
   }
 }
 
@@ -190,10 +189,14 @@ __device__ __forceinline__ Weight weight_of(const Score& score, Dual logit, Accu
   // What a function makes of a row beyond the end, whose lse is +inf, may be infinite itself.
   if constexpr (HAS_SCORE) visible = visible && lse != math::infinity<Accumulator>();
   const Accumulator p = visible ? math::exp2(math::fma(logit.value, score.exponent, -lse)) : Accumulator(0);
-  return {p, p == 0 ? Accumulator(0) : p * logit.slope};
+  // A function's slope may be infinite where p is 0; a cap's is at most 1, and NaN where the logit is.
+  const bool nothing = HAS_SCORE ? p == 0 : !visible;
+  return {p, nothing ? Accumulator(0) : p * logit.slope};
 }
+template <typename AnyPair>
 __device__ __forceinline__ Weight weight_of(
-    const Score& score, const Features& features, Accumulator product, Accumulator lse, bool visible, Pair pair) {
+    const Score& score, const Features& features, Accumulator product, Accumulator lse, bool visible,
+    const AnyPair& pair) {
   if constexpr (SLOPED) {
     return weight_of(score, features.logit(score, Dual{score.scaled(product), Accumulator(1)}, pair), lse, visible);
   } else {
@@ -216,8 +219,8 @@ __device__ __forceinline__ Accumulator bias_weight_of(
 
 // ds = p * (dp - delta), 0 where invisible: there dp may be anything, and 0 times infinity is NaN.
 __device__ __forceinline__ Accumulator score_gradient(
-    const Features& features, Accumulator p, Accumulator dp, Accumulator delta, bool visible, Pair pair) {
-  if constexpr (DROPOUT) dp = features.keeps(pair) ? dp * features.kept.factor() : Accumulator(0);
+    const Features& features, Accumulator p, Accumulator dp, Accumulator delta, bool visible, bool kept) {
+  if constexpr (DROPOUT) dp = kept ? dp * features.kept.factor() : Accumulator(0);
   const Accumulator ds = p * (dp - delta);
   return visible ? ds : Accumulator(0);
 }
@@ -246,7 +249,7 @@ __device__ __forceinline__ void score_gradients(
   for (int r = 0; r < acc.ROWS; ++r) {
 #pragma unroll
     for (int c = 0; c < acc.COLS; ++c) {
-      acc(r, c) = score_gradient(features, p(r, c), acc(r, c), delta(r, c), visible(r, c), at(r, c));
+      acc(r, c) = score_gradient(features, p(r, c), acc(r, c), delta(r, c), visible(r, c), features.keeps(at(r, c)));
     }
   }
 }
