@@ -39,7 +39,7 @@ class AmpereRow:
 _R = TypeVar("_R", "AmpereRow", "AmpereBackwardRow")
 
 # kernel -> (largest width of q and k, of v, row): the first that fits. Remarks: FlashAttention-2's time to ours on an
-# H200, or an H100 where it says so, as torch calls it, at 4096 queries; bfloat16, 16384 rows, 2048 columns of all heads.
+# H200, or an H100 where it says so, as torch calls it, at 4096 queries; bfloat16, 16384 rows, 2048 columns in all.
 AMPERE_TABLE: dict[str, tuple[tuple[int, int, AmpereRow], ...]] = {
     "fwd_sm80": (
         (64, 64, AmpereRow(128, 128, 4, 3, 2, 0, False, "1.14, causal 1.13; 96 keys 1.07", card=163)),
