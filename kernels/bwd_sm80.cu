@@ -5,7 +5,8 @@
 // each the query tiles that see its keys, from the last to the first; dk and dv add up in registers. Scores are
 // transposed: a row belongs to a key. The keys are dealt out to GROUPS of two warps, 16 * FRAGMENTS to each; of a
 // group one warp makes P and dv, the other one dS and dk. So each holds one of the two sums, and has rows enough to
-// use what it reads twice.
+// use what it reads twice. A tile of 128 queries goes from one to the other in two PARTS: one is made while the other
+// is used.
 //
 //     one turn, query tile m:    values warp                      keys warp
 //                                S^T  = K Q(m)^T                  dP^T = V dO(m)^T
@@ -46,11 +47,14 @@ static_assert(BLOCK_M <= NUM_THREADS, "half of the threads send for lse and delt
 
 constexpr bool WANT_DS = WANT_DQ || WANT_DK;
 
+// A tile's queries are worked on in PARTS: P of one is handed over while the other is made, and registers hold one.
+constexpr int PART_M = BLOCK_M % 64 == 0 ? 64 : BLOCK_M, PARTS = BLOCK_M / PART_M;
+
 // dQ of a tile in units of UNIT_ROWS queries and UNIT_COLS columns: as large as the registers allow that dv or dk
 // leave, 16 or 32, and as leaves every warp one, since a larger one reads less for what it computes.
 constexpr __device__ __forceinline__ int units_of(int rows, int cols) { return BLOCK_M / rows * (HEAD_DIM / cols); }
 constexpr __device__ __forceinline__ int unit_cols_of(int rows) {
-  int cols = smaller(POWER_IN<HEAD_DIM, 64>, (FRAGMENTS > 1 ? 512 : 1024) / rows);
+  int cols = smaller(POWER_IN<HEAD_DIM, 64>, (FRAGMENTS > 1 && HEAD_DIM + HEAD_DIM_V > 128 ? 512 : 1024) / rows);
   while (cols > 16 && units_of(rows, cols) < NUM_WARPS) cols /= 2;
   return cols;
 }
@@ -58,9 +62,11 @@ constexpr int UNIT_ROWS = BLOCK_M % 32 == 0 && units_of(32, unit_cols_of(32)) >=
 constexpr int UNIT_COLS = unit_cols_of(UNIT_ROWS), UNITS = units_of(UNIT_ROWS, UNIT_COLS);
 constexpr int UNIT_FRAGMENTS = UNIT_ROWS / 16;
 
-// Named barriers; 0 is sync_block()'s. Of group g: HANDED_OVER + g.
+// Named barriers; 0 is sync_block()'s. P goes from warp to warp by parts or, where there is one, by fragments: piece i
+// of group g has HANDED_OVER + PIECES * g + i.
+constexpr int PIECES = PARTS > 1 ? PARTS : FRAGMENTS;
 constexpr int NEXT_TURN = 1, SCORES_READY = 2, KEYS_WARPS = 3, HANDED_OVER = 4;
-static_assert(HANDED_OVER + GROUPS <= 16, "there are 16 named barriers");
+static_assert(HANDED_OVER + GROUPS * PIECES <= 16, "there are 16 named barriers");
 
 // What this thread block works on: worked out once, by one thread, and read from shared memory, since what all turns
 // have in common would fill the registers.
@@ -76,12 +82,14 @@ struct Job : FullEndOf<CUT_AT_BEGIN> {
   Rows<Gradient_q> dq;
   float* dq_sums;
   int* semaphores;
+  Score score;
 
   __device__ __forceinline__ void describe(const Params& params, int ticket) {
     TileWalk walk(params, ceil_div(params.seqlen_k, BLOCK_N), params.num_heads_k);
     walk.index = ticket;
     const Work work = walk.work(Longest::FIRST_BLOCK);
     seq = sequence_of(params, work.batch);
+    score = score_of(params);
     n_block = work.block;
     head_k = work.head;
     heads = params.num_heads / params.num_heads_k;
@@ -156,7 +164,8 @@ struct Smem {
   SwizzledTile<BLOCK_M, HEAD_DIM> q[2];
   SwizzledTile<BLOCK_M, HEAD_DIM_V> dout[2];
   SwizzledTile<BLOCK_N, BLOCK_M> ds;                                  // dS^T, rounded
-  alignas(16) Accumulator p[GROUPS][FRAGMENTS * BLOCK_M / 8][32][4];  // P^T, as the lanes of a values warp hold it
+  // P^T, as the lanes of a values warp hold it.
+  alignas(16) Accumulator p[GROUPS][PARTS][FRAGMENTS * PART_M / 8][32][4];
   alignas(16) Accumulator exponents[2][BLOCK_M], delta[2][BLOCK_M];
   int* added;  // the semaphore that has still to be told of a turn
   Job job;
@@ -205,7 +214,7 @@ __device__ __forceinline__ void store_unit(
     Fragment<UNIT_COLS> (&dq)[UNIT_FRAGMENTS]) {
   auto rows = job.dq;
   rows.data = rows.at(0, col0) + turn.head * params.dq.head_stride;
-  const Accumulator factor = score_of(params).gradient;
+  const Accumulator factor = job.score.gradient;
 #pragma unroll
   for (int f = 0; f < UNIT_FRAGMENTS; ++f) {
 #pragma unroll
@@ -260,14 +269,14 @@ __device__ __forceinline__ void add_unit_parts(Unit& dq, const float* sums) {
 }
 
 // dQ = dS K, this warp's units of it, which join those of other key blocks.
-__device__ __forceinline__ void add_dq(const Params& params, Smem& smem, const TurnOf& turn) {
+__device__ __forceinline__ void add_dq(
+    const Params& params, Smem& smem, const TurnOf& turn, const Adders& adders) {
   constexpr int DOWN = BLOCK_M / UNIT_ROWS;
-  const int warp = thread_index_again() / 32;
+  const int warp = thread_index_again() / 32u;
   const Job& job = smem.job;
-  const Adders adders(params, job, turn);
   const bool first = job.n_block == adders.range.begin, last = job.n_block == adders.range.end - 1;
   float* const sums = job.dq_sums + turn.head * params.dq_sums.head_stride + turn.m_block * params.dq_sums.row_stride +
-                      4 * (thread_index_again() % 32);
+                      4 * (thread_index_again() % 32u);
   Unit dq;
 #pragma unroll 1
   for (int unit = warp; unit < UNITS; unit += NUM_WARPS) {
@@ -305,12 +314,13 @@ __device__ __forceinline__ void add_dq(const Params& params, Smem& smem, const T
 
 // First key of a group's fragment, in the block.
 __device__ __forceinline__ int fragment_key(int fragment) {
-  return (thread_index_again() / 32 % GROUPS * FRAGMENTS + fragment) * 16;
+  return (thread_index_again() / 32u % GROUPS * FRAGMENTS + fragment) * 16;
 }
 
-__device__ __forceinline__ Seen seen_by(const Params& params, const Job& job, const TurnOf& turn, int fragment) {
+__device__ __forceinline__ Seen seen_by(
+    const Params& params, const Job& job, const TurnOf& turn, int part, int fragment) {
   const int key = job.n_block * BLOCK_N + fragment_key(fragment) + Fragment<8>::warp_row(0);
-  return {params, job.seq, job.first_head + turn.head, key, turn.m_block * BLOCK_M};
+  return {params, job.seq, job.first_head + turn.head, key, turn.m_block * BLOCK_M + part * PART_M};
 }
 
 // All turns of the job: step(turn, masked), with its tiles in shared memory. LOADS: these warps send for the next ones.
@@ -324,9 +334,11 @@ __device__ __forceinline__ void for_each_turn(const Params& params, Smem& smem, 
     cp_async_wait<0>();
     // This turn's tiles are there, those of the turn before are read, and so are ds and p.
     barrier_sync(NEXT_TURN, NUM_THREADS);
-    TurnOf next = turn;
-    next.advance(params, smem.job);
-    if (LOADS && next.exists(smem.job)) load_queries<NUM_THREADS / 2>(params, smem, next);
+    if constexpr (LOADS) {
+      TurnOf next = turn;
+      next.advance(params, smem.job);
+      if (next.exists(smem.job)) load_queries<NUM_THREADS / 2>(params, smem, next);
+    }
     cp_async_commit();
     const bool whole = !HIDES_PAIRS || warp_any(turn.walk(params, smem.job).whole(turn.m_block));
     if (whole && turn.m_block >= full_begin && (!CUT_AT_BEGIN || turn.m_block < full_end)) {
@@ -334,7 +346,7 @@ __device__ __forceinline__ void for_each_turn(const Params& params, Smem& smem, 
     } else {
       step(turn, MASKED);
     }
-    turn = next;
+    turn.advance(params, smem.job);
   }
 }
 
@@ -363,36 +375,43 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
   Fragment<HEAD_DIM_V> acc_dv[FRAGMENTS];
   clear(acc_dv);
   for_each_turn<false>(params, smem, [&](const TurnOf& turn, bool masked) ALWAYS_INLINE {
-    Fragment<BLOCK_M> acc[FRAGMENTS];
-    unsigned p[FRAGMENTS][BLOCK_M / 16][4];
-    // S^T = K Q^T
-    clear(acc);
-    const auto k = operand<Side::LEFT, Major::K>(smem.k, fragment_key(0));
-    add_product<HEAD_DIM / 16>(acc, k, operand<Side::RIGHT, Major::K>(smem.q[turn.slot]));
-    // P^T = exp2(S^T - lse)
 #pragma unroll
-    for (int f = 0; f < FRAGMENTS; ++f) {
-      const Seen seen = seen_by(params, job, turn, f);
-      to_probabilities(
-          acc[f], p[f], score_of(params), smem.exponents[turn.slot], seen, seen.bits<BLOCK_M>(masked), masked);
-      if constexpr (WANT_DS) {
+    for (int part = 0; part < PARTS; ++part) {
+      Fragment<PART_M> acc[FRAGMENTS];
+      unsigned p[FRAGMENTS][PART_M / 16][4];
+      // S^T = K Q^T
+      clear(acc);
+      const auto k = operand<Side::LEFT, Major::K>(smem.k, fragment_key(0));
+      add_product<HEAD_DIM / 16>(acc, k, operand<Side::RIGHT, Major::K>(smem.q[turn.slot], part * PART_M));
+      // P^T = exp2(S^T - lse)
 #pragma unroll
-        for (int i = 0; i < BLOCK_M / 8; ++i) {
-          const float* at = acc[f].at + 4 * i;
-          store_shared(smem.p[group][f * BLOCK_M / 8 + i][lane_index()],
-                       Vector<Accumulator, 4>{{at[0], at[1], at[2], at[3]}});
+      for (int f = 0; f < FRAGMENTS; ++f) {
+        const Seen seen = seen_by(params, job, turn, part, f);
+        to_probabilities(
+            acc[f], p[f], job.score, &smem.exponents[turn.slot][part * PART_M], seen, seen.bits<PART_M>(masked), masked);
+        if constexpr (WANT_DS) {
+#pragma unroll
+          for (int i = 0; i < PART_M / 8; ++i) {
+            const float* at = acc[f].at + 4 * i;
+            store_shared(smem.p[group][part][f * PART_M / 8 + i][lane_index()],
+                         Vector<Accumulator, 4>{{at[0], at[1], at[2], at[3]}});
+          }
+          if (PARTS == 1 || f == FRAGMENTS - 1) {
+            barrier_arrive(HANDED_OVER + PIECES * group + (PARTS == 1 ? f : part), 64);
+          }
         }
+        if constexpr (!WEIGHTS_APART) round_to(p[f], acc[f]);
       }
-      if constexpr (!WEIGHTS_APART) round_to(p[f], acc[f]);
-    }
-    if constexpr (WANT_DS) barrier_arrive(HANDED_OVER + group, 64);
-    // dV += P^T dO
-    if constexpr (WANT_DV) {
-      add_product<BLOCK_M / 16>(acc_dv, in_registers(p), operand<Side::RIGHT, Major::MN>(smem.dout[turn.slot]));
+      // dV += P^T dO
+      if constexpr (WANT_DV) {
+        const auto dout = operand<Side::RIGHT, Major::MN>(smem.dout[turn.slot], part * PART_M);
+        add_product<PART_M / 16>(acc_dv, in_registers(p), dout);
+      }
     }
     if constexpr (WANT_DQ) {
+      const Adders adders(params, job, turn);
       barrier_sync(SCORES_READY, NUM_THREADS);
-      add_dq(params, smem, turn);
+      add_dq(params, smem, turn, adders);
     }
   });
   barrier_arrive(NEXT_TURN, NUM_THREADS);
@@ -408,41 +427,47 @@ __device__ __forceinline__ void make_keys(const Params& params, Smem& smem) {
   clear(acc_dk);
   for_each_turn<true>(params, smem, [&](const TurnOf& turn, bool masked) ALWAYS_INLINE {
     if constexpr (!WANT_DS) return;
-    Fragment<BLOCK_M> acc[FRAGMENTS];
-    unsigned ds[FRAGMENTS][BLOCK_M / 16][4];
-    // dP^T = V dO^T
-    clear(acc);
-    const auto v = operand<Side::LEFT, Major::K>(smem.v, fragment_key(0));
-    add_product<HEAD_DIM_V / 16>(acc, v, operand<Side::RIGHT, Major::K>(smem.dout[turn.slot]));
-    // dS^T = P^T * (dP^T - delta)
-    if constexpr (WANT_DQ) {
-      tell_block_above(smem);
-      await_blocks_below(params, smem, turn);
-    }
-    barrier_sync(HANDED_OVER + group, 64);
 #pragma unroll
-    for (int f = 0; f < FRAGMENTS; ++f) {
-      const auto p = [&](int c) ALWAYS_INLINE {
-        return load_shared<4>(smem.p[group][f * BLOCK_M / 8 + c / 2][lane_index()]);
-      };
-      const Seen seen = seen_by(params, job, turn, f);
-      to_score_gradients(acc[f], p, smem.delta[turn.slot], seen, seen.bits<BLOCK_M>(masked), masked);
-      if constexpr (WANT_DQ) store_rounded(smem.ds, fragment_key(f), 0, acc[f]);
-      round_to(ds[f], acc[f]);
-    }
-    if constexpr (WANT_DQ) barrier_arrive(SCORES_READY, NUM_THREADS);
-    // dK += dS^T Q
-    if constexpr (WANT_DK) {
-      add_product<BLOCK_M / 16>(acc_dk, in_registers(ds), operand<Side::RIGHT, Major::MN>(smem.q[turn.slot]));
+    for (int part = 0; part < PARTS; ++part) {
+      Fragment<PART_M> acc[FRAGMENTS];
+      unsigned ds[FRAGMENTS][PART_M / 16][4];
+      // dP^T = V dO^T
+      clear(acc);
+      const auto v = operand<Side::LEFT, Major::K>(smem.v, fragment_key(0));
+      add_product<HEAD_DIM_V / 16>(acc, v, operand<Side::RIGHT, Major::K>(smem.dout[turn.slot], part * PART_M));
+      if (WANT_DQ && part == 0) {
+        tell_block_above(smem);
+        await_blocks_below(params, smem, turn);
+      }
+      // dS^T = P^T * (dP^T - delta)
+#pragma unroll
+      for (int f = 0; f < FRAGMENTS; ++f) {
+        if (PARTS == 1 || f == 0) barrier_sync(HANDED_OVER + PIECES * group + (PARTS == 1 ? f : part), 64);
+        const auto p = [&](int c) ALWAYS_INLINE {
+          return load_shared<4>(smem.p[group][part][f * PART_M / 8 + c / 2][lane_index()]);
+        };
+        const Accumulator* delta = &smem.delta[turn.slot][part * PART_M];
+        const Seen seen = seen_by(params, job, turn, part, f);
+        to_score_gradients(acc[f], p, delta, seen, seen.bits<PART_M>(masked), masked);
+        if constexpr (WANT_DQ) store_rounded(smem.ds, fragment_key(f), part * PART_M, acc[f]);
+        round_to(ds[f], acc[f]);
+      }
+      if (WANT_DQ && part == PARTS - 1) barrier_arrive(SCORES_READY, NUM_THREADS);
+      // dK += dS^T Q
+      if constexpr (WANT_DK) {
+        const auto q = operand<Side::RIGHT, Major::MN>(smem.q[turn.slot], part * PART_M);
+        add_product<PART_M / 16>(acc_dk, in_registers(ds), q);
+      }
     }
     if constexpr (WANT_DQ) {
+      const Adders adders(params, job, turn);
       barrier_sync(KEYS_WARPS, NUM_THREADS / 2);  // dS of all of them is there
-      add_dq(params, smem, turn);
+      add_dq(params, smem, turn, adders);
     }
   });
   barrier_sync(NEXT_TURN, NUM_THREADS);  // all have added to the last tile
   if constexpr (WANT_DQ) tell_block_above(smem);
-  if constexpr (WANT_DK) store_keys(params, params.dk, job, params.head_dim, score_of(params).gradient, acc_dk);
+  if constexpr (WANT_DK) store_keys(params, params.dk, job, params.head_dim, job.score.gradient, acc_dk);
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_sm80(const Params params) {

@@ -6,7 +6,8 @@
 // registers, and the warps have nothing to tell one another. Key blocks are taken from the last to the first: those
 // that the diagonal cuts come first, what follows is a straight loop.
 //
-//     one after the other         S(n) = Q K(n)^T;  softmax, P(n) rounded, O shrunk;  O += P(n) V(n)
+//     one after the other         S(n) = Q K(n)^T;  maxima, O shrunk, first steps of P(n) = exp2(S(n) - max)
+//                                 O += P(n) V(n)          between its parts: the other steps of P(n)
 //                                 the warps of the MIN_BLOCKS thread blocks on a multiprocessor fill each other's gaps
 //     OVERLAP, one turn:          S(n) = Q K(n)^T         between its parts: P(n + 1) = exp2(S(n + 1) - max)
 //                                 O shrunk
@@ -104,7 +105,7 @@ struct Ahead {
 
 // First row of a warp's fragment in the tile.
 __device__ __forceinline__ int fragment_row(int fragment) {
-  return (thread_index_again() / 32 * FRAGMENTS + fragment) * 16;
+  return (thread_index_again() / 32u * FRAGMENTS + fragment) * 16;
 }
 
 // acc = Q K^T, and acc += P V. between(part) is other work, see add_product().
@@ -181,19 +182,19 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   // HIDES_PAIRS: K and V are each sent for in the order of the walk.
   Ahead ahead_k(blocks), ahead_v(blocks);
   // Sends for a tile, or for nothing: either way a group of copies, so that waits can count.
-  const auto load_k = [&](int n_block, int to, bool whole) ALWAYS_INLINE {
+  const auto load_k = [&](int n_block, int to) ALWAYS_INLINE {
     if constexpr (HIDES_PAIRS) n_block = ahead_k.take(walk, blocks);
     if (n_block >= blocks.begin) {
       const auto k = rows_from(params.k, smem.k);
-      load_tile(smem.slot[to].k, k, smem.k_bytes, n_block * BLOCK_N, keys_end, params.head_dim, whole);
+      load_tile(smem.slot[to].k, k, smem.k_bytes, n_block * BLOCK_N, keys_end, params.head_dim);
     }
     cp_async_commit();
   };
-  const auto load_v = [&](int n_block, int to, bool whole) ALWAYS_INLINE {
+  const auto load_v = [&](int n_block, int to) ALWAYS_INLINE {
     if (HIDES_PAIRS && (!OVERLAP || n_block < blocks.end)) n_block = ahead_v.take(walk, blocks);
     if (n_block >= blocks.begin && (!OVERLAP || n_block < blocks.end)) {
       const auto v = rows_from(params.v, smem.v);
-      load_tile(smem.slot[to].v, v, smem.v_bytes, n_block * BLOCK_N, keys_end, params.head_dim_v, whole);
+      load_tile(smem.slot[to].v, v, smem.v_bytes, n_block * BLOCK_N, keys_end, params.head_dim_v);
     }
     cp_async_commit();
   };
@@ -206,22 +207,21 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   // How far on the tile is that takes the place of the one before this: one of the same kind, AHEAD / 2 blocks further
   // on, or one of the other kind. A block of K and its V are PAIR tiles apart.
   constexpr int AHEAD = NUM_STAGES - 1, PAIR = OVERLAP ? 3 : 1;
-  // `before`: the block whose turn was before. `whole`: the block has no keys beyond the end, and what is sent for is
-  // no later block.
-  const auto arrive_k = [&](int n_block, int before, bool whole) ALWAYS_INLINE {
+  // `before`: the block whose turn was before.
+  const auto arrive_k = [&](int n_block, int before) ALWAYS_INLINE {
     const int free = arrive();
     if constexpr (AHEAD % 2 == 0) {
-      load_k(n_block - AHEAD / 2, free, whole);
+      load_k(n_block - AHEAD / 2, free);
     } else {
-      load_v(AHEAD < PAIR ? before : n_block - (AHEAD - PAIR) / 2, free, whole && AHEAD >= PAIR);
+      load_v(AHEAD < PAIR ? before : n_block - (AHEAD - PAIR) / 2, free);
     }
   };
-  const auto arrive_v = [&](int n_block, bool whole) ALWAYS_INLINE {
+  const auto arrive_v = [&](int n_block) ALWAYS_INLINE {
     const int free = arrive();
     if constexpr (AHEAD % 2 == 0) {
-      load_v(n_block - AHEAD / 2, free, whole);
+      load_v(n_block - AHEAD / 2, free);
     } else {
-      load_k(n_block - (AHEAD + PAIR) / 2, free, whole);
+      load_k(n_block - (AHEAD + PAIR) / 2, free);
     }
   };
   const auto leave = [&]() ALWAYS_INLINE { slot = slot == NUM_STAGES - 1 ? 0 : slot + 1; };
@@ -276,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   const auto step = [&](int n_block, int before, bool masked) ALWAYS_INLINE {
     if constexpr (OVERLAP) {
       Fragment<BLOCK_N> next[FRAGMENTS];
-      arrive_k(n_block, before, !masked);
+      arrive_k(n_block, before);
       constexpr int PARTS = PARTS_OF<STEPS, BLOCK_N>, SLICES = FRAGMENTS * STEPS_V;
       score_tile(next, smem, slot, q_held, [&](int part) ALWAYS_INLINE {
 #pragma unroll
@@ -291,7 +291,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
         for (int f = 0; f < FRAGMENTS; ++f) become_logits(next[f], f, n_block);
         hide_invisible(next, n_block);
       }
-      arrive_v(before, !masked);
+      arrive_v(before);
       constexpr int PARTS_V = PARTS_OF<STEPS_V, HEAD_DIM_V>, ROWS = 2 * FRAGMENTS;
       accumulate_pv(acc_o, smem, slot, p, [&](int part) ALWAYS_INLINE {
 #pragma unroll
@@ -304,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f) acc_s[f] = next[f];
     } else {
-      arrive_k(n_block, before, !masked);
+      arrive_k(n_block, before);
       score_tile(acc_s, smem, slot, q_held, nothing);
       leave();
 #pragma unroll
@@ -316,10 +316,22 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
         for (int r = 0; r < 2; ++r) softmax[f].raise(acc_s[f], r, score);
       }
       shrink_outputs();
+      // P: of the first steps of its product at once, of the others between the product's parts. Not where pairs are
+      // masked: that takes registers, and a block has few such turns.
+      constexpr int PARTS = HEAD_DIM_V / 16;
+      const int early = masked ? STEPS_V : smaller(STEPS_V, 2);
 #pragma unroll
-      for (int i = 0; i < FRAGMENTS * STEPS_V; ++i) weigh(i / STEPS_V, i % STEPS_V, n_block);
-      arrive_v(n_block, !masked);
-      accumulate_pv(acc_o, smem, slot, p, nothing);
+      for (int i = 0; i < FRAGMENTS * STEPS_V; ++i) {
+        if (i / FRAGMENTS < early) weigh(i % FRAGMENTS, i / FRAGMENTS, n_block);
+      }
+      const auto weigh_next = [&](int part) ALWAYS_INLINE {
+        const int step = part / PARTS + early, at = part % PARTS;
+        if (step >= STEPS_V) return;
+#pragma unroll
+        for (int f = at * FRAGMENTS / PARTS; f < (at + 1) * FRAGMENTS / PARTS; ++f) weigh(f, step, n_block);
+      };
+      arrive_v(n_block);
+      accumulate_pv(acc_o, smem, slot, p, weigh_next);
       leave();
     }
   };
@@ -330,17 +342,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   int n_block = blocks.end - 1, before = blocks.end;
   if (blocks.begin < blocks.end) {
     load_q(params, smem, tile);
-    load_k(n_block, 0, false);
+    load_k(n_block, 0);
 #pragma unroll
     for (int i = 1; i < AHEAD; ++i) {
       // Tile i of the order above; OVERLAP leaves out tile 1.
       if constexpr (OVERLAP) {
         if (i == 1) cp_async_commit();
-        if (i > 1 && i % 2 == 0) load_k(n_block - i / 2, i, false);
-        if (i > 1 && i % 2 == 1) load_v(n_block - (i - 3) / 2, i, false);
+        if (i > 1 && i % 2 == 0) load_k(n_block - i / 2, i);
+        if (i > 1 && i % 2 == 1) load_v(n_block - (i - 3) / 2, i);
       } else {
-        if (i % 2 == 0) load_k(n_block - i / 2, i, false);
-        if (i % 2 == 1) load_v(n_block - i / 2, i, false);
+        if (i % 2 == 0) load_k(n_block - i / 2, i);
+        if (i % 2 == 1) load_v(n_block - i / 2, i);
       }
     }
     if constexpr (Q_HELD > 0) {
@@ -354,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       }
     }
     if constexpr (OVERLAP) {
-      arrive_k(n_block, n_block + 1, false);
+      arrive_k(n_block, n_block + 1);
       score_tile(acc_s, smem, slot, q_held, nothing);
       leave();
 #pragma unroll
@@ -368,9 +380,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       // Tile 1 of the order, which does not exist, has its turn.
       const int free = arrive();
       if constexpr (AHEAD % 2 == 0) {
-        load_v(n_block - (AHEAD - 2) / 2, free, false);
+        load_v(n_block - (AHEAD - 2) / 2, free);
       } else {
-        load_k(n_block - (AHEAD + 1) / 2, free, false);
+        load_k(n_block - (AHEAD + 1) / 2, free);
       }
       leave();
       before = n_block;
@@ -402,9 +414,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
 #pragma unroll
       for (int i = 0; i < FRAGMENTS * STEPS_V; ++i) weigh(i / STEPS_V, i % STEPS_V, before);
       shrink_outputs();
-      arrive_k(n_block, before, false);  // nor does this tile exist
+      arrive_k(n_block, before);  // nor does this tile exist
       leave();
-      arrive_v(before, false);
+      arrive_v(before);
       accumulate_pv(acc_o, smem, slot, p, nothing);
     }
   }

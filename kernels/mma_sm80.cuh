@@ -138,7 +138,7 @@ __device__ __forceinline__ unsigned movmatrix_trans(unsigned r) {
 // ---- asynchronous copies, global to shared: BYTES = 4, 8 or 16, both addresses aligned to it; what lies
 // beyond source_bytes is written as zeros and not read.
 template <int BYTES>
-__device__ __forceinline__ void cp_async(unsigned shared, const void* global, int source_bytes = BYTES) {
+__device__ __forceinline__ void cp_async(unsigned shared, const void* global, int source_bytes) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
   if constexpr (BYTES == 16) {  // 16 bytes can pass by L1
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -149,6 +149,22 @@ __device__ __forceinline__ void cp_async(unsigned shared, const void* global, in
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
                  :
                  : "r"(shared), "l"(__cvta_generic_to_global(global)), "n"(BYTES), "r"(source_bytes)
+                 : "memory");
+  }
+}
+// All of them: without a number of bytes there is no test and no arithmetic beside the copy.
+template <int BYTES>
+__device__ __forceinline__ void cp_async(unsigned shared, const void* global) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 :
+                 : "r"(shared), "l"(__cvta_generic_to_global(global))
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                 :
+                 : "r"(shared), "l"(__cvta_generic_to_global(global)), "n"(BYTES)
                  : "memory");
   }
 }

@@ -20,9 +20,12 @@ struct alignas(128) SwizzledTile {
   static_assert(COLS % 16 == 0, "a step of a product is 16 columns");
   Element at[ROWS][COLS];
 
-  static __device__ __forceinline__ int turn(int row) { return row / (8 / GROUP) % GROUP; }
-  __device__ __forceinline__ Element* chunk(int row, int c) { return &at[row][8 * (c ^ turn(row))]; }
-  __device__ __forceinline__ const Element* chunk(int row, int c) const { return &at[row][8 * (c ^ turn(row))]; }
+  // Unsigned, here and below: a quotient is then a shift, in a loop that computes addresses anew to save registers.
+  static __device__ __forceinline__ unsigned turn(unsigned row) { return row / (8 / GROUP) % GROUP; }
+  __device__ __forceinline__ Element* chunk(unsigned row, unsigned c) { return &at[row][8 * (c ^ turn(row))]; }
+  __device__ __forceinline__ const Element* chunk(unsigned row, unsigned c) const {
+    return &at[row][8 * (c ^ turn(row))];
+  }
 };
 
 // ---- from global memory
@@ -37,32 +40,37 @@ struct PackedRows {
   __device__ __forceinline__ T* at(int row) const { return rows.at(row / heads) + row % heads * head_stride; }
 };
 
-// A thread's walk down the rows that it copies.
+// A thread's walk down the rows that it copies. In bytes, as an integer: each step is one addition then, where of
+// pointers to elements each would be worked out from the first row.
 template <typename T>
 struct RowWalk {
-  const T* data;
-  long long row_stride;
+  unsigned long long address;
+  long long row_bytes;
 
-  __device__ __forceinline__ RowWalk(const Rows<const T>& rows, int row)
-      : data(rows.at(row)), row_stride(rows.row_stride) {}
-  __device__ __forceinline__ const T* here() const { return data; }
-  __device__ __forceinline__ void advance(int count) { data += count * row_stride; }
+  __device__ __forceinline__ RowWalk(const Rows<const T>& rows, unsigned row)
+      : address(reinterpret_cast<unsigned long long>(rows.data)),
+        row_bytes(rows.row_stride * static_cast<long long>(sizeof(T))) {
+    address += row * row_bytes;
+  }
+  __device__ __forceinline__ const T* here() const { return reinterpret_cast<const T*>(address); }
+  __device__ __forceinline__ void advance(int count) { address += count * row_bytes; }
 };
 template <typename T>
 struct PackedWalk {
   PackedRows<const T> rows;
   int row;
 
-  __device__ __forceinline__ PackedWalk(const PackedRows<const T>& rows, int row) : rows(rows), row(row) {}
+  __device__ __forceinline__ PackedWalk(const PackedRows<const T>& rows, unsigned row)
+      : rows(rows), row(static_cast<int>(row)) {}
   __device__ __forceinline__ const T* here() const { return rows.at(row); }
   __device__ __forceinline__ void advance(int count) { row += count; }
 };
 template <typename T>
-__device__ __forceinline__ RowWalk<T> walk_from(const Rows<const T>& rows, int row) {
+__device__ __forceinline__ RowWalk<T> walk_from(const Rows<const T>& rows, unsigned row) {
   return {rows, row};
 }
 template <typename T>
-__device__ __forceinline__ PackedWalk<T> walk_from(const PackedRows<const T>& rows, int row) {
+__device__ __forceinline__ PackedWalk<T> walk_from(const PackedRows<const T>& rows, unsigned row) {
   return {rows, row};
 }
 
@@ -98,28 +106,32 @@ __device__ __forceinline__ int bytes_inside(int col, int col_end, int size) {
   return bytes < 0 ? 0 : smaller(bytes, size);
 }
 
-// By 16 bytes. LANES lanes take a row, in STEPS steps; the block takes ROW_STEP rows at once. `whole`: all rows are
-// inside, which saves asking each.
+// By 16 bytes: LANES lanes take a row, in STEPS steps; the threads take ROW_STEP rows at once. `whole`, a constant: no
+// row and no chunk has to be asked whether it lies inside.
 template <int THREADS, int ROWS, int COLS, typename Source>
 __device__ __forceinline__ void load_by_chunk(
     SwizzledTile<ROWS, COLS>& tile, const Source& source, int row0, int row_end, int col_end, bool whole) {
   using Tile = SwizzledTile<ROWS, COLS>;
-  constexpr int LANES = Tile::GROUP, STEPS = COLS / 8 / LANES, ROW_STEP = THREADS / LANES;
+  constexpr unsigned LANES = Tile::GROUP, STEPS = COLS / 8 / LANES, ROW_STEP = THREADS / LANES;
   static_assert(ROW_STEP % 8 == 0, "a thread's rows have one place in the swizzle's pattern");
-  const int thread = thread_index_again() % THREADS, first_row = thread / LANES, first_chunk = thread % LANES;
+  const unsigned thread = thread_index_again() % unsigned(THREADS), first_row = thread / LANES;
+  const unsigned first_chunk = thread % LANES;
   const unsigned to = shared_address(&tile) + 2 * COLS * first_row + 16 * (first_chunk ^ Tile::turn(first_row));
-  int bytes[STEPS];
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) bytes[step] = bytes_inside(8 * (first_chunk + step * LANES), col_end, 16);
   auto walk = walk_from(source, row0 + first_row);
 #pragma unroll
-  for (int ahead = 0; ahead < ROWS; ahead += ROW_STEP) {
+  for (unsigned ahead = 0; ahead < ROWS; ahead += ROW_STEP) {
     if (ROWS % ROW_STEP == 0 || first_row + ahead < ROWS) {
-      const bool inside = whole || first_row + ahead < row_end - row0;
+      const Element* from = walk.here() + 8 * first_chunk;
 #pragma unroll
-      for (int step = 0; step < STEPS; ++step) {
-        const int col = 8 * (first_chunk + step * LANES);
-        cp_async<16>(to + 2 * COLS * ahead + 16 * step * LANES, walk.here() + col, inside ? bytes[step] : 0);
+      for (unsigned step = 0; step < STEPS; ++step) {
+        const unsigned here = to + 2 * COLS * ahead + 16 * step * LANES;
+        if (whole) {
+          cp_async<16>(here, from + 8 * step * LANES);
+        } else {
+          const bool inside = static_cast<int>(first_row + ahead) < row_end - row0;
+          const int bytes = bytes_inside(8 * (first_chunk + step * LANES), col_end, 16);
+          cp_async<16>(here, from + 8 * step * LANES, inside ? bytes : 0);
+        }
       }
     }
     walk.advance(ROW_STEP);
@@ -132,9 +144,9 @@ __device__ __forceinline__ void load_by_part(
     SwizzledTile<ROWS, COLS>& tile, const Source& source, int row0, int row_end, int col_end) {
   constexpr int WIDTH = BYTES / sizeof(Element), PARTS = COLS / WIDTH;
 #pragma unroll 1
-  for (int i = thread_index_again() % THREADS; i < ROWS * PARTS; i += THREADS) {
-    const int row = i / PARTS, col = i % PARTS * WIDTH;
-    const int bytes = row < row_end - row0 ? bytes_inside(col, col_end, BYTES) : 0;
+  for (unsigned i = thread_index_again() % unsigned(THREADS); i < ROWS * PARTS; i += THREADS) {
+    const unsigned row = i / PARTS, col = i % PARTS * WIDTH;
+    const int bytes = static_cast<int>(row) < row_end - row0 ? bytes_inside(col, col_end, BYTES) : 0;
     cp_async<BYTES>(
         shared_address(tile.chunk(row, col / 8) + col % 8), walk_from(source, row0 + row).here() + col, bytes);
   }
@@ -165,14 +177,14 @@ __device__ __forceinline__ void load_by_element(
 
 // Rows [row0, row_end) and columns [0, col_end) of the tensor, the rest of the tile zero; what lies outside is never
 // read. By the whole block, or by THREADS neighbours of it, the first one a multiple of THREADS; they then commit and
-// wait, and all meet before they read the tile. `bytes`: bytes_at_a_time(source), or fewer. `whole` is a constant: the
-// caller knows that all rows of the tile are inside.
+// wait, and all meet before they read the tile. `bytes`: bytes_at_a_time(source), or fewer.
 template <int THREADS = NUM_THREADS, int ROWS, int COLS, typename Source>
 __device__ __forceinline__ void load_tile(
-    SwizzledTile<ROWS, COLS>& tile, const Source& source, int bytes, int row0, int row_end, int col_end,
-    bool whole = false) {
-  if (bytes == 16) {
-    load_by_chunk<THREADS>(tile, source, row0, row_end, col_end, whole);
+    SwizzledTile<ROWS, COLS>& tile, const Source& source, int bytes, int row0, int row_end, int col_end) {
+  if (bytes == 16 && row_end - row0 >= ROWS && col_end >= COLS) {
+    load_by_chunk<THREADS>(tile, source, row0, row_end, col_end, true);
+  } else if (bytes == 16) {
+    load_by_chunk<THREADS>(tile, source, row0, row_end, col_end, false);
   } else if (bytes == 8) {
     load_by_part<THREADS, 8>(tile, source, row0, row_end, col_end);
   } else if (bytes == 4) {
@@ -190,6 +202,7 @@ enum class Side { LEFT, RIGHT };
 // the right one's transpose). MN-major: it sums over the tile's rows, and `outer` counts its columns. Both in sixteens.
 template <int COLS, Side SIDE, Major MAJOR>
 struct Operand {
+  static constexpr bool AHEAD = true;  // a step is loaded before the one before it is multiplied
   unsigned lane;  // where this lane's row of the first 16 x 16 elements lies
 
   // LEFT: r is an A operand. RIGHT: r[0] and r[1] are a B operand, r[2] and r[3] that of the next 8 columns.
@@ -213,14 +226,15 @@ __device__ __forceinline__ Operand<COLS, SIDE, MAJOR> operand(
     const SwizzledTile<ROWS, COLS>& tile, int row0 = 0, int col0 = 0) {
   // Lanes 8 i to 8 i + 7 give the rows of matrix i; matrix 1 lies 8 rows or 8 columns from matrix 0, as the side asks.
   constexpr bool DOWN_FIRST = (SIDE == Side::LEFT) == (MAJOR == Major::K);
-  const int lane = thread_index_again() % 32, first = lane / 8 % 2, second = lane / 16;
-  const int row = row0 + lane % 8 + 8 * (DOWN_FIRST ? first : second);
+  const unsigned lane = thread_index_again() % 32u, first = lane / 8 % 2, second = lane / 16;
+  const unsigned row = row0 + lane % 8 + 8 * (DOWN_FIRST ? first : second);
   return {shared_address(tile.chunk(row, col0 / 8 + (DOWN_FIRST ? second : first)))};
 }
 
 // A left operand whose first HELD steps are in registers, and the others in a tile.
 template <int R, int HELD, typename Rest>
 struct HeldOperand {
+  static constexpr bool AHEAD = Rest::AHEAD;
   const unsigned (&at)[R][HELD][4];
   Rest rest;
 
@@ -234,6 +248,7 @@ struct HeldOperand {
   }
 };
 struct NoRest {
+  static constexpr bool AHEAD = false;
   __device__ __forceinline__ void load(unsigned (&)[4], int, int) const {}
 };
 // One that is in registers altogether.
@@ -263,13 +278,15 @@ constexpr int PARTS_OF = STEPS * (N / 16);
 
 // acc += a b: acc is R times (16, N), a (16 R, 16 STEPS), b (16 STEPS, N). 16 columns at a time: what the next part
 // needs is loaded before this one is multiplied, and between(part) is other work to do while the tensor cores are at
-// it.
+// it; of an operand in registers, a step may be made by then that comes after the part's.
 template <int STEPS, int N, int R, typename A, typename B, typename Between>
 __device__ __forceinline__ void add_product(Fragment<N> (&acc)[R], const A& a, const B& b, const Between& between) {
   constexpr int ACROSS = N / 16, PARTS = PARTS_OF<STEPS, N>;
   unsigned a_part[2][R][4], b_part[2][4];
 #pragma unroll
-  for (int f = 0; f < R; ++f) a.load(a_part[0][f], f, 0);
+  for (int f = 0; f < R; ++f) {
+    if (A::AHEAD) a.load(a_part[0][f], f, 0);
+  }
   b.load(b_part[0], 0, 0);
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
@@ -277,9 +294,10 @@ __device__ __forceinline__ void add_product(Fragment<N> (&acc)[R], const A& a, c
     for (int block = 0; block < ACROSS; ++block) {
       const int part = step * ACROSS + block, next = part + 1;
       if (next < PARTS) b.load(b_part[next % 2], next % ACROSS, next / ACROSS);
-      if (block == 0 && step + 1 < STEPS) {
+      const int wanted = A::AHEAD ? step + 1 : step;
+      if (block == 0 && wanted < STEPS) {
 #pragma unroll
-        for (int f = 0; f < R; ++f) a.load(a_part[(step + 1) % 2][f], f, step + 1);
+        for (int f = 0; f < R; ++f) a.load(a_part[wanted % 2][f], f, wanted);
       }
       const unsigned(&here)[4] = b_part[part % 2];
 #pragma unroll

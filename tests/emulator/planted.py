@@ -492,11 +492,11 @@ LIBRARY = (
     ),
     Planted(
         "rows beyond the end read by cp.async", "fwd_sm80",
-        r"inside \? bytes\[step\] : 0", "bytes[step]", ("out of bounds",), "read of 16", AMPERE_FORWARD[2],
+        r"inside \? bytes : 0", "bytes", ("out of bounds",), "read of 16", AMPERE_FORWARD[2],
     ),
     Planted(
         "columns beyond the head read by cp.async", "fwd_sm80",
-        r"(bytes\[step\] = )bytes_inside\(.*?\);", r"\g<1>16;", ("out of bounds",), "read of 16", AMPERE_FORWARD[0],
+        r"(int bytes = )bytes_inside\(8 \* .*?\);", r"\g<1>16;", ("out of bounds",), "read of 16", AMPERE_FORWARD[0],
     ),
     Planted(
         "four bytes from where two are aligned", "fwd_sm80",
@@ -534,7 +534,7 @@ LIBRARY = (
     ),
     Planted(
         "P taken before it is handed over", "bwd_sm80",
-        r"barrier_sync\(HANDED_OVER \+ group, 64\)", "barrier_arrive(HANDED_OVER + group, 64)",
+        r"barrier_sync\((HANDED_OVER .*, 64\);)", r"barrier_arrive(\1",
         ("race", "uninitialised", "divergence", "deadlock"), "", AMPERE_BACKWARD[0],
     ),
     Planted(

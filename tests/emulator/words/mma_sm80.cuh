@@ -69,8 +69,12 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], unsigned sha
 __device__ __forceinline__ unsigned movmatrix_trans(unsigned r) { return emulator::transpose_matrix(r); }
 
 template <int BYTES>
-__device__ __forceinline__ void cp_async(unsigned shared, const void* global, int source_bytes = BYTES) {
+__device__ __forceinline__ void cp_async(unsigned shared, const void* global, int source_bytes) {
   emulator::copy_async(shared, global, BYTES, source_bytes);
+}
+template <int BYTES>
+__device__ __forceinline__ void cp_async(unsigned shared, const void* global) {
+  emulator::copy_async(shared, global, BYTES, BYTES);
 }
 __device__ __forceinline__ void cp_async_commit() { emulator::copy_async_commit(); }
 template <int N>
