@@ -21,7 +21,7 @@ from ._block_map import MAPS
 from ._params import TAIL_AXES, Template, element_strides, make_template, scalars
 from ._plan import KernelPlan, Plan
 from ._problem import Problem
-from ._score_args import argument_place
+from ._score_args import GRADIENT_ARGS, argument_name, argument_place
 from ._tma import ALIGNMENT, MAP_AXES, MappedTemplate, map_template, unreadable
 
 Tensors = dict[str, Array | None]
@@ -125,7 +125,7 @@ def backward(
         tensors |= {name: partials[name].by_entry if name in partials else x for name, x in gradients.items()}
         temporaries = tuple((name, (*problem.batch_shape, *tail), dtype) for name, tail, dtype in plan.temporaries)
         steps = tuple(step for step in plan.kernels if step.name != "bwd_finish")
-        ready = _make_ready(problem, steps, device, tensors, temporaries + plan.maps, ())
+        ready = _make_ready(problem, steps, device, tensors, temporaries + plan.maps, plan.zeroed)
         ready.run(tensors)
         for step in plan.kernels[len(steps) :]:
             partials[step.writes[0]].finish(step, device)
@@ -160,15 +160,18 @@ def _make_ready(
     return Ready(device, tuple(launches), temporaries, zeroed)
 
 
-RESULTS = frozenset({"dq", "dk", "dv", "dbias", "dsinks"})
+RESULTS = frozenset({"dq", "dk", "dv", "dbias", "dsinks", "partial"})
 
 
 def _is_known(name: str, step: KernelPlan) -> bool:
     """Whether a kernel gets this tensor: gradients go to those that write them, arguments to those with a function."""
-    if place := argument_place(name):
-        return bool({"score_args": step.spec.score_text, "mask_args": step.spec.mask_text}[place[0]])
     if name in step.writes:
         return True
+    if place := argument_place(name):
+        args, n = place
+        if args == GRADIENT_ARGS or argument_name(GRADIENT_ARGS, n) in step.writes:
+            return False
+        return bool({"score_args": step.spec.score_text, "mask_args": step.spec.mask_text}[args])
     return name not in RESULTS if step.reads is None else name in step.reads
 
 

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from ._expression import Expression, Kind, Node
 
-Form = Literal["b", "h", "i", "j", "constant", "j - i + c", "i - j + c", "general"]
+Form = Literal["b", "h", "i", "j", "constant", "from the end", "j - i + c", "i - j + c", "general"]
 Linear = dict[str, int]  # coefficients of b, h, i, j, and of "" the constant
 _DIAGONALS: dict[tuple[tuple[str, int], ...], Form] = {
     (("i", -1), ("j", 1)): "j - i + c",
@@ -22,7 +22,7 @@ _DIAGONALS: dict[tuple[tuple[str, int], ...], Form] = {
 class IndexForm(NamedTuple):
     """What an index expression is, before it is clamped into its axis.
 
-    ``c``: what is added on a diagonal, or the constant itself. ``low`` and ``high``: the function clips to them first;
+    ``c``: what is added on a diagonal, or the constant itself, below 0 where it counts from the axis's end. ``low`` and ``high``: the function clips to them first;
     None: it does not.
     """
 
@@ -67,6 +67,8 @@ def arg_terms(expression: Expression) -> tuple[ArgTerm, ...]:
 
 def classify(expression: Expression, sums: list[Linear | None], n: int) -> IndexForm:
     """The form of an index expression. int32 sums of positions are taken not to wrap."""
+    if (c := _from_end(expression, n)) is not None:
+        return IndexForm("from the end", c)
     low = high = None
     while expression.nodes[n].op in ("minimum", "maximum"):
         node = expression.nodes[n]
@@ -98,6 +100,14 @@ def classify(expression: Expression, sums: list[Linear | None], n: int) -> Index
     plain = len(kept) == 1 and kept[0][1] == 1 and c == 0 and low is None and high is None
     names: dict[str, Form] = {"b": "b", "h": "h", "i": "i", "j": "j"}
     return IndexForm(names[kept[0][0]]) if plain else IndexForm("general")
+
+
+def _from_end(expression: Expression, n: int) -> int | None:
+    """The constant below 0 that an index was, if it was one: it comes as the axis's length plus it."""
+    node = expression.nodes[n]
+    if node.op != "add" or expression.nodes[node.inputs[0]].op != "length":
+        return None
+    return _constant(expression, node.inputs[1])
 
 
 def _constant(expression: Expression, n: int) -> int | None:

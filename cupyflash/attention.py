@@ -19,6 +19,7 @@ from ._results import (
     compute,
     differentiate,
     given_gradients,
+    gradients_of,
     results_of,
     split_out,
 )
@@ -276,7 +277,7 @@ def attention_backward(
         dropout, seed, layout, precision, score, score_args, mask_args,
     )  # fmt: skip
     names = read_wrt(wrt, asked.differentiable)
-    given = given_gradients(grads_out)
+    given = given_gradients(grads_out, score_args)
     options, sides = asked.looked_up()
     tensors = results_of(dout, out, lse, dlse) | {"q": q, "k": k, "v": v, **sides, **given}
     more = (family, tile, bool(deterministic), names, tuple(given))
@@ -288,7 +289,7 @@ def attention_backward(
     gradients, ready = differentiate(call, family, tile, names, given, deterministic)
     made = tuple((name, x) for name, x in gradients.items() if name not in given)
     _ready.keep(key, tensors, ready, _specs(made))
-    return AttentionGradients(**(gradients | given))
+    return gradients_of(gradients | given, score_args)
 
 
 def attention_vjp(
