@@ -164,7 +164,7 @@ def backward(
     block_m: int,
     block_n: int,
 ) -> None:
-    """Write the gradients that are given, of dq, dk, dv, dbias, dsinks and dscore_args[n]: canonical, in their inputs' own shapes."""
+    """Write the gradients that are given: canonical, in their inputs' own shapes, and dscore_args[n]."""
     check_variable()
     if 0 in (problem.seqlen_q, problem.batch) or (problem.seqlen_k == 0 and "dsinks" not in gradients):
         for gradient in gradients.values():

@@ -157,12 +157,12 @@ class BackwardCall:
     def tasks(self) -> list[_BackwardTask]:
         """Every tile of every chain, in the order in which a chain adds them up; causal tiles long ones first."""
         blocks = even(self.problem.seqlen_q, self.block_m)
-        tasks = []
+        tasks: list[_BackwardTask] = []
         for index in np.ndindex(*self.chain_shape):
             chain = _Chain(self, len(blocks) * math.prod(self.cells.shape[axis] for axis in self.summed))
             tiles = product(self.cells_of(index), blocks[::-1])
-            first = len(tasks)
-            tasks += [_BackwardTask(chain, turn, cell, *block, first + turn) for turn, (cell, block) in enumerate(tiles)]
+            for turn, (cell, block) in enumerate(tiles):
+                tasks.append(_BackwardTask(chain, turn, cell, *block, len(tasks)))
         return tasks
 
 

@@ -59,8 +59,8 @@ def plan_simt(
     main = next(step for step in kernels if step.name not in ("bwd_delta", "block_map"))
     return plan_of(
         "simt", device.name, problem, wrt is not None, (main.spec.block_m, main.spec.block_n),
-        kernels=tuple(kernels), workspace=bytes_ + map_bytes(maps + zeroed), copies=copies, temporaries=temporaries, maps=maps,
-        zeroed=zeroed,
+        kernels=tuple(kernels), workspace=bytes_ + map_bytes(maps + zeroed), copies=copies,
+        temporaries=temporaries, maps=maps, zeroed=zeroed,
     )  # fmt: skip
 
 

@@ -159,8 +159,8 @@ def _term_kernels(problem: Problem, spec: Spec, smem: int) -> tuple[KernelPlan, 
     """What fills `partial`: a kernel for each term, whose tile is the Spec's, with the map of blocks that it reads."""
     score = problem.options.score
     assert score is not None
-    terms, kernels = terms_of(score), []
-    dtypes = tuple(x.dtype for x in score.arguments)
+    terms, dtypes = terms_of(score), tuple(x.dtype for x in score.arguments)
+    kernels: list[KernelPlan] = []
     for n, term in enumerate(terms):
         text = score.cuda + score_term(score.expression, dtypes, term.use.node, 0)
         text += terms_text(terms, TERM=n)

@@ -22,8 +22,8 @@ _DIAGONALS: dict[tuple[tuple[str, int], ...], Form] = {
 class IndexForm(NamedTuple):
     """What an index expression is, before it is clamped into its axis.
 
-    ``c``: what is added on a diagonal, or the constant itself, below 0 where it counts from the axis's end. ``low`` and ``high``: the function clips to them first;
-    None: it does not.
+    ``c``: what is added on a diagonal, or the constant itself, below 0 where it counts from the axis's end. ``low`` and
+    ``high``: the function clips to them first; None: it does not.
     """
 
     form: Form
@@ -70,15 +70,21 @@ def classify(expression: Expression, sums: list[Linear | None], n: int) -> Index
     if (c := _from_end(expression, n)) is not None:
         return IndexForm("from the end", c)
     low = high = None
-    while expression.nodes[n].op in ("minimum", "maximum"):
+    shift = 0  # what is added behind the bounds to come
+    while sums[n] is None and expression.nodes[n].op in ("minimum", "maximum", "add", "subtract"):
         node = expression.nodes[n]
         bound, other = (_constant(expression, i) for i in node.inputs)
-        if bound is None:
+        if bound is None or node.op == "subtract":
             bound, inner = other, node.inputs[0]
         else:
             inner = node.inputs[1]
         if bound is None:
             return IndexForm("general")
+        if node.op in ("add", "subtract"):
+            shift += bound if node.op == "add" else -bound
+            n = inner
+            continue
+        bound += shift
         # An outer bound wins: what an inner one leaves is clipped by it once more.
         if node.op == "minimum":
             high = bound if high is None else min(bound, high)
@@ -90,7 +96,7 @@ def classify(expression: Expression, sums: list[Linear | None], n: int) -> Index
     terms = sums[n]
     if terms is None:
         return IndexForm("general")
-    c = terms.get("", 0)
+    c = terms.get("", 0) + shift
     kept = tuple(sorted((name, factor) for name, factor in terms.items() if factor and name))
     if not kept:
         c = c if low is None else max(c, low)

@@ -444,8 +444,8 @@ def use_limits(
         errors.append(np.where(this.seen, error, 0))
     exact, limit = (reference.sum_uses(this, x, score_args) for x in (values, errors))
     types = [np.asarray(x).dtype if out_dtype is None else out_dtype for x in score_args]
-    most = (None if x is None or y is None else y + stored(x, y, t, a) for x, y, t in zip(exact, limit, types, strict=True))
-    return exact, tuple(most)
+    both = zip(exact, limit, types, strict=True)
+    return exact, tuple(None if x is None or y is None else y + stored(x, y, t, a) for x, y, t in both)
 
 
 def sink_limits(this: reference.Differentials, chains: Chains, a: Arithmetic) -> tuple[Array, Array]:
@@ -615,7 +615,7 @@ def check_backward(
         parts = (*parts, {-2: own_rows, -1: own_keys})
     else:
         parts = (*parts, {})
-    compared = list(zip(want._fields[:5], (*gradients, None, None), want, limit, (*parts, {}), strict=False))
+    compared: list[Any] = list(zip(want._fields[:5], (*gradients, None, None), want, limit, (*parts, {}), strict=False))
     if len(gradients) > 5 and gradients[5] is not None and want.dscore_args is not None:
         assert limit.dscore_args is not None
         args = zip(gradients[5], want.dscore_args, limit.dscore_args, strict=True)

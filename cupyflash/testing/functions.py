@@ -30,7 +30,7 @@ class Use(NamedTuple):
     """
 
     argument: int
-    index: tuple[Any, ...]
+    at: tuple[Any, ...]
     slope: Any
     bend: Any
 

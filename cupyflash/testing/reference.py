@@ -434,7 +434,10 @@ def sum_uses(this: Pairs, terms: Sequence[Array], score_args: tuple[Any, ...]) -
     for use, term in zip(this.score_uses(), terms, strict=True):
         total = sums[use.argument]
         assert total is not None
-        np.add.at(total, tuple(np.broadcast_to(x, term.shape) for x in use.index) or ..., term if use.index else term.sum())
+        if use.at:
+            np.add.at(total, tuple(np.broadcast_to(x, term.shape) for x in use.at), term)
+        else:
+            total += term.sum()
     return sums
 
 
