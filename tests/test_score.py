@@ -251,7 +251,7 @@ def test_a_plan_knows_what_functions_do():
     """Equal functions have equal plans; the prelude stays readable, and the text is that of the function."""
     q, k, v, *_ = draw(2, dtype=F32)
     plans = [
-        explain(q, k, v, device="sm_90", score=lambda s, b, h, i, j, x: s + x[h] * (j - i), score_args=(x,), backward=way)
+        explain(q, k, v, device="sm_90", score=lambda s, b, h, i, j, x: s + x[h] * (j - i), score_args=(x,), backward=way, wrt=("q", "k", "v") if way else None)
         for way in (False, True)
         for x in (SLOPES, np.zeros(9))
     ]
