@@ -1,4 +1,3 @@
-# ruff: noqa: E741  (a grid has I and J)
 """Gradients of score_args: against finite differences, on the CPU and in the kernels, and what is refused."""
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ FORMS = {
     "clipped": (lambda s, b, h, i, j, x: s + x[h, np.clip(j - i, -4, 4) + 4], (normal(HEADS, 9),), ["DIAGONALS"]),
     "backwards": (lambda s, b, h, i, j, x: s * x[np.clip(i - j + 2, 0, 6)], (normal(7),), ["DIAGONALS"]),
     "pairs": (lambda s, b, h, i, j, x: s + x[i, j], (normal(ROWS, KEYS),), ["PAIRS"]),
-    "pairs of heads": (lambda s, b, h, i, j, x: s + x[h, np.clip(j - i, 0, 3), i], (normal(HEADS, 4, ROWS),), ["PAIRS"]),
+    "clipped pairs": (lambda s, b, h, i, j, x: s + x[np.clip(j - i, 0, 3), i, h], (normal(4, ROWS, HEADS),), ["PAIRS"]),
     "several": (
         lambda s, b, h, i, j, x: s * x[h, 0] + x[-1, j] * x[0, np.maximum(j - i, 0)], (normal(HEADS, KEYS),),
         ["ALL", "KEYS", "DIAGONALS"],
@@ -146,7 +145,8 @@ def check_indices(chosen, seed, run, dtype=F64, limit=1e-9):
         name: np.arange(n).reshape(axes)
         for name, n, axes in zip("bhij", got.dbias.shape, ((-1, 1, 1, 1), (-1, 1, 1), (-1, 1), (-1,)), strict=True)
     }
-    where = [n - 1 if text == "-1" else eval(text, {"np": np}, variables) for text, n in zip(chosen, shape, strict=True)]
+    ends = {text: n - 1 for text, n in zip(chosen, shape, strict=True) if text == "-1"}
+    where = (ends[text] if text in ends else eval(text, {"np": np}, variables) for text in chosen)
     place = tuple(np.clip(y, 0, n - 1) for y, n in zip(where, shape, strict=True))
     want = np.zeros(shape)
     np.add.at(want, tuple(np.broadcast_to(y, got.dbias.shape) for y in place), got.dbias * 0.5)
@@ -223,8 +223,9 @@ def test_what_is_asked_for():
     score, args, _ = FORMS["segments"]
     out, lse = attention(q, k, v, score=score, score_args=args, return_lse=True)
     backward = {"score": score, "score_args": args}
+    message = r"score_args\[0\] is indexed by score_args\[1\]\[i\]: .*deterministic=False"
     for wrt in (None, ("score_args",)):
-        with pytest.raises(ValueError, match=r"score_args\[0\] is indexed by score_args\[1\]\[i\]: .*deterministic=False"):
+        with pytest.raises(ValueError, match=message):
             attention_backward(dout, q, k, v, out, lse, wrt=wrt, **backward)
     grads = attention_backward(dout, q, k, v, out, lse, wrt=("q",), **backward)
     assert grads.dscore_args is None

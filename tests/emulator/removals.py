@@ -13,6 +13,7 @@ import numpy as np
 from cupyflash._plan import Rows
 from cupyflash._tiles_sm80 import AmpereBackwardRow, AmpereRow
 from cupyflash._tiles_sm90 import HopperBackwardRow, HopperRow
+from cupyflash.testing.functions import SCORES
 
 from .build import WORDS
 from .device import Device, Patch
