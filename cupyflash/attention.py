@@ -258,8 +258,8 @@ def attention_backward(
     AttentionGradients
         dq, dk, dv, dbias, dsinks, and the entries of dscore_args, a tuple with one for each of score_args: shape,
         layout and dtype of their inputs, summed over broadcast axes and over the query heads of a group in the
-        accumulation type, in a fixed order. None where ``wrt`` leaves one out, and for integers and booleans. dbias is 0 at hidden
-        pairs; dq of rows beyond q_lens, and dk, dv of keys beyond kv_lens, are 0.
+        accumulation type, in a fixed order. None where ``wrt`` leaves one out, and for integers and booleans. dbias is
+        0 at hidden pairs; dq of rows beyond q_lens, and dk, dv of keys beyond kv_lens, are 0.
 
     Raises
     ------

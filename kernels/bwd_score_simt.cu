@@ -96,6 +96,5 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_score_simt(cons
     sync_block();  // the tile is whole, and the rows' numbers are read
     if constexpr (THIS.sum != Sum::ARRIVAL) sums.add(smem.tile);
   }
-  sync_block();  // the last tile is read
   if constexpr (THIS.sum != Sum::ARRIVAL) sums.store(params, turn, smem.tile);
 }

@@ -40,18 +40,22 @@ struct Smem {
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
 
+template <int ROWS, int COLS>
+__device__ __forceinline__ void load_rows(
+    SwizzledTile<ROWS, COLS>& tile, const Tensor& tensor, const Sequence& seq, int head, int first, int length,
+    int width) {
+  const auto rows = rows_of<const Element>(tensor, seq.batch_index, head);
+  load_tile(tile, rows, bytes_at_a_time(rows), first, length, width);
+}
+
 // By the whole block: all that a turn reads. p of rows beyond the end is 0 by an lse of +inf.
 __device__ __forceinline__ void load_turn(const Params& params, Smem& smem, const TermTurn& turn) {
   const Sequence& seq = turn.seq;
   const int m0 = turn.m_block * BLOCK_M, n0 = turn.n_block * BLOCK_N, row = m0 + thread_index();
-  const auto load = [&](auto& tile, const Tensor& tensor, int head, int first, int length, int width) ALWAYS_INLINE {
-    const auto rows = rows_of<const Element>(tensor, seq.batch_index, head);
-    load_tile(tile, rows, bytes_at_a_time(rows), first, length, width);
-  };
-  load(smem.at.in.q, params.q, turn.head, m0, seq.seqlen_q, params.head_dim);
-  load(smem.at.in.k, params.k, turn.head_k, n0, seq.seqlen_k, params.head_dim);
-  load(smem.at.in.dout, params.dout, turn.head, m0, seq.seqlen_q, params.head_dim_v);
-  load(smem.at.in.v, params.v, turn.head_k, n0, seq.seqlen_k, params.head_dim_v);
+  load_rows(smem.at.in.q, params.q, seq, turn.head, m0, seq.seqlen_q, params.head_dim);
+  load_rows(smem.at.in.k, params.k, seq, turn.head_k, n0, seq.seqlen_k, params.head_dim);
+  load_rows(smem.at.in.dout, params.dout, seq, turn.head, m0, seq.seqlen_q, params.head_dim_v);
+  load_rows(smem.at.in.v, params.v, seq, turn.head_k, n0, seq.seqlen_k, params.head_dim_v);
   cp_async_commit();
   if (thread_index() >= BLOCK_M) return;
   Accumulator exponent = math::infinity<Accumulator>(), delta = 0;

@@ -143,13 +143,16 @@ struct TermSums {
       }
     }
   }
-  // By the whole block, which has met since the last tile was read.
+  // By the whole block. Of all pairs there is one sum, over threads, where the tile was.
   __device__ __forceinline__ void store(const Params& params, const TermTurn& turn, TermTile& tile) {
     const TermLanes all(params, THIS, all_entries(params));
     const long long entry = WALKS_ENTRIES ? 0 : flat_batch(params, turn.seq.batch_index);
     Accumulator* numbers = static_cast<Accumulator*>(params.partial.data) + first_number(params, TERM) +
                            all.place(entry, WALKS_HEADS ? 0 : turn.head, turn.lane);
-    if constexpr (THIS.sum == Sum::ALL) kept[0] = sum_of_block(kept[0], &tile.at[0][0]);
+    if constexpr (THIS.sum == Sum::ALL) {
+      sync_block();  // the last tile is read
+      kept[0] = sum_of_block(kept[0], &tile.at[0][0]);
+    }
 #pragma unroll
     for (int i = 0; i < KEPT; ++i) {
       const int place = thread_index() + NUM_THREADS * i;

@@ -198,10 +198,11 @@ BIAS_SIMT = tuple(bias_problem("float32", shape) for shape in ((1, 2, 70, 90), (
 BIAS_SM80 = tuple(bias_problem("float16", shape, ("family", "sm80")) for shape in ((1, 1, 70, 90), (1, 2, 1, 90)))
 
 
-def score_problem(dtype: str, *more: tuple[str, Any]) -> Problem:
-    """The gradient of a table of distances."""
-    table = np.random.default_rng(2).standard_normal((2, 9)).astype(np.float32)
-    options = (("score", SCORES["relative"].function), ("score_args", (table,)), ("wrt", ("score_args",)))
+def score_problem(dtype: str, *more: tuple[str, Any], score: str = "relative") -> Problem:
+    """The gradient of a table of distances, or, of "distance", of slopes."""
+    args = np.random.default_rng(2).standard_normal((2, 9)).astype(np.float32)
+    args = args if score == "relative" else args[:, 0]
+    options = (("score", SCORES[score].function), ("score_args", (args,)), ("wrt", ("score_args",)))
     return Problem(dtype, 40, 70, 90, (*options, *more), heads=2, heads_k=2)
 
 
@@ -292,6 +293,7 @@ def runs_of(removal: Removal) -> list[Run]:
     beside = {
         "bwd_sinks.cu": (SINKS,), "bwd_bias_simt.cu": BIAS_SIMT, "bwd_bias_sm80.cu": BIAS_SM80,
         "bwd_score_simt.cu": SCORE_SIMT, "bwd_score_sm80.cu": SCORE_SM80, "terms.cuh": SCORE_SIMT,
+        "term_turns.cuh": (score_problem("float32", score="distance"),),
     }  # fmt: skip
     if file in beside:
         return [p.backward for p in beside[file]]
