@@ -277,7 +277,7 @@ CARDS = {"60": ("simt",), "80": ("simt", "sm80"), "90": ("simt", "sm90"), "120":
 @pytest.mark.nvrtc
 @pytest.mark.parametrize(("card", "family"), [(card, x) for card, families in CARDS.items() for x in families])
 def test_kernels_compile(card, family):
-    """Every form of index, in every width; a tile of pairs, which stays in registers, costs bwd_score_sm80 some words."""
+    """Every form of index, in every width; a tile of pairs in registers costs bwd_score_sm80 some words."""
     found = {}
     for name, dtype, width in ((n, t, d) for n in FORMS for t in (F32, F64, F16) for d in (16, 64, 128, 256)):
         if (dtype is F16) == (family == "simt"):
