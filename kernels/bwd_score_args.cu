@@ -62,13 +62,13 @@ struct Box {
   }
 };
 
-// The n-th number of a lane's kind in a box, 0 where it is none; how many to ask for.
+// The numbers of a term that belong to a box: count() to ask for, some of which are none, and count as 0.
 struct BoxOfTerm {
   Box box;
   const Term& term;
   TermLanes all;
   int m_blocks;
-  long long first_lane, inner;  // of DIAGONALS; of one head of one entry
+  long long inner;  // numbers of one head of one entry
 
   __device__ __forceinline__ BoxOfTerm(const Params& params, const Term& of, const Box& in)
       : box(in), term(of), all(params, of, all_entries(params)), m_blocks(ceil_div(params.seqlen_q, BLOCK_M)) {
@@ -101,11 +101,12 @@ struct BoxOfTerm {
       place = key % BLOCK_N;
     } else if (term.sum == Sum::DIAGONALS) {
       // From the diagonal of tiles whose first distance is the last one up to this, to those before it.
-      const int distance = static_cast<int>(box.distances.begin + of_head / (STEP + 1));
-      const int from_first = distance + (m_blocks - 1) * BLOCK_M + BLOCK_M - 1;  // at least 0
-      lane = from_first / BLOCK_N - static_cast<int>(of_head % (STEP + 1));
-      place = from_first - lane * BLOCK_N;
-      if (lane < 0 || lane >= all.lanes || place >= all.numbers) return 0;
+      const long long distance = box.distances.begin + of_head / (STEP + 1);
+      const long long from_first = distance + (m_blocks - 1ll) * BLOCK_M + BLOCK_M - 1;  // at least 0
+      lane = static_cast<int>(from_first / BLOCK_N - of_head % (STEP + 1));
+      if (lane < 0 || lane >= all.lanes) return 0;
+      place = static_cast<int>(from_first - static_cast<long long>(lane) * BLOCK_N);
+      if (place >= all.numbers) return 0;
     } else {
       const int query = static_cast<int>(box.queries.begin + of_head / box.keys.length());
       const int key = static_cast<int>(box.keys.begin + of_head % box.keys.length());
