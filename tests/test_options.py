@@ -132,7 +132,8 @@ def test_vjp_takes_options_along():
     want = attention_backward(dout, q, k, v, out, lse, **options)
     got = vjp(dout)
     assert got._fields == ("dq", "dk", "dv", "dbias", "dsinks", "dscore_args")
-    same_bits(got, want)
+    same_bits(got[:5], want[:5])
+    assert got.dscore_args is None
     assert vjp(dout, wrt=("sinks",)).dbias is None
 
 

@@ -342,15 +342,6 @@ def test_what_is_refused(name, call):
     assert not missing, f"{missing} not in: {caught.value}"
 
 
-def test_arguments_have_no_gradient():
-    q, k, v, dout, _ = draw(2)
-    out, lse = attention(q, k, v, score=curved, score_args=(TABLE, 0.3, ENTRIES), return_lse=True)
-    with pytest.raises(ValueError, match="score_args"):
-        attention_backward(
-            dout, q, k, v, out, lse, wrt=("score_args",), score=curved, score_args=(TABLE, 0.3, ENTRIES)
-        )
-
-
 def test_no_pairs_ask_for_no_elements():
     q, k, v, *_ = draw(2)
     out = attention(q, k[..., :0, :], v[..., :0, :], score=SAME["entries"][0], score_args=(ENTRIES[:, :0],))
