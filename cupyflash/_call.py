@@ -14,12 +14,13 @@ import numpy as np
 
 from . import _cpu, _tuned
 from ._arrays import Array, address, check_beside, import_cupy, is_cupy, misaligned, on_device, same_place, take
-from ._functions import Functions, check_functions, take_functions
+from ._functions import Functions, args_of, check_functions, take_functions
 from ._options import PLAIN, Asked, Options, Shape, read_options, read_seed
 from ._plan import DEVICES, Device, Plan
 from ._planner import plan_cpu, plan_gpu
 from ._problem import Problem, read_problem
 from ._score_args import argument_place
+from ._terms import check_order
 from ._tma import MAP_TYPES, MAPPED, unreadable
 
 if TYPE_CHECKING:
@@ -77,7 +78,10 @@ class Call:
         )  # fmt: skip
         if functions is not None:
             shape = Shape(problem.batch_shape, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
-            options = read_options(asked, arrays, shape, score=functions.score, mask_function=functions.mask)
+            shapes = tuple(x.shape for x in args_of("score_args", functions.arrays))
+            options = read_options(
+                asked, arrays, shape, score=functions.score, score_shapes=shapes, mask_function=functions.mask
+            )
             bottom_right = options.lens and asked.q_offset is None and asked.causal != "top_left"
             problem = replace(problem, options=options, bottom_right=bottom_right)
             self._take_integers(asked, arrays, options)
@@ -127,6 +131,8 @@ class Call:
 
     def plan(self, family: object, tile: object, wrt: frozenset[str] | None = None, deterministic: bool = True) -> Plan:
         """The plan of the forward, or of the backward for the gradients in ``wrt``."""
+        if wrt is not None and "score_args" in wrt:
+            check_order(self.problem.options, deterministic)
         if self.device is None:
             return plan_cpu(self.problem, family, tile, wrt)
         if tile is None and self.problem.options == PLAIN:
@@ -178,7 +184,7 @@ class Call:
         return _launch.forward(problem, plan, self.place, read, {"out": out, "lse": lse})
 
     def backward(self, plan: Plan, gradients: dict[str, Array]) -> Ready | None:
-        """Compute the gradients, keyed "dq", "dk", "dv", "dbias", "dsinks"; ``inputs`` holds dout, out, lse too.
+        """Compute the gradients, keyed "dq", "dscore_args[0]" and so on; ``inputs`` holds dout, out, lse too.
 
         Returns what ``forward`` returns.
         """

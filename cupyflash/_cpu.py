@@ -23,7 +23,8 @@ exp(0) where the maximum was found. Hidden logits are discarded by selection.
 Laws of the backward. dk and dv of one kv head are summed in float32 (float64) in one order: batch entries and heads
 in C order, query tiles within them, whatever the number of workers. Tiles run at the same time, but a tile adds to
 a range of keys only after every tile before it in that order is through with it. dbias is summed in the same order,
-where it is a sum; dsinks has a term for each row, and these are added up at the end.
+where it is a sum; dsinks has a term for each row, and these are added up at the end. dscore_args has sums of each tile,
+which are added up in that order of tiles.
 
 Laws of the options. `_cpu_logits` alone knows what makes a logit and who sees whom; it is asked before a block's
 product, so that what no row sees costs none, and after it. Where something is done to the products, they can't carry
@@ -46,8 +47,10 @@ from ._cpu_blocks import Array, Cells, chunks, is_packed
 from ._cpu_forward import ForwardCall, ForwardWorker, OneBlockForward, Small
 from ._cpu_logits import Logits
 from ._cpu_packed import clear_rest, sequences, unpack
+from ._cpu_score import ScoreGradients
 from ._options import PLAIN, Options
 from ._problem import Problem
+from ._score_args import argument_place
 from ._workers import check_variable, run
 
 __all__ = ["Small", "backward", "forward", "tile"]
@@ -161,7 +164,7 @@ def backward(
     block_m: int,
     block_n: int,
 ) -> None:
-    """Write the gradients that are given, of dq, dk, dv, dbias and dsinks: canonical, in their inputs' own shapes."""
+    """Write the gradients that are given: canonical, in their inputs' own shapes, and dscore_args[n]."""
     check_variable()
     if 0 in (problem.seqlen_q, problem.batch) or (problem.seqlen_k == 0 and "dsinks" not in gradients):
         for gradient in gradients.values():
@@ -252,6 +255,8 @@ def _backward_with_options(call: BackwardCall, gradients: dict[str, Array]) -> N
         gradients["dbias"][...] = 0  # no tile writes pairs that no row sees
     if "dsinks" in gradients:
         call.sink_terms = np.zeros((*call.cells.shape, call.problem.seqlen_q), call.problem.accumulator)
+    if any(argument_place(name) for name in gradients):
+        call.score = ScoreGradients(call.problem.options, gradients)
     if _is_small(call.problem):
         _run_here(BackwardWorker(call), call.tasks())
     else:
@@ -259,6 +264,8 @@ def _backward_with_options(call: BackwardCall, gradients: dict[str, Array]) -> N
     if call.sink_terms is not None:
         by_head = call.sink_terms.reshape(-1, call.problem.num_heads, call.problem.seqlen_q)
         gradients["dsinks"][...] = np.add.reduce(by_head, axis=(0, 2), dtype=np.float64)
+    if call.score is not None:
+        call.score.store()
 
 
 class _Size(Enum):

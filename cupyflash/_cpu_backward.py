@@ -32,6 +32,7 @@ from ._cpu_blocks import (
     transpose,
 )
 from ._cpu_logits import CellArrays, Logits, Pairs, Slopes
+from ._cpu_score import ScoreGradients, Sums, add_use
 
 MANY = 2**18  # the logits and their gradients that the backward makes at a time: 1 MiB of float32, half of a common L2
 
@@ -60,6 +61,7 @@ class BackwardCall:
         self.dout, self.q, self.k, self.v, self.out, self.lse, self.dlse = dout, q, k, v, out, lse, dlse
         self.gradients, self.block_m, self.block_n, self.logits = gradients, block_m, block_n, logits
         self.sink_terms: Array | None = None  # (cells, rows), where dsinks is asked for
+        self.score: ScoreGradients | None = None  # where dscore_args is asked for
         self.base = exponential(self.problem)
         self.moved, self.failed = threading.Condition(), False
         self.summed = [  # axes along which some gradient is a sum
@@ -155,11 +157,12 @@ class BackwardCall:
     def tasks(self) -> list[_BackwardTask]:
         """Every tile of every chain, in the order in which a chain adds them up; causal tiles long ones first."""
         blocks = even(self.problem.seqlen_q, self.block_m)
-        tasks = []
+        tasks: list[_BackwardTask] = []
         for index in np.ndindex(*self.chain_shape):
             chain = _Chain(self, len(blocks) * math.prod(self.cells.shape[axis] for axis in self.summed))
             tiles = product(self.cells_of(index), blocks[::-1])
-            tasks += [_BackwardTask(chain, turn, cell, *block) for turn, (cell, block) in enumerate(tiles)]
+            for turn, (cell, block) in enumerate(tiles):
+                tasks.append(_BackwardTask(chain, turn, cell, *block, len(tasks)))
         return tasks
 
 
@@ -171,6 +174,7 @@ class _BackwardTask(NamedTuple):
     cell: Index
     m_begin: int
     m_end: int
+    number: int  # among all of the call
 
 
 class _Chain:
@@ -238,6 +242,7 @@ class BackwardWorker(Workspace):
     """One thread's workspace and loop."""
 
     cell: CellArrays  # where there are options
+    score_sums: Sums  # of the tile, where dscore_args is asked for
 
     def __init__(self, call: BackwardCall) -> None:
         problem, self.call = call.problem, call
@@ -253,9 +258,11 @@ class BackwardWorker(Workspace):
         self.pairs = None if call.logits is None else Pairs(call.logits, block_m, block_n)
         self.adds, self.keep_probability = problem.options.changes_logits, 1 - problem.options.dropout
         self.dbias = _BiasGradient(call) if "dbias" in call.gradients else None
+        if self.pairs is not None and call.score is not None:
+            self.pairs.uses = call.score.uses
 
     def __call__(self, task: _BackwardTask) -> None:
-        call, (chain, turn, cell, m_begin, m_end) = self.call, task
+        call, (chain, turn, cell, m_begin, m_end, number) = self.call, task
         sight = call.cells.sight(cell)
         self.count = max(0, min(m_end, sight.rows) - m_begin)
         sums: dict[str, Array] = {x: chain.sum(x, cell) for x in ("dk", "dv") if x in call.gradients}
@@ -263,14 +270,18 @@ class BackwardWorker(Workspace):
             self.dbias.begin(task, self.count)
         if self.count:
             self.load_rows(cell, slice(m_begin, m_begin + self.count))
-        if self.count and call.gradients:
+        if call.score is not None:
+            self.score_sums = call.score.begin()
+        if self.count and (call.gradients or call.score is not None):
             self.add_keys(task, sight, sums)
         self.store_rows(task)
+        if call.score is not None:
+            call.score.end(number, self.score_sums)
         chain.advance(turn, _END)
 
     def add_keys(self, task: _BackwardTask, sight: Sight, sums: dict[str, Array]) -> None:
         """Go through the keys that the loaded rows see, and add to the chain's sums in turn."""
-        call, (chain, turn, cell, m_begin, _) = self.call, task
+        call, (chain, turn, cell, m_begin, *_) = self.call, task
         k, v = at(call.k, cell, 2), at(call.v, cell, 2)
         blocks = key_blocks(m_begin, m_begin + self.count, sight, call.block_n)
         if blocks and blocks[0].n_begin > 0:
@@ -345,13 +356,14 @@ class BackwardWorker(Workspace):
     def differentiate(self, part: slice, kept: Array | None) -> dict[str, Array]:
         """What some of the rows and the loaded keys add to dk, dv and dbias; dq is added to at once."""
         names, parts = self.call.gradients.keys(), {}
-        p_t, kept, slopes = self.weigh(part, kept, slope=bool({"dq", "dk", "dbias"} & names))
+        scores = self.call.score is not None
+        p_t, kept, slopes = self.weigh(part, kept, slope=scores or bool({"dq", "dk", "dbias"} & names))
         keys, rows = p_t.shape
         undropped = None if self.pairs is None else self.pairs.undropped()
         if "dv" in names:
             weights = p_t if undropped is None else np.bitwise_and(p_t.view(undropped.dtype), undropped).view(p_t.dtype)
             parts["dv"] = np.matmul(weights, self.dout[part], out=self.dv_buffer[:keys])
-        if names == {"dv"}:
+        if names == {"dv"} and not scores:
             return parts
         ds_t, dout_t = front(self.ds_buffer, keys, rows), self.dout_t[:, part]
         if undropped is None:
@@ -361,6 +373,8 @@ class BackwardWorker(Workspace):
             select(ds_t, undropped)
             ds_t += dout_t[-1]
         ds_t *= p_t
+        if scores:
+            self.add_uses(ds_t, kept)
         if slopes.score is not None:
             ds_t *= slopes.score
         select(ds_t, kept)
@@ -373,6 +387,14 @@ class BackwardWorker(Workspace):
         if "dq" in names:
             self.dq[part] += np.matmul(ds_t.T, self.k[:, :-1], out=self.dq_part[:rows])
         return parts
+
+    def add_uses(self, ds_t: Array, kept: Array | None) -> None:
+        """What the loaded pairs add to the gradients of score_args, from what they have behind the function."""
+        assert self.pairs is not None
+        for use, (index, slope) in zip(self.pairs.uses, self.pairs.use_slopes, strict=True):
+            terms = ds_t * slope
+            select(terms, kept)
+            add_use(self.score_sums[use.argument], index, terms)
 
     def store_rows(self, task: _BackwardTask) -> None:
         """Write dq, or add it up in turn where q is broadcast; the same with what bias has for each row."""

@@ -16,6 +16,7 @@ import numpy as np
 from ._cpu_blocks import Array, Cells, Index, Sight, front, kept_bits
 from ._functions import args_of
 from ._philox import dropped
+from ._trace_terms import ArgTerm
 
 PIECE = 32  # rows of bias and mask that are turned at a time
 
@@ -89,6 +90,8 @@ class Pairs:
     ----------
     kept : integer array (keys, count), or None
         The pairs of the block's first `count` rows that are visible, as `_cpu_blocks.select` wants them; None: all.
+    use_slopes : list of (index arrays, array)
+        After `finish`, for each of ``uses``: the elements, and the score's slopes with respect to them, (keys, rows).
     """
 
     def __init__(self, logits: Logits, block_m: int, block_n: int) -> None:
@@ -98,6 +101,7 @@ class Pairs:
         self.mask_buffer = np.empty(size if options.mask is not None else 0, bool)
         self.distances = np.empty(size if options.alibi_slopes is not None else 0, self.accumulator)
         self.slopes = np.empty(size if logits.softcap is not None else 0, self.accumulator)
+        self.uses: tuple[ArgTerm, ...] = ()  # of score_args, whose slopes are asked for too
         self.kept: Array | None = None
         self.bias_t: Array | None = None  # (keys or 1, rows or 1)
 
@@ -220,6 +224,7 @@ class Pairs:
         if function is None:
             return None
         pairs = (s_t, *self._positions(), self.logits.score_args)
+        self.use_slopes = [function.arg_slope(use, *pairs) for use in self.uses] if differentiate else []
         scores, slopes = function.with_slope(*pairs) if differentiate else (function.numpy(*pairs), None)
         seen = (s_t != -np.inf) & (scores != -np.inf)
         s_t[...] = scores

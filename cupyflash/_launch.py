@@ -21,7 +21,7 @@ from ._block_map import MAPS
 from ._params import BY_TILE, TAIL_AXES, Template, element_strides, make_template, scalars
 from ._plan import KernelPlan, Plan, tile_shift
 from ._problem import Problem
-from ._score_args import argument_place
+from ._score_args import GRADIENT_ARGS, argument_name, argument_place
 from ._tma import ALIGNMENT, MappedTemplate, map_axes, map_template, unreadable
 
 Tensors = dict[str, Array | None]
@@ -127,7 +127,7 @@ def backward(
         lead = problem.batch_shape if problem.options.packed is None else ()
         temporaries = tuple((name, (*lead, *tail), dtype) for name, tail, dtype in plan.temporaries)
         steps = tuple(step for step in plan.kernels if step.name != "bwd_finish")
-        ready = _make_ready(problem, steps, device, tensors, temporaries + plan.maps, ())
+        ready = _make_ready(problem, steps, device, tensors, temporaries + plan.maps, plan.zeroed)
         ready.run(tensors)
         for step in plan.kernels[len(steps) :]:
             partials[step.writes[0]].finish(step, device)
@@ -164,15 +164,18 @@ def _make_ready(
     return Ready(device, tuple(launches), temporaries, zeroed)
 
 
-RESULTS = frozenset({"dq", "dk", "dv", "dbias", "dsinks"})
+RESULTS = frozenset({"dq", "dk", "dv", "dbias", "dsinks", "partial"})
 
 
 def _is_known(name: str, step: KernelPlan) -> bool:
     """Whether a kernel gets this tensor: gradients go to those that write them, arguments to those with a function."""
-    if place := argument_place(name):
-        return bool({"score_args": step.spec.score_text, "mask_args": step.spec.mask_text}[place[0]])
     if name in step.writes:
         return True
+    if place := argument_place(name):
+        args, n = place
+        if args == GRADIENT_ARGS or argument_name(GRADIENT_ARGS, n) in step.writes:
+            return False
+        return bool({"score_args": step.spec.score_text, "mask_args": step.spec.mask_text}[args])
     return name not in RESULTS if step.reads is None else name in step.reads
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ._arrays import DTYPES, Array, broadcasts_to, take
+from ._score_args import is_float
 
 if TYPE_CHECKING:
     from ._trace import TracedMask, TracedScore
@@ -61,6 +62,8 @@ class Options:
         The rows of q and of k in which all entries lie one behind the other, each of a length of its own.
     score, mask_function : traced function or None
         Equal for functions that do the same with arguments of the same dtypes and ranks.
+    score_shapes : tuple of tuple of int
+        The shapes of score_args.
     """
 
     window_left: int | None = None
@@ -76,6 +79,7 @@ class Options:
     kv_lens: bool = False
     packed: tuple[int, int] | None = None
     score: TracedScore | None = None
+    score_shapes: tuple[tuple[int, ...], ...] = ()
     mask_function: TracedMask | None = None
 
     def __hash__(self) -> int:
@@ -198,8 +202,11 @@ class Asked(NamedTuple):
 
     @property
     def differentiable(self) -> tuple[str, ...]:
-        """What gradients exist for: q, k, v, and what else is given."""
-        return ("q", "k", "v", *(name for name in ("bias", "sinks") if getattr(self, name) is not None))
+        """What gradients exist for: q, k, v, and what else is given; of score_args, if one is a float."""
+        given = [name for name in ("bias", "sinks") if getattr(self, name) is not None]
+        if self.score is not None and isinstance(self.score_args, tuple) and any(map(is_float, self.score_args)):
+            given.append("score_args")
+        return ("q", "k", "v", *given)
 
     def arrays(self) -> dict[str, Array]:
         """The arrays among them, taken in, by the names they have inside; lengths and seeds only if arrays."""

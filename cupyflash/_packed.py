@@ -14,7 +14,7 @@ import numpy as np
 
 from ._arrays import Array, check_beside, import_cupy, is_cupy, on_device, take
 from ._call import Call
-from ._functions import Functions
+from ._functions import Functions, args_of
 from ._options import Asked, Shape, lengths_are_checked, read_options
 from ._problem import pack_problem, read_problem
 
@@ -70,7 +70,10 @@ class PackedCall(Call):
                 f"cu_seqlens_q has {sizes[0]} numbers, cu_seqlens_k {sizes[1]}: both have one more than sequences"
             )
         batch, seqlens = sizes[0] - 1, (sides[0].longest, sides[1].longest)
-        traced = {} if functions is None else {"score": functions.score, "mask_function": functions.mask}
+        traced: dict[str, Any] = {}
+        if functions is not None:
+            shapes = tuple(x.shape for x in args_of("score_args", functions.arrays))
+            traced = {"score": functions.score, "score_shapes": shapes, "mask_function": functions.mask}
         options = read_options(asked, arrays, Shape((batch,), rows.num_heads, *seqlens), **traced)
         options = replace(options, packed=(len(q), len(k)))
         self.problem = pack_problem(rows, batch, seqlens, asked.causal, asked.q_offset, options)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ._problem import Problem
-from ._score_args import FUNCTION_ARGS_BYTES, FUNCTIONS, argument_name, argument_slot, pack_layout
+from ._score_args import FUNCTION_ARGS_BYTES, FUNCTIONS, GRADIENT_ARGS, argument_name, argument_slot, pack_layout
 
 BATCH_AXES = 4
 TENSORS = (
@@ -193,7 +193,8 @@ def make_template(
 
 
 def _argument(args: str, n: int) -> int:
-    """Where the n-th of score_args or mask_args lies, in bytes."""
+    """Where the n-th of score_args or mask_args lies, in bytes; a gradient lies where its argument would."""
+    args = "score_args" if args == GRADIENT_ARGS else args
     return _FUNCTIONS + FUNCTIONS.index(args) * FUNCTION_ARGS_BYTES + argument_slot(n)
 
 

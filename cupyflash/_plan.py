@@ -156,6 +156,7 @@ class Plan:
     temporaries: tuple[ArraySpec, ...] = ()
     # Those of blocks that single pairs are hidden in, with all their axes.
     maps: tuple[ArraySpec, ...] = ()
+    zeroed: tuple[ArraySpec, ...] = ()  # likewise: temporaries of the backward that start at 0
 
     def __str__(self) -> str:
         lines = [

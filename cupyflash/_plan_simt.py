@@ -7,6 +7,7 @@ from dataclasses import replace
 from . import _tiles_simt as _tiles
 from ._arrays import ArraySpec
 from ._block_map import KEY_MAP, QUERY_MAP, map_arrays, map_bytes, mapped
+from ._compile import Spec
 from ._plan import (
     Device,
     KernelPlan,
@@ -26,12 +27,14 @@ from ._plan import (
     workspace,
 )
 from ._problem import Problem
+from ._terms import partial_of, score_kernels
 
 
 def plan_simt(
     problem: Problem, device: Device, tile: Tile, wrt: frozenset[str] | None, copies: tuple[str, ...]
 ) -> Plan:
     temporaries: tuple[ArraySpec, ...] = ()
+    zeroed: tuple[ArraySpec, ...] = ()
     if wrt is None:
         main = _main_kernel("fwd_simt", problem, device, tile, ("out", "lse"))
         kernels = [*mapped(problem, main, (KEY_MAP,))]
@@ -46,6 +49,10 @@ def plan_simt(
             kernels += mapped(problem, _bias_kernel(problem, device, tile), (KEY_MAP,))
         if "sinks" in wrt:
             kernels.append(sinks_kernel(problem))
+        if "score_args" in wrt:
+            tile_of_score = _score_tile(problem, device)
+            kernels += score_kernels(problem, *tile_of_score)
+            zeroed = (partial_of(problem, tile_of_score[0]),)
         kernels += finishing(problem, wrt)
         rows = kernels[0].spec.block_m
         packed = problem.options.packed is not None
@@ -56,7 +63,8 @@ def plan_simt(
     main = next(step for step in kernels if step.name not in ("bwd_delta", "block_map"))
     return plan_of(
         "simt", device.name, problem, wrt is not None, (main.spec.block_m, main.spec.block_n),
-        kernels=tuple(kernels), workspace=bytes_ + map_bytes(maps), copies=copies, temporaries=temporaries, maps=maps,
+        kernels=tuple(kernels), workspace=bytes_ + map_bytes(maps + zeroed), copies=copies,
+        temporaries=temporaries, maps=maps, zeroed=zeroed,
     )  # fmt: skip
 
 
@@ -66,6 +74,13 @@ def _bias_kernel(problem: Problem, device: Device, tile: Tile) -> KernelPlan:
     spec = spec_of("bwd_bias_simt", problem, row, (head_dim, head_dim_v), row.dim_chunk)
     smem = _tiles.smem_bytes("bwd_bias_simt", row, head_dim, head_dim_v, problem.accumulator.itemsize)
     return bias_kernel("bwd_bias_simt", problem, spec, smem)
+
+
+def _score_tile(problem: Problem, device: Device) -> tuple[Spec, int]:
+    """The Spec of bwd_score_simt, but for its term, and its shared memory. Its tile is its own: it fits every card."""
+    row, head_dim, head_dim_v = _choose_row("bwd_score_simt", problem, device, Tile())
+    spec = spec_of("bwd_score_simt", problem, row, (head_dim, head_dim_v), row.dim_chunk)
+    return spec, _tiles.smem_bytes("bwd_score_simt", row, head_dim, head_dim_v, problem.accumulator.itemsize)
 
 
 def _main_kernel(kernel: str, problem: Problem, device: Device, tile: Tile, writes: tuple[str, ...]) -> KernelPlan:

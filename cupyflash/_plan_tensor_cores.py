@@ -29,8 +29,9 @@ from ._plan import (
     workspace,
 )
 from ._problem import Problem
+from ._terms import partial_of, score_kernels
 from ._tiles import ROW_KERNELS, padded_widths
-from ._tiles_sm80 import bias_row, bias_smem_bytes
+from ._tiles_sm80 import bias_row, bias_smem_bytes, score_smem_bytes
 
 
 def why_not_tensor_cores(problem: Problem, instruction: str) -> str | None:
@@ -138,9 +139,15 @@ def backward_plan(
         kernels += mapped(problem, _bias_kernel(problem), (KEY_MAP,))
     if "sinks" in wrt:
         kernels += (sinks_kernel(problem),)
+    zeroed: tuple[ArraySpec, ...] = ()
+    if "score_args" in wrt:
+        tile_of_score = _score_tile(problem)
+        kernels += score_kernels(problem, *tile_of_score)
+        zeroed = (partial_of(problem, tile_of_score[0]),)
     return tensor_core_plan(
         family, problem, device, row, (*kernels, *finishing(problem, wrt)), copies, backward=True,
-        workspace=workspace(problem, temporaries, partials(problem, wrt)), temporaries=temporaries,
+        workspace=workspace(problem, temporaries, partials(problem, wrt)) + map_bytes(zeroed),
+        temporaries=temporaries, zeroed=zeroed,
     )  # fmt: skip
 
 
@@ -150,3 +157,10 @@ def _bias_kernel(problem: Problem) -> KernelPlan:
     row = bias_row(*widths)
     spec = spec_of("bwd_bias_sm80", problem, row, widths, max(widths))
     return bias_kernel("bwd_bias_sm80", problem, spec, bias_smem_bytes(row, *widths))
+
+
+def _score_tile(problem: Problem) -> tuple[Spec, int]:
+    """The Spec of bwd_score_sm80, but for its term, and its shared memory; the tile is that of bwd_bias_sm80."""
+    widths = padded_widths(problem)
+    row = bias_row(*widths)
+    return spec_of("bwd_score_sm80", problem, row, widths, max(widths)), score_smem_bytes(row, *widths)

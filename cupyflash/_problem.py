@@ -18,7 +18,7 @@ from ._arrays import DTYPES, Array, broadcasts_to, elements_overlap, misaligned,
 from ._options import PLAIN, Options, read_real
 
 LAYOUTS = {"hsd": "(..., heads, seqlen, head_dim)", "shd": "(..., seqlen, heads, head_dim)"}
-GRADIENTS = ("q", "k", "v", "bias", "sinks")  # what wrt= may name, in AttentionGradients' order
+GRADIENTS = ("q", "k", "v", "bias", "sinks", "score_args")  # what wrt= may name, in AttentionGradients' order
 
 
 @dataclass(frozen=True)

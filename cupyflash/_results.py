@@ -10,6 +10,8 @@ from ._arrays import Array, same_place, take
 from ._call import Call
 from ._plan import Tile
 from ._problem import GRADIENTS, check_gradient_out, check_out, check_results
+from ._score_args import GRADIENT_ARGS, argument_name, argument_place
+from ._terms import float_args
 
 if TYPE_CHECKING:
     from ._cpu import Small
@@ -26,7 +28,8 @@ class AttentionResult(NamedTuple):
 class AttentionGradients(NamedTuple):
     """Gradients by name, None where not asked for. Use the names: later versions may add fields at the end.
 
-    dq, dk, dv, dbias and dsinks have the shape and dtype of q, k, v, bias and sinks.
+    dq, dk, dv, dbias and dsinks have the shape and dtype of q, k, v, bias and sinks. dscore_args is a tuple as long as
+    score_args, with the gradients of the floats among them, None for the others.
     """
 
     dq: Any = None
@@ -34,6 +37,7 @@ class AttentionGradients(NamedTuple):
     dv: Any = None
     dbias: Any = None
     dsinks: Any = None
+    dscore_args: Any = None
 
 
 # ---------------------------------------------------------------------------------------------------------- forward
@@ -94,17 +98,37 @@ def differentiate(
     check_results(call.problem, call.inputs)
     taken = _check_grads_out(call, names, given)
     plan = call.plan(family, tile, names, deterministic)
-    gradients = {f"d{name}": _gradient(call, name, taken) for name in GRADIENTS if name in names}
+    gradients = {f"d{name}": _gradient(call, name, taken) for name in _inputs_of(call, names)}
     return gradients, call.backward(plan, gradients)
 
 
-def given_gradients(grads_out: object) -> dict[str, Any]:
-    """The arrays of ``grads_out=`` by name, as they came."""
+def _inputs_of(call: Call, names: frozenset[str]) -> list[str]:
+    """What has a gradient among what ``names`` asks for, by its name among the call's inputs."""
+    args = [argument_name("score_args", n) for n in float_args(call.problem.options)]
+    return [x for name in GRADIENTS if name in names for x in (args if name == "score_args" else (name,))]
+
+
+def gradients_of(gradients: dict[str, Any], score_args: tuple[Any, ...]) -> AttentionGradients:
+    """What the backward returns, from gradients by name."""
+    found = {name: x for name, x in gradients.items() if not argument_place(name)}
+    if len(found) < len(gradients):
+        places = (argument_name(GRADIENT_ARGS, n) for n in range(len(score_args)))
+        found[GRADIENT_ARGS] = tuple(gradients.get(place) for place in places)
+    return AttentionGradients(**found)
+
+
+def given_gradients(grads_out: object, score_args: Any = ()) -> dict[str, Any]:
+    """The arrays of ``grads_out=`` by name, as they came; those of dscore_args, one for each of score_args, apart."""
     if grads_out is None:
         return {}
     if not isinstance(grads_out, AttentionGradients):
         raise TypeError(f"grads_out is a {type(grads_out).__name__}: pass cupyflash.AttentionGradients(dq=..., ...)")
-    return {name: x for name, x in grads_out._asdict().items() if x is not None}
+    found = {name: x for name, x in grads_out._asdict().items() if x is not None}
+    args = found.pop(GRADIENT_ARGS, ())
+    if not isinstance(args, tuple) or (args and len(args) != len(score_args)):
+        seen = f"of {len(args)}" if isinstance(args, tuple) else f"{args!r}"
+        raise ValueError(f"grads_out.dscore_args is {seen}: it is a tuple with one entry for each of score_args")
+    return found | {argument_name(GRADIENT_ARGS, n): x for n, x in enumerate(args) if x is not None}
 
 
 def results_of(dout: Any, out: Any, lse: Any, dlse: Any) -> dict[str, Any]:
@@ -119,7 +143,7 @@ def _check_grads_out(call: Call, names: frozenset[str], given: dict[str, Any]) -
     others = dict(call.inputs)
     for gradient, x in given.items():
         name = gradient[1:]
-        if name not in names:
+        if name not in call.inputs or name not in _inputs_of(call, names):
             raise ValueError(f"grads_out.{gradient} is given, but wrt={tuple(sorted(names))} leaves {name!r} out")
         x = take(f"grads_out.{gradient}", x)
         same_place({"q": call.inputs["q"], f"grads_out.{gradient}": x})

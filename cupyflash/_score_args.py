@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ._arrays import Array, address, misaligned, take
+from ._arrays import DTYPES, Array, address, misaligned, take
 from ._expression import KINDS
 
 FUNCTIONS = ("score_args", "mask_args")
+GRADIENT_ARGS = "dscore_args"  # the gradients of score_args, in whose place kernels find them
 MOST_ARGS, MOST_AXES = 8, 4
 _ARRAY = struct.Struct(f"<q{MOST_AXES}q{MOST_AXES}i")  # data, stride[], length[]
 FUNCTION_ARGS_BYTES = MOST_ARGS * _ARRAY.size
@@ -29,9 +30,9 @@ def argument_name(args: str, n: int) -> str:
 
 
 def argument_place(name: str) -> tuple[str, int] | None:
-    """Which of score_args or mask_args, and its place there, has this name; None: an array of another kind."""
+    """Which of score_args, mask_args or dscore_args, and its place there, has this name; None: another kind."""
     args, bracket, rest = name.partition("[")
-    return (args, int(rest[:-1])) if bracket and args in FUNCTIONS else None
+    return (args, int(rest[:-1])) if bracket and args in (*FUNCTIONS, GRADIENT_ARGS) else None
 
 
 def take_args(name: str, args: object) -> tuple[Array, ...]:
@@ -54,6 +55,11 @@ def take_args(name: str, args: object) -> tuple[Array, ...]:
 def is_number(x: object) -> bool:
     """Whether an argument came as a number, not as an array."""
     return isinstance(x, (bool, int, float, np.generic))
+
+
+def is_float(x: object) -> bool:
+    """Whether an argument, as it came, has a gradient."""
+    return (np.asarray(x) if is_number(x) else take("score_args", x)).dtype in DTYPES
 
 
 def signature(name: str, arrays: tuple[Array, ...]) -> tuple[Argument, ...]:

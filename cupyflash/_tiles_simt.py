@@ -111,6 +111,8 @@ TABLE |= {
         (256, TileRow(64, 32, 8, 32, "38 KB")),
     ),
     ("bwd_bias_simt", 8): ((256, TileRow(32, 32, 4, 32, "44 KB")),),
+    ("bwd_score_simt", 4): ((256, TileRow(64, 64, 8, 32, "36 KB")),),
+    ("bwd_score_simt", 8): ((256, TileRow(32, 32, 4, 32, "26 KB")),),
 }
 
 
@@ -138,6 +140,8 @@ def smem_bytes(
         return chunks_of_q * tile(m, chunk) + tile(m, n) + 2 * tile(n, max(chunk, chunk_v)) + entry
     if kernel == "bwd_bias_simt":
         return tile(m, n) + 2 * tile(m, max(chunk, chunk_v)) + 2 * tile(n, max(chunk, chunk_v)) + 4 * m * accumulator
+    if kernel == "bwd_score_simt":
+        return tile(m, n) + tile(m, max(chunk, chunk_v)) + tile(n, max(chunk, chunk_v)) + 2 * m * accumulator
     scores = (2 if apart else 1) * tile(n, m) if kernel in KEYED else tile(m, n)
     return scores + 2 * tile(m, max(chunk, chunk_v)) + 2 * tile(n, max(chunk, chunk_v)) + 2 * m * accumulator + entry
 
@@ -148,7 +152,8 @@ def register_words(kernel: str, row: TileRow, head_dim: int, head_dim_v: int, ac
     rows = owned // (4 * row.warps)
     scores = met // 8
     outputs = {
-        "fwd_simt": head_dim_v, "bwd_simt_dq": head_dim, "bwd_simt_dkdv": head_dim + head_dim_v, "bwd_bias_simt": met
+        "fwd_simt": head_dim_v, "bwd_simt_dq": head_dim, "bwd_simt_dkdv": head_dim + head_dim_v, "bwd_bias_simt": met,
+        "bwd_score_simt": met,
     }  # fmt: skip
     return rows * (scores + outputs[kernel] // 8) * accumulator // 4
 

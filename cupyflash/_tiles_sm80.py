@@ -268,6 +268,12 @@ def bias_row(head_dim: int, head_dim_v: int) -> AmpereRow:
     return AmpereRow(64, 32, 4, 2, 1, 0, False, "not compared")
 
 
+def score_smem_bytes(row: AmpereRow, head_dim: int, head_dim_v: int) -> int:
+    """Shared memory of bwd_score_sm80, whose tile of pairs lies where Q, K, dO and V lay."""
+    tiles = 2 * (row.block_m + row.block_n) * (head_dim + head_dim_v)
+    return max(tiles, 4 * row.block_m * (row.block_n + 4)) + 2 * row.block_m * 4
+
+
 def bias_smem_bytes(row: AmpereRow, head_dim: int, head_dim_v: int) -> int:
     """Shared memory of bwd_bias_sm80: sizeof(Smem) in the kernel."""
     return 2 * (row.block_m + row.block_n) * (head_dim + head_dim_v) + 2 * row.block_m * 4

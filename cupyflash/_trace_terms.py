@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from ._expression import Expression, Kind, Node
 
-Form = Literal["b", "h", "i", "j", "constant", "j - i + c", "i - j + c", "general"]
+Form = Literal["b", "h", "i", "j", "constant", "from the end", "j - i + c", "i - j + c", "general"]
 Linear = dict[str, int]  # coefficients of b, h, i, j, and of "" the constant
 _DIAGONALS: dict[tuple[tuple[str, int], ...], Form] = {
     (("i", -1), ("j", 1)): "j - i + c",
@@ -22,8 +22,8 @@ _DIAGONALS: dict[tuple[tuple[str, int], ...], Form] = {
 class IndexForm(NamedTuple):
     """What an index expression is, before it is clamped into its axis.
 
-    ``c``: what is added on a diagonal, or the constant itself. ``low`` and ``high``: the function clips to them first;
-    None: it does not.
+    ``c``: what is added on a diagonal, or the constant itself, below 0 where it counts from the axis's end. ``low`` and
+    ``high``: the function clips to them first; None: it does not.
     """
 
     form: Form
@@ -67,16 +67,24 @@ def arg_terms(expression: Expression) -> tuple[ArgTerm, ...]:
 
 def classify(expression: Expression, sums: list[Linear | None], n: int) -> IndexForm:
     """The form of an index expression. int32 sums of positions are taken not to wrap."""
+    if (c := _from_end(expression, n)) is not None:
+        return IndexForm("from the end", c)
     low = high = None
-    while expression.nodes[n].op in ("minimum", "maximum"):
+    shift = 0  # what is added behind the bounds to come
+    while sums[n] is None and expression.nodes[n].op in ("minimum", "maximum", "add", "subtract"):
         node = expression.nodes[n]
         bound, other = (_constant(expression, i) for i in node.inputs)
-        if bound is None:
+        if bound is None or node.op == "subtract":
             bound, inner = other, node.inputs[0]
         else:
             inner = node.inputs[1]
         if bound is None:
             return IndexForm("general")
+        if node.op in ("add", "subtract"):
+            shift += bound if node.op == "add" else -bound
+            n = inner
+            continue
+        bound += shift
         # An outer bound wins: what an inner one leaves is clipped by it once more.
         if node.op == "minimum":
             high = bound if high is None else min(bound, high)
@@ -88,7 +96,7 @@ def classify(expression: Expression, sums: list[Linear | None], n: int) -> Index
     terms = sums[n]
     if terms is None:
         return IndexForm("general")
-    c = terms.get("", 0)
+    c = terms.get("", 0) + shift
     kept = tuple(sorted((name, factor) for name, factor in terms.items() if factor and name))
     if not kept:
         c = c if low is None else max(c, low)
@@ -98,6 +106,14 @@ def classify(expression: Expression, sums: list[Linear | None], n: int) -> Index
     plain = len(kept) == 1 and kept[0][1] == 1 and c == 0 and low is None and high is None
     names: dict[str, Form] = {"b": "b", "h": "h", "i": "i", "j": "j"}
     return IndexForm(names[kept[0][0]]) if plain else IndexForm("general")
+
+
+def _from_end(expression: Expression, n: int) -> int | None:
+    """The constant below 0 that an index was, if it was one: it comes as the axis's length plus it."""
+    node = expression.nodes[n]
+    if node.op != "add" or expression.nodes[node.inputs[0]].op != "length":
+        return None
+    return _constant(expression, node.inputs[1])
 
 
 def _constant(expression: Expression, n: int) -> int | None:

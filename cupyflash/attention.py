@@ -18,6 +18,7 @@ from ._results import (
     compute,
     differentiate,
     given_gradients,
+    gradients_of,
     results_of,
     split_out,
 )
@@ -95,7 +96,7 @@ def attention(
         the pair of query i and key j of query head h and entry b of the flattened leading axes. Written in NumPy's
         terms; on a GPU it is traced to CUDA C, and differentiated by s. -inf hides a pair. Rules: docs/score.md.
     score_args : tuple of arrays and numbers
-        What a score function gets beside s and positions: up to 8 arrays of up to 4 axes. They have no gradient.
+        What a score function gets beside s and positions: up to 8 arrays of up to 4 axes. Floats have a gradient.
     q_lens, kv_lens : int or integer array over the leading axes, optional
         How many rows and keys each batch entry has, from 0 to Sq and Sk. What lies beyond is never used; there out is 0
         and lse -inf. Arrays on a device are not looked at unless CUPYFLASH_CHECK=1 is in the environment: there a
@@ -237,8 +238,8 @@ def attention_backward(
         What ``attention(..., return_lse=True)`` returned. out may be float32 for 16-bit q.
     dlse : array, shape of lse, optional
         Gradient of the scalar with respect to lse. It is not read where lse is -inf.
-    wrt : tuple of {"q", "k", "v", "bias", "sinks"}, optional
-        Which gradients to compute. None: those of q, k, v, and of bias and sinks where given.
+    wrt : tuple of {"q", "k", "v", "bias", "sinks", "score_args"}, optional
+        Which gradients to compute. None: those of q, k, v, and of bias, sinks and float score_args where given.
     grads_out : AttentionGradients, optional
         Arrays to write into; None entries are allocated. Each has its input's shape and dtype.
     scale, causal, window, softcap, bias, mask, mask_args, alibi_slopes, sinks, score, score_args
@@ -249,19 +250,22 @@ def attention_backward(
         As for ``attention``, for this call's kernels.
     deterministic : bool
         True: the same bits on every run. False permits dq to differ from run to run where that is faster: for heads
-        wider than 128 in the "sm90" family, which then adds its parts in the order in which they arrive.
+        wider than 128 in the "sm90" family, which then adds its parts in the order in which they arrive; and it permits
+        gradients of score_args whose index is none of b, h, i, j, a constant, j - i plus a constant, clipped or not.
 
     Returns
     -------
     AttentionGradients
-        dq, dk, dv, dbias, dsinks: shape, layout and dtype of their inputs, summed over broadcast axes and over the
-        query heads of a group in the accumulation type, in a fixed order. None where ``wrt`` leaves one out. dbias is 0
-        at hidden pairs; dq of rows beyond q_lens, and dk, dv of keys beyond kv_lens, are 0.
+        dq, dk, dv, dbias, dsinks, and the entries of dscore_args, a tuple with one for each of score_args: shape,
+        layout and dtype of their inputs, summed over broadcast axes and over the query heads of a group in the
+        accumulation type, in a fixed order. None where ``wrt`` leaves one out, and for integers and booleans. dbias is
+        0 at hidden pairs; dq of rows beyond q_lens, and dk, dv of keys beyond kv_lens, are 0.
 
     Raises
     ------
     ValueError, TypeError
-        As for ``attention``; ValueError if ``wrt`` names what the call does not have.
+        As for ``attention``; ValueError if ``wrt`` names what the call does not have, or if a gradient of score_args
+        has no fixed order and ``deterministic`` asks for one.
 
     Notes
     -----
@@ -276,7 +280,7 @@ def attention_backward(
         dropout, seed, layout, precision, score, score_args, mask_args,
     )  # fmt: skip
     names = read_wrt(wrt, asked.differentiable)
-    given = given_gradients(grads_out)
+    given = given_gradients(grads_out, score_args)
     options, sides = asked.looked_up()
     tensors = results_of(dout, out, lse, dlse) | {"q": q, "k": k, "v": v, **sides, **given}
     more = (family, tile, bool(deterministic), names, tuple(given))
@@ -288,7 +292,7 @@ def attention_backward(
     gradients, ready = differentiate(call, family, tile, names, given, deterministic)
     made = tuple((name, x) for name, x in gradients.items() if name not in given)
     _ready.keep(key, tensors, ready, _specs(made))
-    return AttentionGradients(**(gradients | given))
+    return gradients_of(gradients | given, score_args)
 
 
 def attention_vjp(

@@ -17,6 +17,7 @@ from ._results import (
     compute,
     differentiate,
     given_gradients,
+    gradients_of,
     results_of,
     split_out,
 )
@@ -210,12 +211,12 @@ def attention_varlen_backward(
         seed, "shd", precision, score, score_args, mask_args,
     )  # fmt: skip
     names = read_wrt(wrt, asked.differentiable)
-    given = given_gradients(grads_out)
+    given = given_gradients(grads_out, score_args)
     beside = {name: take(name, x) for name, x in results_of(dout, out, lse, dlse).items()}
     cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     call = PackedCall(q, k, v, asked, cu_seqlens, max_seqlens, beside=beside, out=beside["out"])
     gradients, _ = differentiate(call, family, tile, names, given, deterministic)
-    return AttentionGradients(**(gradients | given))
+    return gradients_of(gradients | given, score_args)
 
 
 def attention_varlen_vjp(

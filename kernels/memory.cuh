@@ -49,6 +49,12 @@ __device__ __forceinline__ int count_bits(unsigned bits) { return __popc(bits); 
 // The counter's value before this thread's one is added.
 __device__ __forceinline__ int take_ticket(int* counter) { return atomicAdd(counter, 1); }
 
+// Added in the order of arrival.
+template <typename T>
+__device__ __forceinline__ void add_global(T* address, T x) {
+  atomicAdd(address, x);
+}
+
 // The block's dynamic shared memory as one struct: DYNAMIC_SHARED(Smem, smem); declares `Smem& smem`. Its size at
 // launch is sizeof(Smem); aligned as Type asks, to 16 bytes at least; its first content is undefined.
 #define DYNAMIC_SHARED(Type, name)                                                                   \

@@ -72,7 +72,7 @@ def attention_by_loops(
     q, k, v = (np.broadcast_to(a, (*batch, *a.shape[-3:])) for a in (q, k, v))
     (heads, rows, dim), (heads_k, keys, dim_v) = q.shape[-3:], v.shape[-3:]
     scale = dim**-0.5 if scale is None else scale
-    kind = np.result_type(q, k, v, *(x for x in (bias, sinks) if x is not None))
+    kind = np.result_type(q, k, v, *(x for x in (bias, sinks) if x is not None), *filter(np.iscomplexobj, score_args))
     every = (*batch, heads, rows, keys)
     bias = np.broadcast_to(0.0 if bias is None else bias, every)
     if callable(mask):
@@ -205,9 +205,14 @@ def test_backward_is_the_complex_step(name):
     got = reference.backward(dout, *inputs.values(), out, lse, dlse=np.where(empty, np.nan, dlse), **options)
 
     inputs |= {name: options[name] for name in ("bias", "sinks") if name in options}
-    assert [f"d{name}" for name in inputs] == [name for name, x in got._asdict().items() if x is not None]
+    gradients = {name: x for name, x in got._asdict().items() if x is not None}
+    for n, x in enumerate(gradients.pop("dscore_args", ())):
+        if x is not None:
+            inputs[n] = np.asarray(options["score_args"][n])
+            gradients[f"d{n}"] = x
+    assert [f"d{name}" for name in inputs] == [*gradients]
     for n, x in inputs.items():
-        gradient = got._asdict()[f"d{n}"]
+        gradient = gradients[f"d{n}"]
         assert gradient.shape == x.shape
         assert (gradient[~np.isfinite(x)] == 0).all()
         for index in rng.permutation(np.argwhere(np.isfinite(x)))[:SOME].tolist():
@@ -215,6 +220,8 @@ def test_backward_is_the_complex_step(name):
             y[tuple(index)] += 1e-20j
             changed = {**inputs, n: y}
             qkv = [changed.pop(m) for m in "qkv"]
+            args = [changed.pop(m, arg) for m, arg in enumerate(options.get("score_args", ()))]
+            changed |= {"score_args": tuple(args)} if args else {}
             o, s = attention_by_loops(*qkv, **{**options, **changed})
             want = ((dout * o).sum() + (dlse * np.where(empty, 0, s)).sum()).imag / 1e-20
             got_here = float(gradient[tuple(index)])

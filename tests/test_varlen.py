@@ -84,7 +84,9 @@ class Packed:
         out = np.zeros((len(self.q), HEADS, self.v.shape[2]))
         lse = np.full((HEADS, len(self.q)), -np.inf)
         likes = {"q": self.q, "k": self.k, "v": self.v, **self.options}
-        grads = {name: np.zeros(likes[name].shape) for name in wrt}
+        grads = {name: np.zeros(likes[name].shape) for name in wrt if name != "score_args"}
+        if "score_args" in wrt:  # the first has an axis of sequences
+            grads |= {f"score_args[{n}]": np.zeros(np.shape(x)) for n, x in enumerate(self.options["score_args"])}
         whole = np.zeros(self.shape)
         for b in range(self.shape[0]):
             rows, keys = self.sequence(b)
@@ -102,6 +104,8 @@ class Packed:
                 whole[b, :, : q.shape[1], : k.shape[1]] = g.dbias
             if "sinks" in wrt:
                 grads["sinks"] += g.dsinks
+            for n, x in enumerate(g.dscore_args or ()):
+                grads[f"score_args[{n}]"][b if n == 0 else ...] += x[0] if n == 0 else x
         if "bias" in wrt:
             shape = self.options["bias"].shape
             axes = tuple(i for i, (n, m) in enumerate(zip(shape, self.shape, strict=True)) if n != m)
@@ -116,7 +120,9 @@ class Packed:
         out, lse = attention_varlen(q, k, v, *cu, return_lse=True, **on)
         g = attention_varlen_backward(dout, q, k, v, out, lse, *cu, dlse=dlse, wrt=wrt, **on)
         host = (lambda x: x) if xp is np else (lambda x: x.get())
-        return host(out), host(lse), {name: host(getattr(g, f"d{name}")) for name in wrt}
+        grads = {name: host(getattr(g, f"d{name}")) for name in wrt if name != "score_args"}
+        grads |= {f"score_args[{n}]": host(x) for n, x in enumerate(g.dscore_args or ())}
+        return host(out), host(lse), grads
 
 
 def on_device(x, xp):
@@ -127,7 +133,7 @@ def on_device(x, xp):
 
 
 def wrt_of(options):
-    return ("q", "k", "v", *(name for name in ("bias", "sinks") if name in options))
+    return ("q", "k", "v", *(name for name in ("bias", "sinks", "score_args") if name in options))
 
 
 def check(packed, xp=np, bound=1e-12, **more):

@@ -334,6 +334,10 @@ def backward_limits(
     dsinks over n rows: n + 2 roundings, if one term after another, and one more in a narrower dtype. A term of
     dsinks is p = exp(sink - lse), wrong by a factor 1 +- r with r of 6 u (|sink| + |lse|) and EXP u, times
     delta, wrong by (N_d + 3) u B_i.
+
+    Arguments of a score function: a term is ds times the slope by the element, whose error is that of score' with
+    the slope's own bend, so |err| <= E_ij |slope| + (|ds| + E_ij) (|err slope| + u |slope|); a sum of n such terms,
+    in any order, n + 2 roundings. They are checked where neither rows nor keys are given.
     """
     layout, a = options.get("layout", "hsd"), arithmetic(q.dtype)
     bias, sinks = options.get("bias"), options.get("sinks")
@@ -373,7 +377,11 @@ def backward_limits(
         this = reference.differentials(*arguments, keys=reference.NO_KEYS, **options)
         values, error = (x.sum(axis=-1) for x in sink_limits(this, chains, a))
         dsinks = spread(values.swapaxes(-1, -2), error.swapaxes(-1, -2), sinks.shape, sinks)
-    exact, limit = zip(dq, dk, dv, dbias, dsinks, strict=True)
+    dscore_args: tuple[Any, Any] = (None, None)
+    if rows is None and keys is None and options.get("score_args"):
+        this = reference.differentials(*arguments, **options)
+        dscore_args = use_limits(this, chains, a, options["score_args"], out_dtype)
+    exact, limit = zip(dq, dk, dv, dbias, dsinks, dscore_args, strict=True)
     return reference.Gradients(*exact), reference.Gradients(*limit)
 
 
@@ -381,6 +389,7 @@ class PairLimits(NamedTuple):
     """Limits of the errors of a pair's numbers."""
 
     p: Array  # of kept_ij p_ij
+    ds: Array
     du: Array
     dt: Array
 
@@ -415,7 +424,28 @@ def pair_limits(
     if p_dtype is not None:
         weight_error = weight_error + this.kept * relative(this.p + p_error, p_dtype)
         dt_error = dt_error + relative(abs(this.dt) + dt_error, p_dtype)
-    return PairLimits(*(np.where(this.seen, x, 0) for x in (weight_error, du_error, dt_error)))
+    return PairLimits(*(np.where(this.seen, x, 0) for x in (weight_error, ds_error, du_error, dt_error)))
+
+
+def use_limits(
+    this: reference.Differentials, chains: Chains, a: Arithmetic, score_args: tuple[Any, ...], out_dtype: Any
+) -> tuple[tuple[Array | None, ...], tuple[Array | None, ...]]:
+    """dscore_args, and the limits of their errors (see `backward_limits`)."""
+    roundings = 8 + chains.d + EXTRA
+    ds_error, u_error = pair_limits(this, chains, a, None).ds, unscored_errors(this, roundings, a)
+    values, errors = [], []
+    for use in this.score_uses():
+        slope = abs(use.slope)
+        slope_error = use.bend * u_error + SLOPE * a.u * (slope + 1)
+        value = np.where(this.seen, this.ds * use.slope, 0)
+        error = ds_error * slope + (abs(this.ds) + ds_error) * (slope_error + a.u * slope) + a.tiny
+        error = error + a.grow(chains.term * value.size + 2) * (abs(value) + error) + a.tiny
+        values.append(value)
+        errors.append(np.where(this.seen, error, 0))
+    exact, limit = (reference.sum_uses(this, x, score_args) for x in (values, errors))
+    types = [np.asarray(x).dtype if out_dtype is None else out_dtype for x in score_args]
+    both = zip(exact, limit, types, strict=True)
+    return exact, tuple(None if x is None or y is None else y + stored(x, y, t, a) for x, y, t in both)
 
 
 def sink_limits(this: reference.Differentials, chains: Chains, a: Arithmetic) -> tuple[Array, Array]:
@@ -567,7 +597,8 @@ def check_backward(
     """Compare the gradients that are not None with the specification from the same out and lse.
 
     Parameters are those of `check_forward`, and ``rows`` for dq, ``keys`` for dk and dv, both for dbias,
-    ``chain_q`` for N_q. `gradients` are dq, dk, dv and, if there are more, dbias and dsinks.
+    ``chain_q`` for N_q. `gradients` are dq, dk, dv and, if there are more, dbias, dsinks and
+    dscore_args.
     """
     layout = options.get("layout", "hsd")
     chains = longest_chains(q, k, v, layout, backward=True)
@@ -584,12 +615,15 @@ def check_backward(
         parts = (*parts, {-2: own_rows, -1: own_keys})
     else:
         parts = (*parts, {})
+    compared: list[Any] = list(zip(want._fields[:5], (*gradients, None, None), want, limit, (*parts, {}), strict=False))
+    if len(gradients) > 5 and gradients[5] is not None and want.dscore_args is not None:
+        assert limit.dscore_args is not None
+        args = zip(gradients[5], want.dscore_args, limit.dscore_args, strict=True)
+        compared += [(f"dscore_args[{n}]", *of_arg, {}) for n, of_arg in enumerate(args)]
     return Report(
         tuple(
             _compare_part(name, got, index, exact, most)
-            for name, got, exact, most, index in zip(
-                want._fields, (*gradients, None, None), want, limit, (*parts, {}), strict=False
-            )
+            for name, got, exact, most, index in compared
             if got is not None and exact is not None and most is not None
         )
     )

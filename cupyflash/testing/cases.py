@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .. import AttentionGradients, attention, attention_backward, explain
-from . import bounds
+from . import bounds, reference
 from .data import Case, Inputs, Placed, Shape, place, place_empty, to_numpy
 from .table import options_table as options_table
 
@@ -60,7 +60,7 @@ def run(case: Case, xp: Any = np, **options: Any) -> bounds.Report:
     plan = explain(q, k, v, backward=True, wrt=case.wrt, **options)
     report = report + bounds.check_backward(
         values.dout, values.q, values.k, values.v, to_numpy(out), to_numpy(lse),
-        tuple(None if g is None else to_numpy(g) for g in grads), dlse=values.dlse if case.dlse else None,
+        _to_numpy(grads), dlse=values.dlse if case.dlse else None,
         chain_d=plan.chain_d, chain_k=plan.chain_k, chain_q=plan.chain_q,
         p_dtype=values.q.dtype if plan.rounds_p else None, **meaning,
     )  # fmt: skip
@@ -89,6 +89,11 @@ def _place(case: Case, xp: Any) -> tuple[dict[str, Placed], dict[str, Any], dict
     return placed, options, {name: placed[name].values if name in placed else value for name, value in meaning.items()}
 
 
+def _to_numpy(grads: Any) -> tuple[Any, ...]:
+    """Gradients, a tuple of them among these, on the host."""
+    return tuple(None if x is None else _to_numpy(x) if isinstance(x, tuple) else to_numpy(x) for x in grads)
+
+
 def _poison_padding(case: Case, out: Any, lse: Any) -> None:
     """NaN in the rows of out and lse that an entry does not have: the backward may not use them."""
     lens = case.lens("q")
@@ -113,8 +118,11 @@ def _outputs(case: Case, placed: dict[str, Placed], xp: Any) -> dict[str, Placed
     for name in ("q", "k", "v", "bias", "sinks"):
         if name in placed:
             shapes[f"d{name}"] = placed[name].array.shape, placed[name].array.dtype
+    for n, x in enumerate(case.options().get("score_args", ())):
+        if reference.is_float(x):
+            shapes[f"dscore_args[{n}]"] = np.shape(x), np.asarray(x).dtype
     styles = dict(zip(OUTPUTS, (*case.styles[4:], *case.styles_beside[2:]), strict=True))
-    return {name: place_empty(*shape, styles[name], xp) for name, shape in shapes.items()}
+    return {name: place_empty(*shape, styles.get(name, "plain"), xp) for name, shape in shapes.items()}
 
 
 def _forward(case: Case, qkv: tuple[Any, ...], outputs: dict[str, Placed], options: dict[str, Any]) -> Any:
@@ -139,9 +147,15 @@ def _backward(
     options: dict[str, Any],
 ) -> Any:
     """The gradients, written where the case says."""
-    known = [name[1:] for name in outputs if name.startswith("d")]
-    names = case.wrt or known
-    given = {f"d{name}": outputs[f"d{name}"].array for name in names} if case.grads_out else {}
+    known = [name[1:] for name in outputs if name.startswith("d") and "[" not in name]
+    args = [outputs.get(f"dscore_args[{n}]") for n in range(len(options.get("score_args", ())))]
+    floats = ["score_args"] if any(x is not None for x in args) else []
+    names = case.wrt or [*known, *floats]
+    given: dict[str, Any] = {}
+    if case.grads_out:
+        given = {f"d{name}": outputs[f"d{name}"].array for name in names if name != "score_args"}
+        if "score_args" in names:
+            given["dscore_args"] = tuple(None if x is None else x.array for x in args)
     q, k, v, dout = (placed[name].array for name in ("q", "k", "v", "dout"))
     grads = attention_backward(
         dout, q, k, v, out, lse, dlse=dlse, wrt=case.wrt,
@@ -153,6 +167,13 @@ def _backward(
         if got is not None:
             _expect(f"d{name}", got, outputs[f"d{name}"].array)
             _promise(not given or got is given[f"d{name}"], f"d{name} is not the array of grads_out=")
+    got = grads.dscore_args
+    _promise((got is not None) == ("score_args" in names and bool(floats)), f"wrt={case.wrt}, dscore_args={got}")
+    for n, (x, like) in enumerate(zip(got or (), args, strict=False)):
+        _promise((x is None) == (like is None), f"dscore_args[{n}] is {type(x).__name__}")
+        if like is not None:
+            _expect(f"dscore_args[{n}]", x, like.array)
+            _promise(not given or x is like.array, f"dscore_args[{n}] is not the array of grads_out=")
     return grads
 
 

@@ -22,6 +22,19 @@ class Sizes(NamedTuple):
     keys: int
 
 
+class Use(NamedTuple):
+    """One use of an element of a float argument, at all pairs.
+
+    ``slope``: the score's derivative with respect to it; ``bend``: the largest absolute value of that slope's own
+    derivative with respect to s.
+    """
+
+    argument: int
+    at: tuple[Any, ...]
+    slope: Any
+    bend: Any
+
+
 Draw = Callable[[np.random.Generator, Sizes], tuple[Any, ...]]
 
 
@@ -37,12 +50,15 @@ class Score:
         Of args: the largest absolute value of the second derivative.
     args : callable
         Arguments for a generator and sizes.
+    uses : callable
+        Of (s, b, h, i, j, *args): every Use of a float argument.
     """
 
     function: Callable[..., Any]
     slope: Callable[..., Any]
     bend: Callable[..., Any]
     args: Draw
+    uses: Callable[..., tuple[Use, ...]] = lambda *_: ()
 
 
 SCORES: dict[str, Score] = {}
@@ -94,16 +110,19 @@ def _straight(*_: Any) -> float:
 
 
 SCORES["distance"] = Score(
-    _distance, _one, _straight, lambda rng, n: ((2.0 ** -rng.uniform(1, 8, n.heads)).astype(np.float32),)
+    _distance, _one, _straight, lambda rng, n: ((2.0 ** -rng.uniform(1, 8, n.heads)).astype(np.float32),),
+    lambda s, b, h, i, j, slope: (Use(0, (h,), j - i, 0),),
 )
 SCORES["relative"] = Score(
-    _relative, _one, _straight, lambda rng, n: (rng.standard_normal((n.heads, 9)).astype(np.float16),)
+    _relative, _one, _straight, lambda rng, n: (rng.standard_normal((n.heads, 9)).astype(np.float16),),
+    lambda s, b, h, i, j, table: (Use(0, (h, np.clip(j - i + 4, 0, 8)), 1, 0),),
 )
 SCORES["square"] = Score(
     _square,
     lambda s, b, h, i, j, factor: 2 * s * factor,
     lambda factor: 2 * abs(factor),
     lambda rng, n: (float(rng.choice([-0.05, 0.02])),),
+    lambda s, b, h, i, j, factor: (Use(0, (), s * s, 2 * abs(s)),),
 )
 SCORES["capped"] = Score(
     _capped, lambda s, b, h, i, j: 1 - np.tanh(s / 5) ** 2, lambda: 0.16, lambda rng, n: ()
@@ -114,7 +133,10 @@ SCORES["near"] = Score(
     _straight,
     lambda rng, n: (int(rng.integers(5, 30)),),
 )
-SCORES["gain"] = Score(_gain, lambda s, b, h, i, j, gain, less: s * 0 + gain[b, j], _straight, _draw_gain)
+SCORES["gain"] = Score(
+    _gain, lambda s, b, h, i, j, gain, less: s * 0 + gain[b, j], _straight, _draw_gain,
+    lambda s, b, h, i, j, gain, less: (Use(0, (b, j), s, 1), Use(1, (i,), -1, 0)),
+)
 
 
 def _bands(b: Any, h: Any, i: Any, j: Any) -> Any:

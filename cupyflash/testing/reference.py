@@ -24,6 +24,7 @@ Backward, given the cotangents do_i = dout of o_i and dl_i = dlse of lse_i:
     dk_j    = scale * sum_i dt_ij q_i                over the rows of every query head that reads k_j
     dv_j    =         sum_i kept_ij p_ij do_i
     dbias   =         du                             summed over the axes along which bias was broadcast
+    darg    =         sum_ij ds_ij dscore/darg       over the pairs whose score reads that element of score_args
     dsink   =       - sum_i exp(sink - lse_i) delta_i        over the rows of every entry
 
 `forward` and `backward` take NumPy arrays of any dtype and return arrays of the working type. ``rows=`` and
@@ -63,6 +64,7 @@ class Gradients(NamedTuple):
     dv: Array | None
     dbias: Array | None = None
     dsinks: Array | None = None
+    dscore_args: tuple[Array | None, ...] | None = None  # one for each argument, None for those that are no floats
 
 
 # ------------------------------------------------------------------------------------------------ conventions
@@ -139,6 +141,10 @@ class ScoreAt:
         """The derivative with respect to u_ij, of a function that the specification knows."""
         return np.broadcast_to(functions.known(self.function).slope(u, *self.pairs, *self.args), u.shape)
 
+    def uses(self, u: Array) -> tuple[functions.Use, ...]:
+        """Where float arguments are used, and the derivatives with respect to them."""
+        return functions.known(self.function).uses(u, *self.pairs, *self.args)
+
     def bend(self) -> Any:
         """How fast the slope changes at most."""
         return functions.known(self.function).bend(*self.args)
@@ -175,6 +181,13 @@ class Pairs:
         if self.score is None:
             return u
         return np.where(u == -np.inf, u, self.score.value(np.where(u == -np.inf, 0, u)))
+
+    def score_uses(self) -> tuple[functions.Use, ...]:
+        """Where the score function uses float arguments; slopes are any numbers where the pair is hidden."""
+        if self.score is None:
+            return ()
+        u = self.unscored()
+        return self.score.uses(np.where(u == -np.inf, 0, u))
 
     def score_slope(self) -> Any:
         """The derivative of the score function, of any number where the pair is hidden."""
@@ -380,18 +393,19 @@ def backward(
     ----------
     dout, q, k, v, out, lse, dlse : numpy.ndarray
         As for `cupyflash.attention_backward`.
-    wrt : sequence of {"q", "k", "v", "bias", "sinks"}, optional
+    wrt : sequence of {"q", "k", "v", "bias", "sinks", "score_args"}, optional
         Which gradients to evaluate; None: of all that is given.
     rows, keys : array_like of int, optional
         dq only at these query positions; dk and dv only at these keys; dbias only at both, along axes that bias has
-        itself. dsinks is always whole.
+        itself. dsinks and dscore_args are always whole.
     **options
         Those of `cupyflash.attention` that say what to compute.
     """
     layout, bias, sinks = options.get("layout", "hsd"), options.get("bias"), options.get("sinks")
     arguments = (dout, q, k, v, out, lse, dlse)
     if wrt is None:
-        wrt = differentiable(bias, sinks)
+        wrt = differentiable(bias, sinks, options.get("score_args", ()))
+    dscore_args = None
     dq = dk = dv = dbias = dsinks = None
     if "q" in wrt:
         this = differentials(*arguments, rows=rows, **options)
@@ -407,15 +421,38 @@ def backward(
     if "sinks" in wrt and sinks is not None:
         this = differentials(*arguments, keys=NO_KEYS, **options)
         dsinks = sum_to(-(weights(this.sink, this.lse) * this.delta).sum(axis=(-2, -1)), sinks.shape)
-    return Gradients(dq, dk, dv, dbias, dsinks)
+    if "score_args" in wrt:
+        this = differentials(*arguments, **options)
+        terms = [np.where(this.seen, this.ds * use.slope, 0) for use in this.score_uses()]
+        dscore_args = sum_uses(this, terms, options["score_args"])
+    return Gradients(dq, dk, dv, dbias, dsinks, dscore_args)
+
+
+def sum_uses(this: Pairs, terms: Sequence[Array], score_args: tuple[Any, ...]) -> tuple[Array | None, ...]:
+    """For each float argument, the sums of each use's terms, (..., Hq, rows, keys), at the elements used."""
+    sums = tuple(np.zeros(np.shape(x), this.q.dtype) if is_float(x) else None for x in score_args)
+    for use, term in zip(this.score_uses(), terms, strict=True):
+        total = sums[use.argument]
+        assert total is not None
+        if use.at:
+            np.add.at(total, tuple(np.broadcast_to(x, term.shape) for x in use.at), term)
+        else:
+            total += term.sum()
+    return sums
+
+
+def is_float(x: Any) -> bool:
+    """Whether an argument of a function has a gradient."""
+    return np.asarray(x).dtype.kind not in "biu"
 
 
 NO_KEYS = np.zeros(0, np.int64)
 
 
-def differentiable(bias: Array | None, sinks: Array | None) -> tuple[str, ...]:
+def differentiable(bias: Array | None, sinks: Array | None, score_args: tuple[Any, ...] = ()) -> tuple[str, ...]:
     """What there are gradients of, by name."""
-    return ("q", "k", "v", *(name for name, x in (("bias", bias), ("sinks", sinks)) if x is not None))
+    given = tuple(name for name, x in (("bias", bias), ("sinks", sinks)) if x is not None)
+    return ("q", "k", "v", *given, *(("score_args",) if any(map(is_float, score_args)) else ()))
 
 
 def own_axes(bias: Array, rows: Index, keys: Index) -> tuple[Index, Index]:

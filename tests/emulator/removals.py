@@ -13,6 +13,7 @@ import numpy as np
 from cupyflash._plan import Rows
 from cupyflash._tiles_sm80 import AmpereBackwardRow, AmpereRow
 from cupyflash._tiles_sm90 import HopperBackwardRow, HopperRow
+from cupyflash.testing.functions import SCORES
 
 from .build import WORDS
 from .device import Device, Patch
@@ -147,7 +148,8 @@ class Problem:
         with Device(schedule, patches, undefined=False) as xp:
             device = [self._on(xp, x) for x in (dout, q, k, v, out, lse)]
             got = attention_backward(*device, **self._asked(xp))
-        for x, y in zip(got, reference.backward(dout, q, k, v, out, lse, **self._meaning()), strict=True):
+        *right, right_args = reference.backward(dout, q, k, v, out, lse, **self._meaning())
+        for x, y in zip((*got[:5], *(got[5] or ())), (*right, *(right_args or ())), strict=True):
             if x is not None:
                 _compare(x.get(), y)
 
@@ -157,7 +159,11 @@ class Problem:
 
     def _asked(self, xp: Any) -> dict[str, Any]:
         """The options, their arrays on the device."""
-        return {name: xp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in self.options}
+        options = dict(self.options)
+        args = tuple(xp.asarray(x) for x in options.pop("score_args", ()))
+        return {name: xp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()} | (
+            {"score_args": args} if args else {}
+        )
 
     def _on(self, xp: Any, x: np.ndarray) -> Any:
         if not self.unaligned:
@@ -239,6 +245,18 @@ def bias_problem(dtype: str, shape: tuple[int, ...], *options: tuple[str, Any]) 
 SINKS = Problem("float32", 16, 600, 40, (("sinks", np.ones(2, np.float32)),), heads=2, heads_k=2)
 BIAS_SIMT = tuple(bias_problem("float32", shape) for shape in ((1, 2, 70, 90), (3, 1, 1, 90)))
 BIAS_SM80 = tuple(bias_problem("float16", shape, ("family", "sm80")) for shape in ((1, 1, 70, 90), (1, 2, 1, 90)))
+
+
+def score_problem(dtype: str, *more: tuple[str, Any], score: str = "relative") -> Problem:
+    """The gradient of a table of distances, or, of "distance", of slopes."""
+    args = np.random.default_rng(2).standard_normal((2, 9)).astype(np.float32)
+    args = args if score == "relative" else args[:, 0]
+    options = (("score", SCORES[score].function), ("score_args", (args,)), ("wrt", ("score_args",)))
+    return Problem(dtype, 40, 70, 90, (*options, *more), heads=2, heads_k=2)
+
+
+SCORE_SIMT = (score_problem("float32"),)
+SCORE_SM80 = (score_problem("float16", ("family", "sm80")),)
 
 
 def ampere_forward(row: AmpereRow, **more: Any) -> Problem:
@@ -333,7 +351,11 @@ def runs_of(removal: Removal) -> list[Run]:
         return [lambda patches, schedule: _run_sample(sample, patches, schedule)]
     if file == "block_map.cu":
         return [MASKED.forward]
-    beside = {"bwd_sinks.cu": (SINKS,), "bwd_bias_simt.cu": BIAS_SIMT, "bwd_bias_sm80.cu": BIAS_SM80}
+    beside = {
+        "bwd_sinks.cu": (SINKS,), "bwd_bias_simt.cu": BIAS_SIMT, "bwd_bias_sm80.cu": BIAS_SM80,
+        "bwd_score_simt.cu": SCORE_SIMT, "bwd_score_sm80.cu": SCORE_SM80, "terms.cuh": SCORE_SIMT,
+        "term_turns.cuh": (score_problem("float32", score="distance"),),
+    }  # fmt: skip
     if file in beside:
         return [p.backward for p in beside[file]]
     if file in ("bwd_sm80.cu", "gradients.cuh"):

@@ -31,6 +31,10 @@ __device__ __forceinline__ int highest_bit(unsigned bits) { return 31 - __clz(st
 __device__ __forceinline__ int count_bits(unsigned bits) { return __popc(bits); }
 
 __device__ __forceinline__ int take_ticket(int* counter) { return atomicAdd(counter, 1); }
+template <typename T>
+__device__ __forceinline__ void add_global(T* address, T x) {
+  atomicAdd(address, x);
+}
 
 #define DYNAMIC_SHARED(Type, name) \
   Type& name = *static_cast<Type*>(emulator::dynamic_shared(alignof(Type) > 16 ? alignof(Type) : 16))
