@@ -1,0 +1,130 @@
+"""The tile tables of float64 on tensor cores: block sizes. Pure data and arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ._tiles import MAX_THREADS, WIDTHS, first_row, padded
+
+if TYPE_CHECKING:
+    from ._plan import Tile
+    from ._problem import Problem
+
+
+@dataclass(frozen=True)
+class DoubleRow:
+    """One tile of the float64 forward.
+
+    A warp owns 16 queries; where ``block_m`` is less than 16 for each warp, several share them, and each owns a part
+    of the columns of out. ``card`` is the shared memory, in KiB, that a thread block must be able to have.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int  # of K and V together
+    remark: str
+    card: int = 0
+    causal: bool | None = None  # which problems the row is for; None: both
+    longest: int | None = None  # keys
+
+    @property
+    def sharers(self) -> int:
+        """Warps that share 16 queries."""
+        return 16 * self.warps // self.block_m
+
+
+# (largest width of q and k, of v, row): the first that fits. A product of a warp takes 16 cycles of a multiprocessor,
+# and reads 8 cycles' worth of the right operand from shared memory, or 16 for two products; of Q another 16, shared by
+# block_n / 8 products. Two warps a scheduler, so 8, hide what the one waits for behind the other.
+DOUBLE_TABLE: tuple[tuple[int, int, DoubleRow], ...] = (
+    (64, 64, DoubleRow(128, 64, 8, 4, "not measured", card=227)),
+    (64, 64, DoubleRow(128, 32, 8, 5, "not measured")),
+    (96, 96, DoubleRow(128, 32, 8, 5, "not measured", card=227)),
+    (96, 96, DoubleRow(128, 32, 8, 2, "not measured")),
+    (128, 128, DoubleRow(128, 32, 8, 3, "not measured", card=227)),
+    (128, 128, DoubleRow(128, 16, 8, 2, "not measured")),
+    (160, 160, DoubleRow(128, 16, 8, 3, "not measured", card=227)),
+    (192, 192, DoubleRow(64, 32, 8, 2, "not measured", card=227)),
+    (192, 192, DoubleRow(64, 16, 8, 2, "not measured")),
+    (256, 256, DoubleRow(64, 16, 8, 3, "not measured; S twice", card=227)),
+    (256, 256, DoubleRow(32, 16, 4, 3, "not measured; S twice")),
+)
+
+
+def choose_double(problem: Problem, tile: Tile, smem: int) -> DoubleRow:
+    """The first row that is for a problem and a card, with the caller's tile in its place; or ValueError."""
+    own: DoubleRow | None = tile.row("fwd_f64")
+    if own is not None:
+        return own
+    for_card = tuple(entry for entry in DOUBLE_TABLE if smem >= entry[2].card * 1024)
+    row = first_row(for_card, problem, problem.seqlen_k)
+    names = ("block_m", "block_n", "stages", "warps")
+    wanted = {name: n for name in names if (n := getattr(tile, name)) is not None}
+    row = replace(row, **wanted)
+    if "block_m" in wanted and "warps" not in wanted:
+        # The table's number if it can be, else one for 16 queries, or two.
+        choices = (row.warps, row.block_m // 16, row.block_m // 8)
+        fits = (n for n in choices if why_not_rows(replace(row, warps=n), problem.head_dim_v) is None)
+        row = replace(row, warps=next(fits, row.warps))
+    why = check_double(row, problem.head_dim, problem.head_dim_v, smem)
+    if why is not None:
+        widths = f"{problem.head_dim}, {problem.head_dim_v}"
+        raise ValueError(f"{tile} does not fit fwd_f64 (head widths {widths}): {why}")
+    return row
+
+
+def double_widths(row: DoubleRow, head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """The widths that a kernel is compiled for: of v such that each of the sharing warps has steps of 16 columns."""
+    step = 16 * row.sharers
+    return padded(head_dim), next((w for w in WIDTHS if w >= head_dim_v and w % step == 0), -(-head_dim_v // step) * step)
+
+
+def double_smem_bytes(row: DoubleRow, head_dim: int, head_dim_v: int) -> int:
+    """Shared memory of a thread block: sizeof(Smem) in the kernel."""
+    powers, rows = 64 * 4 * 8, 128
+    return 8 * (row.block_m * head_dim + row.stages * row.block_n * max(head_dim, head_dim_v)) + powers + rows
+
+
+def why_not_rows(row: DoubleRow, head_dim_v: int) -> str | None:
+    """Why queries can't be dealt out to the warps like this, or None."""
+    if row.warps % 2 or not 2 <= row.warps <= MAX_THREADS // 32:
+        return f"warps={row.warps}: it is even, and at most {MAX_THREADS // 32}"
+    sharers = [n for n in (1, 2, 4) if row.block_m == 16 * row.warps // n]
+    if not sharers:
+        wanted = ", ".join(str(16 * row.warps // n) for n in (1, 2, 4))
+        return f"block_m={row.block_m}: with warps={row.warps} it is one of {wanted}, 16 for 1, 2 or 4 warps"
+    return None
+
+
+def check_double(row: DoubleRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:
+    """Why a tile can't run, or None."""
+    why = why_not_rows(row, head_dim_v)
+    if why is not None:
+        return why
+    if row.block_n % 16 or not 16 <= row.block_n <= 256:
+        return f"block_n={row.block_n}: it is a multiple of 16 up to 256"
+    if row.stages < 2:
+        return f"stages={row.stages}: one tile is worked on while the next arrives, so at least 2"
+    d, dv = double_widths(row, head_dim, head_dim_v)
+    needed = double_smem_bytes(row, d, dv)
+    if needed > smem:
+        return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
+    words = dv // row.sharers + row.block_n  # acc_o and acc_s
+    room = min(255, 65536 // (32 * row.warps)) - 72
+    if words > room:
+        return f"its accumulators need {words} registers a thread: there is room for {room}"
+    return None
+
+
+def double_candidates(problem: Problem, smem: int) -> Iterator[DoubleRow]:
+    """The rows of the table that hold the heads; then blocks of 128 and 64 queries with every number of keys."""
+    for largest, largest_v, row in DOUBLE_TABLE:
+        if problem.head_dim <= largest and problem.head_dim_v <= largest_v:
+            yield replace(row, remark="", card=0)
+    for block_m in (128, 64):
+        for block_n in (64, 48, 32, 16):
+            for stages in (2, 3, 4, 5, 6):
+                yield DoubleRow(block_m, block_n, 8, stages, "")
