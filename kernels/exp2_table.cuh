@@ -5,8 +5,9 @@
 #include "memory.cuh"
 
 // 2**(i / 64), in copies that lie in different banks.
+template <int COPIES>
 struct Exp2Table {
-  static constexpr int ENTRIES = 64, COPIES = 4;
+  static constexpr int ENTRIES = 64;
   double at[ENTRIES][COPIES];
 
   // By all threads of the block, which meet before they use it.
@@ -21,11 +22,12 @@ struct Exp2Table {
 //
 // x = n + i / 64 + f with |f| <= 1 / 128, and 2**f = 1 + f q(f), q of degree 4 through Chebyshev's points: 0.02 u. The
 // entry is wrong by 2 u at most, its sum with a hundredth of itself by 1 u.
+template <int COPIES>
 struct Exp2 {
   const double* column;
 
-  __device__ __forceinline__ explicit Exp2(const Exp2Table& table)
-      : column(&table.at[0][thread_index() % Exp2Table::COPIES]) {}
+  __device__ __forceinline__ explicit Exp2(const Exp2Table<COPIES>& table)
+      : column(&table.at[0][thread_index() % COPIES]) {}
 
   __device__ __forceinline__ double operator()(double x) const {
     constexpr double TO_64THS = 0x1.8p46;  // a number so large has no digits behind 64ths
@@ -35,7 +37,7 @@ struct Exp2 {
     x = math::from_words(vanishes ? LOWEST : high, math::low_word(x));
     const double shifted = x + TO_64THS, f = x - (shifted - TO_64THS);
     const int n64 = static_cast<int>(math::low_word(shifted));  // 64 n + i
-    const double entry = load_shared<1>(column + n64 % 64u * Exp2Table::COPIES).at[0];
+    const double entry = load_shared<1>(column + n64 % 64u * COPIES).at[0];
     // Times 2**n, in the exponent's bits. 2**-1022 is the entry 1, whose lower half is 0.
     const unsigned scaled = math::high_word(entry) + (static_cast<unsigned>(n64) / 64u << 20);
     const double power = math::from_words(vanishes ? 0u : scaled, math::low_word(entry));

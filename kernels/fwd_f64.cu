@@ -27,6 +27,7 @@
 #include "block_walk.cuh"
 #include "score.cuh"
 #include "tile_f64.cuh"
+#include "exp2_table.cuh"
 #include "softmax_lazy.cuh"
 
 constexpr int SHARERS = 16 * NUM_WARPS / BLOCK_M, COLS_V = HEAD_DIM_V / SHARERS;
@@ -41,7 +42,7 @@ union Slot {
 struct Smem {
   SwizzledTile<BLOCK_M, HEAD_DIM> q;
   Slot slot[NUM_STAGES];
-  Exp2Table powers;
+  Exp2Table<4> powers;
   Rows<const double> k, v;  // of the head; kept in registers they would push accumulators out of them
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
@@ -87,9 +88,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_f64(const Param
   }
   smem.powers.fill(NUM_THREADS);
   sync_block();  // they are written
-  const Exp2 exp2(smem.powers);
+  const Exp2<4> exp2(smem.powers);
 
-  Scores<BLOCK_N> acc_s;
+  Scores<BLOCK_N> acc[1];
+  Scores<BLOCK_N>& acc_s = acc[0];
   Outputs<COLS_V> acc_o[1];
   LazySoftmax<2> softmax;
   clear(acc_o[0]);
@@ -119,7 +121,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_f64(const Param
   const auto step = [&](int n_block, bool masked) ALWAYS_INLINE {
     arrive();
     clear(acc_s);
-    add_scores(acc_s, along_rows(smem.q, warp_row()), along_rows(smem.slot[slot].k), [&](int part) ALWAYS_INLINE {
+    const auto q = along_rows(smem.q, warp_row());
+    add_scores<HEAD_DIM / 16>(acc, q, along_rows(smem.slot[slot].k), [&](int part) ALWAYS_INLINE {
       if (part == 0) send_for(AHEAD % 2 == 0 ? K : V, free_slot());
     });
     leave();
@@ -142,7 +145,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_f64(const Param
     drop(acc_s, features, at);
 
     arrive();
-    add_outputs(acc_o[0], acc_s, across_rows(smem.slot[slot].v, warp_col()), [&](int part) ALWAYS_INLINE {
+    const auto v = across_rows(smem.slot[slot].v, warp_col());
+    add_outputs<BLOCK_N / 16>(acc_o, acc, v, [&](int part) ALWAYS_INLINE {
       if (part == 0) send_for(AHEAD % 2 == 0 ? V : K, free_slot());
     });
     leave();

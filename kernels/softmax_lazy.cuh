@@ -1,7 +1,6 @@
 // The online softmax where scaling costs more than it saves: what exponents subtract follows the rows' maxima only when
 // it must. A sum of weights up to 2**8 instead of 1 is as exact, and its outputs are hardly ever multiplied.
 #pragma once
-#include "exp2_table.cuh"
 #include "softmax.cuh"
 
 // row_max is then a logit near which the row's largest one lies, or above which it lies by up to 8 exponents.
@@ -35,7 +34,7 @@ struct LazySoftmax : Softmax<ROWS> {
   }
 
   // After to_exponents(): exponents become p.
-  template <typename Scores>
+  template <typename Scores, typename Exp2>
   __device__ __forceinline__ void weigh(Scores& acc_s, const Exp2& exp2) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {

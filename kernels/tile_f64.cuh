@@ -13,10 +13,9 @@
 #include "rows.cuh"
 #include "mma_sm80.cuh"
 #include "mma_sm90.cuh"
+#include "fragment.cuh"
 
 constexpr int NUM_THREADS = 32 * NUM_WARPS;
-
-__device__ __forceinline__ int lane_index() { return thread_index() % 32; }
 
 // Rows of COLS numbers, without padding: 16-byte chunk c of row r lies at place c ^ r % 8, which stays among its eight.
 // What eight neighbouring lanes read at a time then lies in eight different groups of banks, in either way of reading.
@@ -31,23 +30,22 @@ struct alignas(128) SwizzledTile {
 
 // ---- from global memory
 
-// By 16 bytes. Eight lanes take a row, 16 columns a step; the block takes ROW_STEP rows at once.
-template <int ROWS, int COLS>
+// By 16 bytes. Eight lanes take a row, 16 columns a step; the threads take ROW_STEP rows at once.
+template <int THREADS, int ROWS, int COLS>
 __device__ __forceinline__ void load_by_chunk(
     SwizzledTile<ROWS, COLS>& tile, const Rows<const double>& rows, int row0, int row_end, int col_end) {
-  constexpr int STEPS = COLS / 16, ROW_STEP = NUM_THREADS / 8;
-  static_assert(ROW_STEP % 8 == 0, "a thread's rows have one place in the swizzle's pattern");
-  const int thread = thread_index_again(), row = thread / 8, col = thread % 8 * 2;
-  const unsigned to = shared_address(&tile) + 8 * COLS * row + 16 * (thread % 8 ^ row % 8);
+  constexpr int STEPS = COLS / 16, ROW_STEP = THREADS / 8;
+  const int thread = thread_index_again() % THREADS, row = thread / 8, col = thread % 8 * 2;
   const double* from = rows.at(row0 + row) + col;
 #pragma unroll
   for (int ahead = 0; ahead < ROWS; ahead += ROW_STEP) {
     if (ROWS % ROW_STEP == 0 || row + ahead < ROWS) {
+      const unsigned to = shared_address(tile.chunk(row + ahead, thread % 8));
       const int inside = row + ahead < row_end - row0 ? col_end - col : 0;  // columns from this thread's first on
 #pragma unroll
       for (int step = 0; step < STEPS; ++step) {
         const int left = inside - 16 * step;
-        cp_async<16>(to + 8 * (COLS * ahead + 16 * step), from + 16 * step, left <= 0 ? 0 : left == 1 ? 8 : 16);
+        cp_async<16>(to + 8 * 16 * step, from + 16 * step, left <= 0 ? 0 : left == 1 ? 8 : 16);
       }
     }
     from += ROW_STEP * rows.row_stride;
@@ -55,12 +53,12 @@ __device__ __forceinline__ void load_by_chunk(
 }
 
 // One by one, any strides. Neighbouring threads take what is nearer in memory: the next column, or the next row.
-template <int ROWS, int COLS>
+template <int THREADS, int ROWS, int COLS>
 __device__ __forceinline__ void load_by_number(
     SwizzledTile<ROWS, COLS>& tile, const Rows<const double>& rows, int row0, int row_end, int col_end) {
   const bool along_row = rows.col_stride == 1 || rows.col_stride == -1;
 #pragma unroll 1
-  for (int i = thread_index_again(); i < ROWS * COLS; i += NUM_THREADS) {
+  for (int i = thread_index_again() % THREADS; i < ROWS * COLS; i += THREADS) {
     const int row = along_row ? i / COLS : i % ROWS, col = along_row ? i % COLS : i / ROWS;
     const bool inside = row < row_end - row0 && col < col_end;
     const double* from = inside ? rows.at(row0 + row, col) : rows.data;
@@ -69,14 +67,15 @@ __device__ __forceinline__ void load_by_number(
 }
 
 // Rows [row0, row_end) and columns [0, col_end) of the tensor, the rest of the tile zero; what lies outside is never
-// read. By the whole block, which then commits and waits, and meets before it reads the tile.
-template <int ROWS, int COLS>
+// read. By the whole block, or by THREADS neighbours of it, the first one a multiple of THREADS; they then commit and
+// wait, and all meet before they read the tile.
+template <int THREADS = NUM_THREADS, int ROWS, int COLS>
 __device__ __forceinline__ void load_tile(
     SwizzledTile<ROWS, COLS>& tile, const Rows<const double>& rows, int row0, int row_end, int col_end) {
   if (rows.vectors) {
-    load_by_chunk(tile, rows, row0, row_end, col_end);
+    load_by_chunk<THREADS>(tile, rows, row0, row_end, col_end);
   } else {
-    load_by_number(tile, rows, row0, row_end, col_end);
+    load_by_number<THREADS>(tile, rows, row0, row_end, col_end);
   }
 }
 
@@ -123,23 +122,28 @@ __device__ __forceinline__ double row_max_of(double x) {
   return math::max(x, shuffle_xor(x, 2));
 }
 
-template <typename Fragment>
-__device__ __forceinline__ void clear(Fragment& fragment) {
+template <typename Part>
+__device__ __forceinline__ void clear(Part& part) {
 #pragma unroll
-  for (int r = 0; r < fragment.ROWS; ++r) {
+  for (int r = 0; r < part.ROWS; ++r) {
 #pragma unroll
-    for (int c = 0; c < fragment.COLS; ++c) fragment(r, c) = 0;
+    for (int c = 0; c < part.COLS; ++c) part(r, c) = 0;
   }
 }
-template <typename Fragment>
-__device__ __forceinline__ void multiply_row(Fragment& fragment, int r, double factor) {
+template <typename Part, int PARTS>
+__device__ __forceinline__ void clear(Part (&parts)[PARTS]) {
 #pragma unroll
-  for (int c = 0; c < fragment.COLS; ++c) fragment(r, c) *= factor;
+  for (int i = 0; i < PARTS; ++i) clear(parts[i]);
 }
-template <typename Fragment>
-__device__ __forceinline__ void clear_row(Fragment& fragment, int r) {
+template <typename Part>
+__device__ __forceinline__ void multiply_row(Part& part, int r, double factor) {
 #pragma unroll
-  for (int c = 0; c < fragment.COLS; ++c) fragment(r, c) = 0;
+  for (int c = 0; c < part.COLS; ++c) part(r, c) *= factor;
+}
+template <typename Part>
+__device__ __forceinline__ void clear_row(Part& part, int r) {
+#pragma unroll
+  for (int c = 0; c < part.COLS; ++c) part(r, c) = 0;
 }
 
 // Row r of outputs to columns [0, col_end) of a tensor's row, of which the first is the outputs' first.
@@ -220,44 +224,78 @@ __device__ __forceinline__ void multiply(double (&d)[4], const double (&a)[8], c
 #endif
 }
 
-// acc (16, N) += a b^T, a and b tiles, over COLS columns. between(step) is other work, while the products of a step are
-// under way.
-template <int N, int COLS, typename Between>
+// A left operand: 16 rows, and 16 of what is summed over. Rows 16 * block on of a tile whose columns are summed over:
+template <int COLS>
+__device__ __forceinline__ void load_left(double (&a)[8], const Along<COLS>& tile, int block, int step) {
+  double upper[4], lower[4];
+  tile.load(upper, 2 * block, step);
+  tile.load(lower, 2 * block + 1, step);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = upper[i];
+    a[2 * i + 1] = lower[i];
+  }
+}
+// Columns 16 * block on of a tile whose rows are summed over, the even ones above the odd ones:
+template <int COLS>
+__device__ __forceinline__ void load_left(double (&a)[8], const Across<COLS>& tile, int block, int step) {
+  double even[4], odd[4];
+  tile.load(even, odd, block, step);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = even[i];
+    a[2 * i + 1] = odd[i];
+  }
+}
+// Scores that this warp holds:
+template <int N, int R>
+__device__ __forceinline__ void load_left(double (&a)[8], const Scores<N> (&scores)[R], int block, int step) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const double(&columns)[4] = scores[block].at[2 * step + i / 2];  // 8 of them
+    a[2 * i] = columns[i % 2];
+    a[2 * i + 1] = columns[2 + i % 2];
+  }
+}
+
+// acc, R times (16, N), += a b^T over 16 * STEPS columns of the tile b. between(step) is other work, while the products
+// of a step are under way.
+template <int STEPS, int N, int R, typename A, int COLS, typename Between>
 __device__ __forceinline__ void add_scores(
-    Scores<N>& acc, const Along<COLS>& a, const Along<COLS>& b, const Between& between) {
+    Scores<N> (&acc)[R], const A& a, const Along<COLS>& b, const Between& between) {
 #pragma unroll
-  for (int step = 0; step < COLS / 16; ++step) {
-    double upper[4], lower[4], a_part[8], b_part[4];
-    a.load(upper, 0, step);
-    a.load(lower, 1, step);
+  for (int step = 0; step < STEPS; ++step) {
+    double left[R][8], right[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a_part[2 * i] = upper[i];
-      a_part[2 * i + 1] = lower[i];
-    }
+    for (int f = 0; f < R; ++f) load_left(left[f], a, f, step);
 #pragma unroll
     for (int block = 0; block < N / 8; ++block) {
-      b.load(b_part, block, step);
-      multiply(acc.at[block], a_part, b_part);
+      b.load(right, block, step);
+#pragma unroll
+      for (int f = 0; f < R; ++f) multiply(acc[f].at[block], left[f], right);
     }
     between(step);
   }
 }
 
-// acc (16, N) += p b, p as a warp holds it, b a tile's rows.
-template <int N, int K, int COLS, typename Between>
+// acc, R times (16, N), += a b over 16 * STEPS rows of the tile b.
+template <int STEPS, int N, int R, typename A, int COLS, typename Between>
 __device__ __forceinline__ void add_outputs(
-    Outputs<N>& acc, const Scores<K>& p, const Across<COLS>& b, const Between& between) {
+    Outputs<N> (&acc)[R], const A& a, const Across<COLS>& b, const Between& between) {
 #pragma unroll
-  for (int step = 0; step < K / 16; ++step) {
-    const double(&left)[4] = p.at[2 * step], (&right)[4] = p.at[2 * step + 1];  // 8 columns each
-    const double a_part[8] = {left[0], left[2], left[1], left[3], right[0], right[2], right[1], right[3]};
+  for (int step = 0; step < STEPS; ++step) {
+    double left[R][8];
+#pragma unroll
+    for (int f = 0; f < R; ++f) load_left(left[f], a, f, step);
 #pragma unroll
     for (int panel = 0; panel < N / 16; ++panel) {
       double even[4], odd[4];
       b.load(even, odd, panel, step);
-      multiply(acc.at[2 * panel], a_part, even);
-      multiply(acc.at[2 * panel + 1], a_part, odd);
+#pragma unroll
+      for (int f = 0; f < R; ++f) {
+        multiply(acc[f].at[2 * panel], left[f], even);
+        multiply(acc[f].at[2 * panel + 1], left[f], odd);
+      }
       if (panel == 0) between(step);
     }
   }
