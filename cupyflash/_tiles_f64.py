@@ -152,9 +152,7 @@ _R = TypeVar("_R", "DoubleRow", "DoubleBackwardRow")
 
 # (largest width of q and k, of v, row): the first that fits.
 DOUBLE_BACKWARD_TABLE: tuple[tuple[int, int, DoubleBackwardRow], ...] = (
-    (64, 64, DoubleBackwardRow(32, 128, 8, 2, 16, "not measured", card=227)),
     (64, 64, DoubleBackwardRow(32, 64, 8, 2, 16, "not measured")),
-    (96, 96, DoubleBackwardRow(32, 64, 8, 2, 8, "not measured", card=227)),
     (96, 96, DoubleBackwardRow(16, 64, 8, 2, 8, "not measured")),
     (128, 128, DoubleBackwardRow(16, 64, 8, 2, 8, "not measured", card=227)),
     (128, 128, DoubleBackwardRow(16, 32, 4, 2, 8, "not measured")),

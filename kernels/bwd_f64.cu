@@ -222,13 +222,20 @@ __device__ __forceinline__ void store_part(double* part, const Unit& dq) {
     store_global(part + 64 * i, Vector<double, 2>{{at[0], at[1]}});
   }
 }
-// What other key blocks have added comes first in the sum, as if this one had added its own.
-__device__ __forceinline__ void add_part(Unit& dq, const double* part) {
+__device__ __forceinline__ void load_part(Unit& dq, const double* part) {
 #pragma unroll
   for (int i = 0; i < UNIT_COLS / 4; ++i) {
     const Vector<double, 2> two = load_global_written<2>(part + 64 * i);
-    dq.at[i / 2][i % 2 * 2] += two.at[0];
-    dq.at[i / 2][i % 2 * 2 + 1] += two.at[1];
+    dq.at[i / 2][i % 2 * 2] = two.at[0];
+    dq.at[i / 2][i % 2 * 2 + 1] = two.at[1];
+  }
+}
+
+__device__ __forceinline__ void add(Unit& sum, const Unit& part) {
+#pragma unroll
+  for (int i = 0; i < UNIT_COLS / 8; ++i) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum.at[i][e] += part.at[i][e];
   }
 }
 
@@ -268,10 +275,12 @@ __device__ __forceinline__ void add_dq(const Params& params, Smem& smem, const T
   for (int unit = thread_index_again() / 32; unit < UNITS; unit += NUM_WARPS) {
     const int row0 = unit % DOWN * 16, col0 = unit / DOWN * UNIT_COLS;
     double* const here = sums + unit * 16 * UNIT_COLS;
-    Unit dq[1];
+    Unit dq[1], below;  // what other key blocks have added arrives while the product is under way
     clear(dq);
+    clear(below);
+    if (!first) load_part(below, here);
     add_outputs<BLOCK_N / 16>(dq, across_rows(smem.scores, row0), across_rows(smem.k, col0), [](int) {});
-    if (!first) add_part(dq[0], here);
+    if (!first) add(dq[0], below);
     if (last) {
       store_unit(params, job, turn, row0, col0, dq[0]);
     } else {
@@ -311,7 +320,8 @@ __device__ __forceinline__ Weight weight_by(
   }
 }
 
-// All turns of the job: step(turn, masked), with its tiles in shared memory. LOADS: these warps send for the next ones.
+// All turns of the job: step(turn, masked), with its tiles in shared memory, and then dQ. LOADS: these warps send for the
+// next tiles.
 template <bool LOADS, typename Step>
 __device__ __forceinline__ void for_each_turn(const Params& params, Smem& smem, Step step) {
   const int full_begin = warp_uniform(smem.job.full_begin);
@@ -331,6 +341,10 @@ __device__ __forceinline__ void for_each_turn(const Params& params, Smem& smem, 
       step(turn, UNMASKED);
     } else {
       step(turn, MASKED);
+    }
+    if constexpr (WANT_DQ) {
+      barrier_sync(SCORES_READY, NUM_THREADS);  // dS is there, and the key blocks below have added theirs
+      add_dq(params, smem, turn);
     }
     turn = next;
   }
@@ -366,7 +380,7 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
     // S^T = K Q^T
     clear(acc);
     const auto k = along_rows(smem.k, fragment_key(0));
-    add_scores<HEAD_DIM / 16>(acc, k, along_rows(smem.q[turn.slot]), [](int) {});
+    add_scores<HEAD_DIM / 16, 1>(acc, k, along_rows(smem.q[turn.slot]), [](int) {});
     // P^T = exp2(S^T - lse)
     const Score score = score_of(params);
 #pragma unroll
@@ -396,10 +410,6 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
     if constexpr (WANT_DV) {
       add_outputs<BLOCK_M / 16>(acc_dv, acc, across_rows(smem.dout[turn.slot]), [](int) {});
     }
-    if constexpr (WANT_DQ) {
-      barrier_sync(SCORES_READY, NUM_THREADS);
-      add_dq(params, smem, turn);
-    }
   });
   barrier_arrive(NEXT_TURN, NUM_THREADS);
   const double factor = DROPOUT ? params.undropped : 1.0;
@@ -418,7 +428,7 @@ __device__ __forceinline__ void make_keys(const Params& params, Smem& smem) {
     // dP^T = V dO^T
     clear(acc);
     const auto v = along_rows(smem.v, fragment_key(0));
-    add_scores<HEAD_DIM_V / 16>(acc, v, along_rows(smem.dout[turn.slot]), [](int) {});
+    add_scores<HEAD_DIM_V / 16, 1>(acc, v, along_rows(smem.dout[turn.slot]), [](int) {});
     // dS^T = P^T * (dP^T - delta)
     if constexpr (WANT_DQ) {
       tell_block_above(smem);
@@ -450,10 +460,6 @@ __device__ __forceinline__ void make_keys(const Params& params, Smem& smem) {
     // dK += dS^T Q
     if constexpr (WANT_DK) {
       add_outputs<BLOCK_M / 16>(acc_dk, acc, across_rows(smem.q[turn.slot]), [](int) {});
-    }
-    if constexpr (WANT_DQ) {
-      barrier_sync(SCORES_READY, NUM_THREADS);
-      add_dq(params, smem, turn);
     }
   });
   barrier_sync(NEXT_TURN, NUM_THREADS);  // all have added to the last tile

@@ -33,6 +33,7 @@
 constexpr int SHARERS = 16 * NUM_WARPS / BLOCK_M, COLS_V = HEAD_DIM_V / SHARERS;
 static_assert(BLOCK_M * SHARERS == 16 * NUM_WARPS && COLS_V * SHARERS == HEAD_DIM_V, "rows and columns are dealt out");
 static_assert(BLOCK_N % 16 == 0 && COLS_V % 16 == 0, "products are dealt out in steps of 16");
+constexpr int STEPS = HEAD_DIM / 16;  // of the scores' sums
 static_assert(NUM_STAGES >= 2, "one tile is worked on while the next arrives");
 
 union Slot {
@@ -122,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_f64(const Param
     arrive();
     clear(acc_s);
     const auto q = along_rows(smem.q, warp_row());
-    add_scores<HEAD_DIM / 16>(acc, q, along_rows(smem.slot[slot].k), [&](int part) ALWAYS_INLINE {
+    add_scores<STEPS, STEPS>(acc, q, along_rows(smem.slot[slot].k), [&](int part) ALWAYS_INLINE {
       if (part == 0) send_for(AHEAD % 2 == 0 ? K : V, free_slot());
     });
     leave();

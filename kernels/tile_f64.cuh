@@ -258,12 +258,12 @@ __device__ __forceinline__ void load_left(double (&a)[8], const Scores<N> (&scor
   }
 }
 
-// acc, R times (16, N), += a b^T over 16 * STEPS columns of the tile b. between(step) is other work, while the products
-// of a step are under way.
-template <int STEPS, int N, int R, typename A, int COLS, typename Between>
+// acc, R times (16, N), += a b^T over 16 * STEPS columns of the tile b, UNROLL steps in one turn of a loop: many need
+// registers to load ahead. between(step) is other work, while the products of a step are under way.
+template <int STEPS, int UNROLL, int N, int R, typename A, int COLS, typename Between>
 __device__ __forceinline__ void add_scores(
     Scores<N> (&acc)[R], const A& a, const Along<COLS>& b, const Between& between) {
-#pragma unroll
+#pragma unroll UNROLL
   for (int step = 0; step < STEPS; ++step) {
     double left[R][8], right[4];
 #pragma unroll
