@@ -25,8 +25,7 @@ from ._problem import Problem
 from ._tiles import padded_widths
 
 FLOAT64 = np.dtype(np.float64)
-# Compute capabilities whose tensor cores multiply float64 faster than FMA does, or as fast; on the others since 8.0 they
-# have a thirtieth of the multiprocessor's rate or less.
+# Compute capabilities with tensor cores for float64 that are worth it; the others since 8.0 have little float64 at all.
 WITH_FLOAT64_CORES = frozenset({80, 90, 100})
 
 

@@ -66,7 +66,7 @@ def choose_double(problem: Problem, tile: Tile, smem: int) -> DoubleRow:
     if "block_m" in wanted and "warps" not in wanted:
         # The table's number if it can be, else one for 16 queries, or two.
         choices = (row.warps, row.block_m // 16, row.block_m // 8)
-        fits = (n for n in choices if why_not_rows(replace(row, warps=n), problem.head_dim_v) is None)
+        fits = (n for n in choices if why_not_rows(replace(row, warps=n)) is None)
         row = replace(row, warps=next(fits, row.warps))
     why = check_double(row, problem.head_dim, problem.head_dim_v, smem)
     if why is not None:
@@ -78,7 +78,7 @@ def choose_double(problem: Problem, tile: Tile, smem: int) -> DoubleRow:
 def double_widths(row: DoubleRow, head_dim: int, head_dim_v: int) -> tuple[int, int]:
     """The widths that a kernel is compiled for: of v such that each of the sharing warps has steps of 16 columns."""
     step = 16 * row.sharers
-    return padded(head_dim), next((w for w in WIDTHS if w >= head_dim_v and w % step == 0), -(-head_dim_v // step) * step)
+    return padded(head_dim), next(w for w in WIDTHS if w >= head_dim_v and w % step == 0)
 
 
 def double_smem_bytes(row: DoubleRow, head_dim: int, head_dim_v: int) -> int:
@@ -87,7 +87,7 @@ def double_smem_bytes(row: DoubleRow, head_dim: int, head_dim_v: int) -> int:
     return 8 * (row.block_m * head_dim + row.stages * row.block_n * max(head_dim, head_dim_v)) + powers + rows
 
 
-def why_not_rows(row: DoubleRow, head_dim_v: int) -> str | None:
+def why_not_rows(row: DoubleRow) -> str | None:
     """Why queries can't be dealt out to the warps like this, or None."""
     if row.warps % 2 or not 2 <= row.warps <= MAX_THREADS // 32:
         return f"warps={row.warps}: it is even, and at most {MAX_THREADS // 32}"
@@ -100,7 +100,7 @@ def why_not_rows(row: DoubleRow, head_dim_v: int) -> str | None:
 
 def check_double(row: DoubleRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:
     """Why a tile can't run, or None."""
-    why = why_not_rows(row, head_dim_v)
+    why = why_not_rows(row)
     if why is not None:
         return why
     if row.block_n % 16 or not 16 <= row.block_n <= 256:
@@ -118,7 +118,7 @@ def check_double(row: DoubleRow, head_dim: int, head_dim_v: int, smem: int) -> s
     return None
 
 
-def double_candidates(problem: Problem, smem: int) -> Iterator[DoubleRow]:
+def double_candidates(problem: Problem) -> Iterator[DoubleRow]:
     """The rows of the table that hold the heads; then blocks of 128 and 64 queries with every number of keys."""
     for largest, largest_v, row in DOUBLE_TABLE:
         if problem.head_dim <= largest and problem.head_dim_v <= largest_v:
@@ -170,7 +170,8 @@ def choose_double_backward(problem: Problem, tile: Tile, smem: int) -> DoubleBac
     wanted = {name: n for name in names if (n := getattr(tile, name)) is not None}
     row = replace(row, **wanted)
     if "block_n" in wanted and "warps" not in wanted:  # the table's number if it can be, else two for 16 keys
-        row = replace(row, warps=row.warps if row.block_n % (8 * row.warps) == 0 else row.block_n // 8)
+        warps = row.warps if row.block_n % (8 * row.warps) == 0 else max(2, row.block_n // 8)
+        row = replace(row, warps=warps)
     why = check_double_backward(row, problem.head_dim, problem.head_dim_v, smem)
     if why is not None:
         widths = f"{problem.head_dim}, {problem.head_dim_v}"

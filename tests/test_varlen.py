@@ -365,6 +365,7 @@ FAMILIES = {
     "sm80": ("sm80", np.float16, 90, 40, 24),
     "sm80 wide": ("sm80", ml_dtypes.bfloat16, 80, 136, 64),
     "simt": ("simt", np.float32, 75, 20, 33),
+    "sm80 float64": ("sm80", np.float64, 90, 20, 33),
     "simt float64": ("simt", np.float64, 75, 16, 16),
     "simt wide": ("simt", np.float32, 90, 130, 40),
 }
@@ -379,7 +380,7 @@ def test_kernels(emulator, family, name):
         check(Packed(EMULATED_Q, EMULATED_K, dtype, d, dv, **OPTIONS[name]), xp, bound_of(dtype), family=family)
 
 
-@pytest.mark.parametrize("family", ["sm80", "simt"])
+@pytest.mark.parametrize("family", ["sm80", "sm80 float64", "simt"])
 @pytest.mark.parametrize("seed", [0, 5])
 def test_kernels_under_schedules(emulator, family, seed):
     """Plain causal calls, in order and with several blocks at a time; a fixed order and that of arrival."""
@@ -466,7 +467,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-@pytest.mark.parametrize("family", ["sm80", "simt float64"])
+@pytest.mark.parametrize("family", ["sm80", "sm80 float64", "simt float64"])
 def test_wrong_offsets_stay_inside(emulator, name, family, monkeypatch):
     """Nothing outside the arrays is read or written, which the emulator would report; those who ask are told."""
     family, dtype, arch, *_ = FAMILIES[family]
@@ -501,7 +502,8 @@ def test_devices_and_families(emulator):
 
 # ------------------------------------------------------------------------------------------------ kernels, compiled
 
-COMPILED = [("sm_60", "simt", np.float32), ("sm_80", "simt", np.float64), ("sm_80", "sm80", np.float16)]
+COMPILED = [("sm_60", "simt", np.float32), ("sm_86", "simt", np.float64), ("sm_80", "sm80", np.float16)]
+COMPILED += [("sm_80", "sm80", np.float64), ("sm_90", "sm80", np.float64)]
 COMPILED += [("sm_90", "sm80", ml_dtypes.bfloat16)]
 
 
