@@ -45,7 +45,7 @@ def plan_f64(problem: Problem, device: Device, tile: Tile, copies: tuple[str, ..
     row = _tiles.choose_double(problem, tile, device.smem)
     widths = _tiles.double_widths(row, problem.head_dim, problem.head_dim_v)
     kernel = KernelPlan(
-        spec=spec_of("fwd_f64", problem, row, widths, max(widths)),
+        spec=spec_of("fwd_f64", problem, row, widths, max(widths), min_blocks=row.min_blocks),
         grid=grid(problem.seqlen_q, row.block_m, problem.num_heads * problem.batch),
         threads=32 * row.warps,
         smem=_tiles.double_smem_bytes(row, *widths),

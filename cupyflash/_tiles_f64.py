@@ -26,6 +26,7 @@ class DoubleRow:
     warps: int
     stages: int  # of K and V together
     remark: str
+    min_blocks: int = 1  # thread blocks on a multiprocessor that the registers must suffice for
     card: int = 0
     causal: bool | None = None  # which problems the row is for; None: both
     longest: int | None = None  # keys
@@ -62,7 +63,7 @@ def choose_double(problem: Problem, tile: Tile, smem: int) -> DoubleRow:
     row = first_row(_for_card(DOUBLE_TABLE, smem), problem, problem.seqlen_k)
     names = ("block_m", "block_n", "stages", "warps")
     wanted = {name: n for name in names if (n := getattr(tile, name)) is not None}
-    row = replace(row, **wanted)
+    row = replace(row, **wanted, min_blocks=1) if wanted else row
     if "block_m" in wanted and "warps" not in wanted:
         # The table's number if it can be, else one for 16 queries, or two.
         choices = (row.warps, row.block_m // 16, row.block_m // 8)
@@ -83,7 +84,7 @@ def double_widths(row: DoubleRow, head_dim: int, head_dim_v: int) -> tuple[int, 
 
 def double_smem_bytes(row: DoubleRow, head_dim: int, head_dim_v: int) -> int:
     """Shared memory of a thread block: sizeof(Smem) in the kernel."""
-    powers, rows = 64 * 4 * 8, 128
+    powers, rows = 64 * 8 * (4 if max(head_dim, head_dim_v) > 96 else 16), 128
     return 8 * (row.block_m * head_dim + row.stages * row.block_n * max(head_dim, head_dim_v)) + powers + rows
 
 
@@ -112,7 +113,7 @@ def check_double(row: DoubleRow, head_dim: int, head_dim_v: int, smem: int) -> s
     if needed > smem:
         return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
     words = dv // row.sharers + row.block_n  # acc_o and acc_s
-    room = min(255, 65536 // (32 * row.warps)) - 72
+    room = min(255, 65536 // (32 * row.warps * row.min_blocks)) - 72
     if words > room:
         return f"its accumulators need {words} registers a thread: there is room for {room}"
     return None
@@ -127,6 +128,8 @@ def double_candidates(problem: Problem) -> Iterator[DoubleRow]:
         for block_n in (64, 48, 32, 16):
             for stages in (2, 3, 4, 5, 6):
                 yield DoubleRow(block_m, block_n, 8, stages, "")
+    for block_n, stages in ((64, 2), (48, 2), (32, 4), (16, 6)):
+        yield DoubleRow(64, block_n, 4, stages, "", 2)
 
 
 @dataclass(frozen=True)

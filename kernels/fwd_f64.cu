@@ -5,18 +5,19 @@
 // columns of O; one, unless the head is too wide for its registers: they compute S and P each for itself. S, P and O
 // never leave the registers, and the warps have nothing to tell one another.
 //
-//     one turn, key block n:     K(n) arrives; a later tile is sent for       global -> shared
+//     one turn, key block n:     K(n) arrives; later tiles are sent for       global -> shared
 //                                acc_s = Q K(n)^T                             (16, BLOCK_N) of a warp
 //                                to_logits, hide, softmax, drop               acc_s becomes P; acc_o shrinks if it must
-//                                V(n) arrives; a later tile is sent for
+//                                V(n) arrives
 //                                acc_o += P V(n)                              (16, COLS_V) of a warp
 //
 //     shared memory:   q (BLOCK_M, HEAD_DIM)  |  NUM_STAGES slots: K (BLOCK_N, HEAD_DIM) or V (BLOCK_N, HEAD_DIM_V)  |
 //                      powers of 2
 //     order of tiles:  K(0) V(0) K(1) V(1) ...
 //
-// The slots are a ring: when all warps have met over a tile, its predecessor is read, and its slot is filled with the
-// tile that is NUM_STAGES - 1 further on. One barrier a tile.
+// The slots are a ring. PAIRED, of four or more: when all warps have met over K and V of a block, those before are read,
+// and their slots are filled with tiles of a later block: one barrier a turn, between which some warps may be at their
+// products while others are at their softmax. Else one barrier a tile, which gives the slot of the tile before.
 #include "basics.cuh"
 #include "params.cuh"
 #include "types.cuh"
@@ -34,6 +35,9 @@ constexpr int SHARERS = 16 * NUM_WARPS / BLOCK_M, COLS_V = HEAD_DIM_V / SHARERS;
 static_assert(BLOCK_M * SHARERS == 16 * NUM_WARPS && COLS_V * SHARERS == HEAD_DIM_V, "rows and columns are dealt out");
 static_assert(BLOCK_N % 16 == 0 && COLS_V % 16 == 0, "products are dealt out in steps of 16");
 constexpr int STEPS = HEAD_DIM / 16;  // of the scores' sums
+constexpr bool PAIRED = NUM_STAGES >= 4 && NUM_STAGES % 2 == 0;
+constexpr int AHEAD = PAIRED ? NUM_STAGES - 2 : NUM_STAGES - 1;  // tiles from the one at hand to the one sent for
+constexpr int POWER_COPIES = HEAD_DIM > 96 || HEAD_DIM_V > 96 ? 4 : 16;  // 16 keep half a warp free of conflicts
 static_assert(NUM_STAGES >= 2, "one tile is worked on while the next arrives");
 
 union Slot {
@@ -43,7 +47,7 @@ union Slot {
 struct Smem {
   SwizzledTile<BLOCK_M, HEAD_DIM> q;
   Slot slot[NUM_STAGES];
-  Exp2Table<4> powers;
+  Exp2Table<POWER_COPIES> powers;
   Rows<const double> k, v;  // of the head; kept in registers they would push accumulators out of them
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
@@ -70,7 +74,7 @@ __device__ __forceinline__ void store_results(
   }
 }
 
-extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_f64(const Params params) {
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_f64(const Params params) {
   DYNAMIC_SHARED(Smem, smem);
   const int num_blocks = ceil_div(params.seqlen_q, BLOCK_M);
   const Work work = scheduled_work(params, num_blocks, params.num_heads, Longest::LAST_BLOCK);
@@ -89,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_f64(const Param
   }
   smem.powers.fill(NUM_THREADS);
   sync_block();  // they are written
-  const Exp2<4> exp2(smem.powers);
+  const Exp2<POWER_COPIES> exp2(smem.powers);
 
   Scores<BLOCK_N> acc[1];
   Scores<BLOCK_N>& acc_s = acc[0];
@@ -98,7 +102,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_f64(const Param
   clear(acc_o[0]);
   softmax.clear();
 
-  constexpr int AHEAD = NUM_STAGES - 1;  // tiles between the one at hand and the one that is sent for
   constexpr bool K = true, V = false;
   int slot = 0;                // of the tile at hand
   int coming = blocks.begin;  // whose tile is sent for next
@@ -113,10 +116,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_f64(const Param
     if (!is_k) coming = walk.up(coming + 1, blocks.end);
   };
   const auto arrive = [&]() ALWAYS_INLINE {
-    cp_async_wait<AHEAD - 1>();
-    sync_block();  // the tile is written, by all threads; the one before is read: refill its slot
+    cp_async_wait<PAIRED ? AHEAD - 2 : AHEAD - 1>();
+    sync_block();  // what is due is written, by all threads; what was before is read: refill its slots
   };
-  const auto free_slot = [&]() ALWAYS_INLINE { return slot == 0 ? NUM_STAGES - 1 : slot - 1; };
+  const auto behind = [&](int tiles) ALWAYS_INLINE { return slot < tiles ? slot + NUM_STAGES - tiles : slot - tiles; };
   const auto leave = [&]() ALWAYS_INLINE { slot = slot == NUM_STAGES - 1 ? 0 : slot + 1; };
 
   const auto step = [&](int n_block, bool masked) ALWAYS_INLINE {
@@ -124,7 +127,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_f64(const Param
     clear(acc_s);
     const auto q = along_rows(smem.q, warp_row());
     add_scores<STEPS, STEPS>(acc, q, along_rows(smem.slot[slot].k), [&](int part) ALWAYS_INLINE {
-      if (part == 0) send_for(AHEAD % 2 == 0 ? K : V, free_slot());
+      if (part != 0) return;
+      if (PAIRED) send_for(K, behind(2));
+      send_for(PAIRED || AHEAD % 2 == 1 ? V : K, behind(1));
     });
     leave();
 
@@ -145,10 +150,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) fwd_f64(const Param
     softmax.weigh(acc_s, exp2);
     drop(acc_s, features, at);
 
-    arrive();
+    if constexpr (!PAIRED) arrive();
     const auto v = across_rows(smem.slot[slot].v, warp_col());
     add_outputs<BLOCK_N / 16>(acc_o, acc, v, [&](int part) ALWAYS_INLINE {
-      if (part == 0) send_for(AHEAD % 2 == 0 ? V : K, free_slot());
+      if (part == 0 && !PAIRED) send_for(AHEAD % 2 == 1 ? K : V, behind(1));
     });
     leave();
   };
