@@ -34,7 +34,7 @@
 constexpr int SHARERS = 16 * NUM_WARPS / BLOCK_M, COLS_V = HEAD_DIM_V / SHARERS;
 static_assert(BLOCK_M * SHARERS == 16 * NUM_WARPS && COLS_V * SHARERS == HEAD_DIM_V, "rows and columns are dealt out");
 static_assert(BLOCK_N % 16 == 0 && COLS_V % 16 == 0, "products are dealt out in steps of 16");
-constexpr int STEPS = HEAD_DIM / 16;  // of the scores' sums
+constexpr int STEPS = HEAD_DIM / 16, UNROLL = HEAD_DIM > 128 ? 1 : STEPS;  // of the scores' sums
 constexpr bool PAIRED = NUM_STAGES >= 4 && NUM_STAGES % 2 == 0;
 constexpr int AHEAD = PAIRED ? NUM_STAGES - 2 : NUM_STAGES - 1;  // tiles from the one at hand to the one sent for
 constexpr int POWER_COPIES = HEAD_DIM > 96 || HEAD_DIM_V > 96 ? 4 : 16;  // 16 keep half a warp free of conflicts
@@ -126,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_f64(co
     arrive();
     clear(acc_s);
     const auto q = along_rows(smem.q, warp_row());
-    add_scores<STEPS, STEPS>(acc, q, along_rows(smem.slot[slot].k), [&](int part) ALWAYS_INLINE {
+    add_scores<STEPS, UNROLL>(acc, q, along_rows(smem.slot[slot].k), [&](int part) ALWAYS_INLINE {
       if (part != 0) return;
       if (PAIRED) send_for(K, behind(2));
       send_for(PAIRED || AHEAD % 2 == 1 ? V : K, behind(1));

@@ -151,12 +151,13 @@ def ampere_specs() -> dict[str, tuple[Spec, int, str]]:
 
 
 DOUBLE = ("sm_80", "sm_90", "sm_100")
+DOUBLE_PAIRS = (*((width, width) for width in (64, 96, 128, 160, 192, 256)), (64, 128), (192, 128))
 
 
 def double_specs() -> dict[str, tuple[Spec, int, str]]:
     """What float64 compiles for tensor cores of a card, shared memory, and the card, by a short text."""
     found = {}
-    for device, (dim, dim_v), causal in itertools.product(DOUBLE, PAIRS, (False, True)):
+    for device, (dim, dim_v), causal in itertools.product(DOUBLE, DOUBLE_PAIRS, (False, True)):
         q, v = (np.broadcast_to(np.zeros((), np.float64), (1, 512, width)) for width in (dim, dim_v))
         for backward in (False, True):
             plan = explain(q, q, v, causal=causal, device=device, backward=backward)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cupyflash._plan import Rows
+from cupyflash._tiles_f64 import DoubleBackwardRow, DoubleRow
 from cupyflash._tiles_sm80 import AmpereBackwardRow, AmpereRow
 from cupyflash._tiles_sm90 import HopperBackwardRow, HopperRow
 
@@ -226,6 +227,27 @@ AMPERE_BACKWARD = (
 )
 
 
+def double_forward(row: DoubleRow, **more: Any) -> Problem:
+    """A form of fwd_f64, with more blocks of keys than it has buffers."""
+    options = (("tile", Rows(rows=(("fwd_f64", row),))), ("causal", True))
+    return Problem("float64", 24, 70, 100, options, **{"heads": 2, "heads_k": 2, **more})
+
+
+def double_backward(*options: tuple[str, Any], heads: int = 2, seqlens: tuple[int, int] = (50, 70)) -> Problem:
+    """bwd_f64 with short blocks: several on both sides."""
+    row = DoubleBackwardRow(block_m=16, block_n=32, warps=4, stages=2, heads=1, remark="")
+    return Problem("float64", 24, *seqlens, (("tile", Rows(rows=(("bwd_f64", row),))), *options), heads=heads)
+
+
+DOUBLE_FORWARD = tuple(double_forward(DoubleRow(32, 16, 2, stages, "")) for stages in (3, 4, 2))
+DOUBLE_BACKWARD = (
+    double_backward(),
+    double_backward(heads=1, seqlens=(16, 200)),  # jobs of one turn
+    double_backward(("wrt", ("v",))),
+    double_backward(("wrt", ("k", "v"))),
+)
+
+
 def hopper_forward(row: HopperRow) -> Problem:
     """A form of fwd_sm90. Two heads, so that thread blocks have several tiles.
 
@@ -275,6 +297,10 @@ def runs_of(removal: Removal) -> list[Run]:
     beside = {"bwd_sinks.cu": (SINKS,), "bwd_bias_simt.cu": BIAS_SIMT, "bwd_bias_sm80.cu": BIAS_SM80}
     if file in beside:
         return [p.backward for p in beside[file]]
+    if file == "bwd_f64.cu":
+        return [p.backward for p in DOUBLE_BACKWARD]
+    if file.endswith(("_f64.cu", "_f64.cuh")):
+        return [p.forward for p in DOUBLE_FORWARD]
     if file in ("bwd_sm80.cu", "gradients.cuh"):
         return [p.backward for p in AMPERE_BACKWARD]
     if file.endswith(("_sm80.cu", "_sm80.cuh")):
