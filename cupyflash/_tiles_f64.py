@@ -40,8 +40,8 @@ class DoubleRow:
 # (largest width of q and k, of v, row): the first that fits. Remarks: TFLOP/s on an H200, S = 4096.
 #
 # A product of a warp takes 16 cycles of a multiprocessor, and reads 8 cycles' worth of the right operand from shared
-# memory, or 16 for two products; of Q another 16, shared by block_n / 8 products. Two warps a scheduler, so 8, hide what
-# the one waits for behind the other.
+# memory, or 16 for two products; of Q another 16, shared by block_n / 8 products. Two warps a scheduler, so 8, hide
+# what the one waits for behind the other.
 DOUBLE_TABLE: tuple[tuple[int, int, DoubleRow], ...] = (
     (64, 64, DoubleRow(128, 64, 8, 4, "40; 48 keys 39, 32 keys 37, 80 keys 38", card=227)),
     (64, 64, DoubleRow(128, 32, 8, 4, "not measured")),
