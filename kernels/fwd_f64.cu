@@ -127,9 +127,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_f64(co
     clear(acc_s);
     const auto q = along_rows(smem.q, warp_row());
     add_scores<STEPS, UNROLL>(acc, q, along_rows(smem.slot[slot].k), [&](int part) ALWAYS_INLINE {
-      if (part != 0) return;
-      if (PAIRED) send_for(K, behind(2));
-      send_for(PAIRED || AHEAD % 2 == 1 ? V : K, behind(1));
+      if (PAIRED && part == 0) send_for(K, behind(2));
+      if (PAIRED && part == STEPS / 2) send_for(V, behind(1));
+      if (!PAIRED && part == 0) send_for(AHEAD % 2 == 1 ? V : K, behind(1));
     });
     leave();
 
