@@ -25,7 +25,7 @@ from .schedule import Schedule
 # Calls that only order things. (setmaxnreg and prefetches do not.) Those with a value, such as refill(), stay where
 # they are called: what they consist of is taken out of them.
 _CALL = re.compile(
-    r"\b(?:__sync\w+|sync_block|sync_warp|wait_copies|barrier_sync|barrier_arrive|cp_async_wait<[\w -]+>|"
+    r"\b(?:__sync\w+|sync_block|sync_warp|wait_copies|barrier_sync|barrier_arrive|cp_async_wait<[\w ?:-]+>|"
     r"cp_async_commit|mbarrier_wait|mbarrier_arrive\w*|fence_\w+|wgmma_fence|wgmma_commit|wgmma_wait<\w+>|wgmma_hold|"
     r"bulk_commit|bulk_wait\w*<\w+>|store_release|add_release|__threadfence\w*|"
     r"(?<!void )(?:take_turn|pass_turn|meet)|(?<!= )smem\.[\w.\[\]]+\.(?:await|release|send))\s*\("
