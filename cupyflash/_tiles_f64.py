@@ -69,12 +69,14 @@ def choose_double(problem: Problem, tile: Tile, smem: int) -> DoubleRow:
     if "block_m" in wanted and "warps" not in wanted:
         # The table's number if it can be, else one for 16 queries, or two.
         choices = (row.warps, row.block_m // 16, row.block_m // 8)
-        fits = (n for n in choices if why_not_rows(replace(row, warps=n)) is None)
+        widths = problem.head_dim, problem.head_dim_v
+        fits = (n for n in choices if check_double(replace(row, warps=n), *widths, smem) is None)
         row = replace(row, warps=next(fits, row.warps))
     why = check_double(row, problem.head_dim, problem.head_dim_v, smem)
     if why is not None:
-        widths = f"{problem.head_dim}, {problem.head_dim_v}"
-        raise ValueError(f"{tile} does not fit fwd_f64 (head widths {widths}): {why}")
+        raise ValueError(
+            f"{tile} does not fit fwd_f64 (head widths {problem.head_dim}, {problem.head_dim_v}): {why}"
+        )
     return row
 
 
