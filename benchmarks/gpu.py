@@ -1,4 +1,4 @@
-"""One table for the GPU: the simt family beside its peers in the same run, and what a call costs the host.
+"""One table for the GPU: simt and float64 beside their peers in the same run, and what a call costs the host.
 
     python -m benchmarks.gpu --out benchmarks/results/h200.json
 
@@ -39,7 +39,7 @@ PEERS = {
     "float16": ("torch flash", "torch cuDNN"),
     "bfloat16": ("torch flash", "torch cuDNN"),
 }
-FAMILY = "simt"
+FAMILY = "simt"  # of all but float64, which goes where the planner sends it: to tensor cores where there are some
 ROUNDS = 5
 LIMIT = 3.0  # seconds after which a cell begins no new round
 LEAST = 0.005  # seconds of a sample; events are exact to microseconds
@@ -132,11 +132,12 @@ def measure_all(run: Run, cells: Sequence[Cell], clock: Clock, *, rounds: int, b
         if time.monotonic() - began > budget:
             run.not_run.append(cell)
             continue
+        family = None if work.dtype == "float64" else FAMILY
         if work.dtype not in flat:
             flat = {work.dtype: work.arrays(run.backend.xp)}
-            warm_up(work, flat[work.dtype], clock, FAMILY, WARM_UP)
+            warm_up(work, flat[work.dtype], clock, family, WARM_UP)
         arrays = tuple(x.reshape(work.shape) for x in flat[work.dtype])
-        makers = contenders(work, arrays, run.backend.xp, FAMILY)
+        makers = contenders(work, arrays, run.backend.xp, family)
         cell.skipped = too_large(cell, PEERS[work.dtype], memory_of(run.backend))
         names = (OURS, *(name for name in PEERS[work.dtype] if name not in cell.skipped))
         makers = {name: makers[name] for name in names if name in makers}

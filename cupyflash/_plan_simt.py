@@ -46,7 +46,7 @@ def plan_simt(
         if "q" in wrt:
             kernels += mapped(problem, _main_kernel("bwd_simt_dq", problem, device, tile, ("dq",)), (KEY_MAP,))
         if "bias" in wrt:
-            kernels += mapped(problem, _bias_kernel(problem, device, tile), (KEY_MAP,))
+            kernels += mapped(problem, bias_kernel_simt(problem, device, tile), (KEY_MAP,))
         if "sinks" in wrt:
             kernels.append(sinks_kernel(problem))
         if "score_args" in wrt:
@@ -68,7 +68,7 @@ def plan_simt(
     )  # fmt: skip
 
 
-def _bias_kernel(problem: Problem, device: Device, tile: Tile) -> KernelPlan:
+def bias_kernel_simt(problem: Problem, device: Device, tile: Tile) -> KernelPlan:
     """bwd_bias_simt, with a tile of bwd_simt_dq, whose shared memory it has too."""
     row, head_dim, head_dim_v = _choose_row("bwd_bias_simt", problem, device, tile)
     spec = spec_of("bwd_bias_simt", problem, row, (head_dim, head_dim_v), row.dim_chunk)

@@ -21,7 +21,7 @@ from ._problem import Problem
 from ._tiles import padded_widths
 
 
-def why_not_sm90(problem: Problem, device: Device) -> str | None:
+def why_not_sm90(problem: Problem, device: Device, backward: bool) -> str | None:
     """Why the Hopper family does not take a problem, or None."""
     if device.arch != 90:
         return f"{device.name} has compute capability {device.arch / 10}: TMA and wgmma are those of 9.0"

@@ -90,7 +90,7 @@ def _plan_gpu(
     deterministic: bool,
 ) -> Plan:
     _check_gpu_limits(problem)
-    chosen, declined = _choose_family(problem, device, family)
+    chosen, declined = _choose_family(problem, device, family, wrt is not None)
     if chosen == "simt":
         plan = plan_simt(problem, device, tile, wrt, copies)
     elif chosen == "sm80":
@@ -111,11 +111,13 @@ def _plan_gpu(
     return replace(plan, declined=declined, notes=plan.notes + tuned)
 
 
-def _choose_family(problem: Problem, device: Device, family: object) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _choose_family(
+    problem: Problem, device: Device, family: object, backward: bool
+) -> tuple[str, tuple[tuple[str, str], ...]]:
     """The fastest family that takes a problem, or the one that the caller wants; and why faster ones do not."""
     declined: tuple[tuple[str, str], ...] = ()
     for name, why_not in (("sm90", why_not_sm90), ("sm80", why_not_sm80)):
-        why = why_not(problem, device)
+        why = why_not(problem, device, backward)
         if why is None and family in (None, name):
             return name, declined
         if family == name:

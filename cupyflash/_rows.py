@@ -6,6 +6,14 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
+from ._tiles_f64 import (
+    DoubleBackwardRow,
+    DoubleRow,
+    check_double,
+    check_double_backward,
+    double_backward_candidates,
+    double_candidates,
+)
 from ._tiles_simt import TABLE, TileRow, check_row, padded_width, simt_candidates
 from ._tiles_sm80 import (
     AMPERE_TABLE,
@@ -29,11 +37,13 @@ from ._tiles_sm90 import (
 if TYPE_CHECKING:
     from ._problem import Problem
 
-Row = TileRow | AmpereRow | AmpereBackwardRow | HopperRow | HopperBackwardRow
+Row = TileRow | AmpereRow | AmpereBackwardRow | DoubleRow | DoubleBackwardRow | HopperRow | HopperBackwardRow
 _CHOICE = frozenset({"remark", "card", "causal", "longest"})  # fields that say when a row is chosen, not what it does
 _KINDS: dict[str, type[Row]] = {
     "fwd_sm80": AmpereRow,
     "bwd_sm80": AmpereBackwardRow,
+    "fwd_f64": DoubleRow,
+    "bwd_f64": DoubleBackwardRow,
     "fwd_sm90": HopperRow,
     "bwd_sm90": HopperBackwardRow,
 }
@@ -41,7 +51,7 @@ _KINDS: dict[str, type[Row]] = {
 
 def tiled_kernels() -> frozenset[str]:
     """The kernels that have tiles to choose from."""
-    return frozenset({*AMPERE_TABLE, "bwd_sm80", *HOPPER_TABLE, "bwd_sm90"}) | {kernel for kernel, _ in TABLE}
+    return frozenset({*_KINDS}) | {kernel for kernel, _ in TABLE}
 
 
 def row_fields(row: Row) -> dict[str, int | bool]:
@@ -72,6 +82,10 @@ def why_not(kernel: str, row: Row, problem: Problem, smem: int) -> str | None:
         return check_ampere(row, head_dim, head_dim_v, smem)
     if isinstance(row, AmpereBackwardRow):
         return check_ampere_backward(row, head_dim, head_dim_v, smem)
+    if isinstance(row, DoubleRow):
+        return check_double(row, head_dim, head_dim_v, smem)
+    if isinstance(row, DoubleBackwardRow):
+        return check_double_backward(row, head_dim, head_dim_v, smem)
     if isinstance(row, HopperBackwardRow):
         return check_hopper_backward(row, head_dim, head_dim_v, smem)
     padded, padded_v = (padded_width(d, row.dim_chunk) for d in (head_dim, head_dim_v))
@@ -87,6 +101,10 @@ def candidates(kernel: str, problem: Problem, smem: int) -> tuple[Row, ...]:
         rows = ampere_candidates(kernel, problem, smem)
     elif kernel == "bwd_sm80":
         rows = ampere_backward_candidates(problem)
+    elif kernel == "fwd_f64":
+        rows = double_candidates(problem)
+    elif kernel == "bwd_f64":
+        rows = double_backward_candidates(problem)
     elif kernel == "bwd_sm90":
         rows = hopper_backward_candidates(problem)
     else:

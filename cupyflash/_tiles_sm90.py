@@ -338,8 +338,8 @@ def hopper_backward_candidates(problem: Problem) -> Iterator[HopperBackwardRow]:
             yield HopperBackwardRow(block_m, own.block_n, 2, heads, own.arrival, "")
 
 
-# Rows of queries, overlap, take_turns, thread blocks side by side: what fwd_sm90 has been run with. Three consumers on a
-# multiprocessor have no registers to overlap, nor have four.
+# Rows of queries, overlap, take_turns, thread blocks side by side: what fwd_sm90 has been run with. Three consumers on
+# a multiprocessor have no registers to overlap, nor have four.
 HOPPER_FORMS = (
     (64, True, False, 1), (128, True, True, 1), (128, True, False, 1), (128, False, False, 1), (128, False, False, 2),
     (192, False, False, 1),

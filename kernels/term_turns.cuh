@@ -98,7 +98,7 @@ __device__ __forceinline__ Accumulator term_of_pair(
   int index[4];
   const Accumulator slope = score_term_0(s, features.batch, features.head, query, key, *features.args, index);
   const Accumulator p = weight_of(score, Dual(features.scored(s, pair.i, pair.j), slope), lse, visible).sloped;
-  const Accumulator x = score_gradient(features, p, dp, delta, visible, pair);
+  const Accumulator x = score_gradient(features, p, dp, delta, visible, features.keeps(pair));
   if constexpr (THIS.sum == Sum::ARRIVAL) {
     const ArgumentArray& array = params.score_args.array[THIS.argument];
     long long place = 0;

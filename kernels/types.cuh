@@ -93,6 +93,13 @@ __device__ __forceinline__ double log(double x) { return ::log(x); }
 __device__ __forceinline__ float max(float a, float b) { return ::fmaxf(a, b); }
 __device__ __forceinline__ double max(double a, double b) { return ::fmax(a, b); }
 
+// The halves of a double's bits.
+__device__ __forceinline__ unsigned high_word(double x) { return static_cast<unsigned>(__double2hiint(x)); }
+__device__ __forceinline__ unsigned low_word(double x) { return static_cast<unsigned>(__double2loint(x)); }
+__device__ __forceinline__ double from_words(unsigned high, unsigned low) {
+  return __hiloint2double(static_cast<int>(high), static_cast<int>(low));
+}
+
 template <typename Number>
 __device__ __forceinline__ Number infinity() {
   return __int_as_float(0x7f800000);

@@ -150,6 +150,22 @@ def ampere_specs() -> dict[str, tuple[Spec, int, str]]:
     return found
 
 
+DOUBLE = ("sm_80", "sm_90", "sm_100")
+DOUBLE_PAIRS = (*((width, width) for width in (64, 96, 128, 160, 192, 256)), (64, 128), (192, 128))
+
+
+def double_specs() -> dict[str, tuple[Spec, int, str]]:
+    """What float64 compiles for tensor cores of a card, shared memory, and the card, by a short text."""
+    found = {}
+    for device, (dim, dim_v), causal in itertools.product(DOUBLE, DOUBLE_PAIRS, (False, True)):
+        q, v = (np.broadcast_to(np.zeros((), np.float64), (1, 512, width)) for width in (dim, dim_v))
+        for backward in (False, True):
+            plan = explain(q, q, v, causal=causal, device=device, backward=backward)
+            for step in (step for step in plan.kernels if step.name.endswith("_f64")):
+                found[f"{device}, {text_of(step.spec)}"] = step.spec, step.smem, device
+    return found
+
+
 def text_of(spec: Spec) -> str:
     """What differs between two Specs of a tensor-core family."""
     words = [spec.kernel, spec.element.name, f"{spec.head_dim}/{spec.head_dim_v}", "causal" if spec.causal else "full"]
@@ -160,7 +176,7 @@ def text_of(spec: Spec) -> str:
     elif spec.kernel == "fwd_sm80":
         words += [f"{spec.num_warps} warps", f"{spec.min_blocks} blocks", f"{spec.q_held} steps of q held"]
         words += [w for w in ("overlap", "pack_heads") if getattr(spec, w)]
-    elif spec.kernel == "bwd_sm80":
+    elif spec.kernel in ("bwd_sm80", "fwd_f64", "bwd_f64"):
         words += [f"{spec.num_warps} warps"]
     elif spec.kernel == "bwd_sm90":
         words += ["fixed order" if spec.deterministic else "order of arrival"]
@@ -169,7 +185,7 @@ def text_of(spec: Spec) -> str:
 
 def main() -> None:
     """Write the table anew: ``python tests/nvrtc.py``."""
-    specs = {text: (*spec, "sm_90a") for text, spec in hopper_specs().items()} | ampere_specs()
+    specs = {text: (*spec, "sm_90a") for text, spec in hopper_specs().items()} | ampere_specs() | double_specs()
     with ThreadPoolExecutor() as pool:
         made = pool.map(lambda item: compile_spec(*item), specs.values())
         rows = {text: compiled.row() for text, compiled in zip(specs, made, strict=True)}

@@ -18,6 +18,7 @@ BATCH, HEADS, HEADS_K = 2, 4, 2
 FAMILIES = {
     "simt": (np.float32, 90, Tile(block_m=32, block_n=32), 90, 150),
     "sm80": (np.float16, 80, None, 200, 400),
+    "sm80 float64": (np.float64, 90, Tile(32, 32), 90, 150),
     "sm90": (ml_dtypes.bfloat16, 90, None, 300, 420),
 }
 
@@ -123,7 +124,7 @@ def _run(family, name, poison=lambda *_: None, **more):
     q, k, v, dout = _arrays(dtype, seqlen_q, seqlen_k)
     clean = q, k, v, dout
     with _device(arch, **more) as xp:
-        options = _on(xp, beside) | {"family": family, "tile": tile}
+        options = _on(xp, beside) | {"family": family.split()[0], "tile": tile}
         plans = [explain(xp.asarray(q), xp.asarray(k), xp.asarray(v), backward=b, **options) for b in (False, True)]
         poisoned = [x.copy() for x in clean]
         poison(poisoned, _seen(beside, seqlen_q, seqlen_k), plans)
@@ -383,11 +384,11 @@ def test_whole_blocks_ask_for_no_pair(family):
     q, k, v, dout = _arrays(dtype, 128, 512)
     with _device(arch, patches=(_hide_when_asked,)) as xp:
         held = [xp.asarray(x) for x in (q, k, v)]
-        options = {"mask": xp.asarray(np.ones((128, 512), bool)), "family": family}
+        options = {"mask": xp.asarray(np.ones((128, 512), bool)), "family": family.split()[0]}
         out, lse = attention(*held, return_lse=True, **options)
         grads = attention_backward(xp.asarray(dout), *held, out, lse, **options)[:3]
         out, lse, grads = out.get(), lse.get(), tuple(x.get() for x in grads)
-    p_dtype = None if family == "simt" else q.dtype
+    p_dtype = q.dtype if q.dtype.itemsize == 2 else None
     report = bounds.check_forward(q, k, v, out, lse, p_dtype=p_dtype)
     report += bounds.check_backward(dout, q, k, v, out, lse, grads, p_dtype=p_dtype)
     assert report.ok, report

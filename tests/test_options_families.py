@@ -12,6 +12,7 @@ from conftest import PROFILE
 from emulator import Device, Schedule, why_not
 
 from cupyflash import _call, attention, attention_backward
+from cupyflash._plan_f64 import WITH_FLOAT64_CORES
 from cupyflash.testing import cases, data
 
 TABLE = cases.options_table()
@@ -30,12 +31,17 @@ def rows(widths):
                 found.append(pytest.param(case, family, id=f"{number}-{family}"))
                 continue
             dtype = ("bfloat16", "float16")[number % 2] if case.dtype in ("float32", "float64") else case.dtype
-            this = replace(case, dtype=dtype)
-            if widths:
-                head_dim, head_dim_v = WIDTHS[number % len(WIDTHS)]
-                this = replace(this, head_dim=head_dim, head_dim_v=head_dim_v)
+            this = _widened(replace(case, dtype=dtype), number) if widths else replace(case, dtype=dtype)
             found.append(pytest.param(this, family, id=f"{number}-{family}"))
+        this = replace(case, dtype="float64", out=None if case.out == "float32" else case.out)
+        this = _widened(this, number) if widths and max(WIDTHS[number % len(WIDTHS)]) <= 128 else this
+        found.append(pytest.param(this, "sm80", id=f"{number}-sm80-float64"))
     return found
+
+
+def _widened(case, number):
+    head_dim, head_dim_v = WIDTHS[number % len(WIDTHS)]
+    return replace(case, head_dim=head_dim, head_dim_v=head_dim_v)
 
 
 def share(found):
@@ -47,8 +53,11 @@ def share(found):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("case", "family"), rows(widths=True))
 def test_every_two_options_on_a_gpu(gpu, case, family):
-    if int(gpu.xp.cuda.Device().compute_capability) < {"simt": 60, "sm80": 80, "sm90": 90}[family]:
+    arch = int(gpu.xp.cuda.Device().compute_capability)
+    if arch < {"simt": 60, "sm80": 80, "sm90": 90}[family]:
         pytest.skip("an older GPU")
+    if case.dtype == "float64" and family == "sm80" and arch not in WITH_FLOAT64_CORES:
+        pytest.skip("a GPU without tensor cores for float64")
     report = cases.run(case, gpu.xp, family=family)
     assert report.ok, f"{case!r}\n{report}"
 

@@ -319,7 +319,8 @@ def test_families_are_the_planners() -> None:
     cpu, sm90, sm80, simt = machine.read_families(Cupy("14.2.0", "12.9", (card,)))
     assert (cpu.name, sm90.name, sm80.name, simt.name) == ("cpu", "sm90", "sm80", "simt")
     assert simt.device == "NVIDIA H200 (sm_90)"
-    assert sm90.dtypes == sm80.dtypes == ("float16", "bfloat16")
+    assert sm90.dtypes == ("float16", "bfloat16")
+    assert sm80.dtypes == ("float16", "bfloat16", "float64")
     assert simt.dtypes == ("float16", "bfloat16", "float32", "float64")
     assert simt.why_not is None
     nothing = machine.read_families(Cupy("14.2.0", "12.9", (Gpu("small", 90, 2**30, 1024, 132),)))[3]

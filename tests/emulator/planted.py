@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from .removals import (
     AMPERE_BACKWARD,
     AMPERE_FORWARD,
+    DOUBLE_BACKWARD,
+    DOUBLE_FORWARD,
     HOPPER_FORWARD,
     HOPPER_NARROW,
     PACKED_BACKWARD,
@@ -526,6 +528,31 @@ LIBRARY = (
     Planted(
         "numbers beyond the end stored", "fwd_sm80",
         r" && query < rows_to_write\(params, tile\.seq\)\)", ")", ("out of bounds",), "lse", AMPERE_FORWARD[2],
+    ),
+    # ---- fwd_f64, bwd_f64
+    Planted(
+        "wait for one group too few", "fwd_f64",
+        r"cp_async_wait<PAIRED \? AHEAD - 2 : AHEAD - 1>", "cp_async_wait<AHEAD>", ("early use", "uninitialised"),
+        "shared", DOUBLE_FORWARD[0],
+    ),
+    Planted(
+        "a slot refilled while it is read", "fwd_f64",
+        r"slot \+ NUM_STAGES - tiles : slot - tiles", "slot : slot", ("race", "early use", "early overwrite"), "shared",
+        DOUBLE_FORWARD[1],
+    ),
+    Planted(
+        "columns beyond the head read by cp.async", "fwd_f64",
+        r"left <= 0 \? 0 : left == 1 \? 8 : 16", "16", ("out of bounds",), "read of 16", DOUBLE_FORWARD[2],
+    ),
+    Planted(
+        "P taken before it is handed over", "bwd_f64",
+        r"barrier_sync\(HANDED_OVER \+ group, 64\)", "barrier_arrive(HANDED_OVER + group, 64)",
+        ("race", "uninitialised", "divergence", "deadlock"), "", DOUBLE_BACKWARD[0],
+    ),
+    Planted(
+        "one key block too few waited for", "bwd_f64",
+        r"while \(load_acquire\(semaphore\) < below\)", "while (load_acquire(semaphore) < below - 1)",
+        ("race between blocks", "uninitialised"), "", DOUBLE_BACKWARD[1], (5, 7, 10),
     ),
     # ---- bwd_sm80
     Planted(

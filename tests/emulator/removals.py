@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cupyflash._plan import Rows
+from cupyflash._tiles_f64 import DoubleBackwardRow, DoubleRow
 from cupyflash._tiles_sm80 import AmpereBackwardRow, AmpereRow
 from cupyflash._tiles_sm90 import HopperBackwardRow, HopperRow
 from cupyflash.testing.functions import SCORES
@@ -25,7 +26,7 @@ from .schedule import Schedule
 # Calls that only order things. (setmaxnreg and prefetches do not.) Those with a value, such as refill(), stay where
 # they are called: what they consist of is taken out of them.
 _CALL = re.compile(
-    r"\b(?:__sync\w+|sync_block|sync_warp|wait_copies|barrier_sync|barrier_arrive|cp_async_wait<[\w -]+>|"
+    r"\b(?:__sync\w+|sync_block|sync_warp|wait_copies|barrier_sync|barrier_arrive|cp_async_wait<[\w ?:-]+>|"
     r"cp_async_commit|mbarrier_wait|mbarrier_arrive\w*|fence_\w+|wgmma_fence|wgmma_commit|wgmma_wait<\w+>|wgmma_hold|"
     r"bulk_commit|bulk_wait\w*<\w+>|store_release|add_release|__threadfence\w*|"
     r"(?<!void )(?:take_turn|pass_turn|meet)|(?<!= )smem\.[\w.\[\]]+\.(?:await|release|send))\s*\("
@@ -293,6 +294,27 @@ AMPERE_BACKWARD = (
 )
 
 
+def double_forward(row: DoubleRow, **more: Any) -> Problem:
+    """A form of fwd_f64, with more blocks of keys than it has buffers."""
+    options = (("tile", Rows(rows=(("fwd_f64", row),))), ("causal", True))
+    return Problem("float64", 24, 70, 100, options, **{"heads": 2, "heads_k": 2, **more})
+
+
+def double_backward(*options: tuple[str, Any], heads: int = 2, seqlens: tuple[int, int] = (50, 70)) -> Problem:
+    """bwd_f64 with short blocks: several on both sides."""
+    row = DoubleBackwardRow(block_m=16, block_n=32, warps=4, stages=2, heads=1, remark="")
+    return Problem("float64", 24, *seqlens, (("tile", Rows(rows=(("bwd_f64", row),))), *options), heads=heads)
+
+
+DOUBLE_FORWARD = tuple(double_forward(DoubleRow(32, 16, 2, stages, "")) for stages in (3, 4, 2))
+DOUBLE_BACKWARD = (
+    double_backward(),
+    double_backward(heads=1, seqlens=(16, 200)),  # jobs of one turn
+    double_backward(("wrt", ("v",))),
+    double_backward(("wrt", ("k", "v"))),
+)
+
+
 def hopper_forward(row: HopperRow) -> Problem:
     """A form of fwd_sm90. Two heads, so that thread blocks have several tiles.
 
@@ -358,6 +380,10 @@ def runs_of(removal: Removal) -> list[Run]:
     }  # fmt: skip
     if file in beside:
         return [p.backward for p in beside[file]]
+    if file == "bwd_f64.cu":
+        return [p.backward for p in DOUBLE_BACKWARD]
+    if file.endswith(("_f64.cu", "_f64.cuh")):
+        return [p.forward for p in DOUBLE_FORWARD]
     if file in ("bwd_sm80.cu", "gradients.cuh"):
         return [p.backward for p in AMPERE_BACKWARD]
     if file.endswith(("_sm80.cu", "_sm80.cuh")):

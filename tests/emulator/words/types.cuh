@@ -73,6 +73,14 @@ __device__ __forceinline__ double log(double x) { return ::log(x); }
 __device__ __forceinline__ float max(float a, float b) { return ::fmaxf(a, b); }
 __device__ __forceinline__ double max(double a, double b) { return ::fmax(a, b); }
 
+__device__ __forceinline__ unsigned high_word(double x) {
+  return static_cast<unsigned>(static_cast<unsigned long long>(__double_as_longlong(x)) >> 32);
+}
+__device__ __forceinline__ unsigned low_word(double x) { return static_cast<unsigned>(__double_as_longlong(x)); }
+__device__ __forceinline__ double from_words(unsigned high, unsigned low) {
+  return __longlong_as_double(static_cast<long long>(static_cast<unsigned long long>(high) << 32 | low));
+}
+
 template <typename Number>
 __device__ __forceinline__ Number infinity() {
   return __int_as_float(0x7f800000);

@@ -1,0 +1,93 @@
+"""Plans of the sm80 family for float64."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import _tiles_f64 as _tiles
+from ._block_map import KEY_MAP, map_arrays, map_bytes, mapped
+from ._plan import (
+    Device,
+    KernelPlan,
+    Plan,
+    Tile,
+    finishing,
+    grid,
+    partials,
+    plan_of,
+    sinks_kernel,
+    spec_of,
+    workspace,
+)
+from ._plan_simt import bias_kernel_simt
+from ._plan_tensor_cores import backward_maps, backward_spec, backward_writes, preparation, temporaries_of
+from ._problem import Problem
+from ._tiles import padded_widths
+
+FLOAT64 = np.dtype(np.float64)
+# Compute capabilities with tensor cores for float64 that are worth it; the others since 8.0 have little float64 at all.
+WITH_FLOAT64_CORES = frozenset({80, 90, 100})
+
+
+def why_not_f64(problem: Problem, device: Device, backward: bool) -> str | None:
+    """Why float64 does not run on a card's tensor cores, or None."""
+    if device.arch not in WITH_FLOAT64_CORES:
+        those = ", ".join(f"{arch / 10}" for arch in sorted(WITH_FLOAT64_CORES))
+        return f"float64 on compute capability {device.arch / 10}: tensor cores for it are those of {those}"
+    widest = max(problem.head_dim, problem.head_dim_v)
+    if backward and widest > _tiles.WIDEST_BACKWARD:
+        return f"float64, backward, head width {widest}: dk and dv fit registers up to {_tiles.WIDEST_BACKWARD}"
+    return None
+
+
+def plan_f64(problem: Problem, device: Device, tile: Tile, copies: tuple[str, ...]) -> Plan:
+    """One kernel, one thread block for each tile of queries."""
+    row = _tiles.choose_double(problem, tile, device.smem)
+    widths = _tiles.double_widths(row, problem.head_dim, problem.head_dim_v)
+    kernel = KernelPlan(
+        spec=spec_of("fwd_f64", problem, row, widths, max(widths), min_blocks=row.min_blocks),
+        grid=grid(problem.seqlen_q, row.block_m, problem.num_heads * problem.batch),
+        threads=32 * row.warps,
+        smem=_tiles.double_smem_bytes(row, *widths),
+        writes=("out", "lse"),
+    )
+    kernels = mapped(problem, kernel, (KEY_MAP,))
+    maps = map_arrays(problem, kernels)
+    return plan_of(
+        "sm80", device.name, problem, False, (row.block_m, row.block_n),
+        kernels=kernels, copies=copies, maps=maps, workspace=map_bytes(maps),
+    )  # fmt: skip
+
+
+def plan_f64_backward(
+    problem: Problem, device: Device, tile: Tile, wrt: frozenset[str], copies: tuple[str, ...]
+) -> Plan:
+    """bwd_delta prepares, bwd_f64 computes, one thread block for each block of keys; bwd_finish sums partials.
+
+    In a fixed order, whether or not one is asked for.
+    """
+    row = _tiles.choose_double_backward(problem, tile, device.smem)
+    widths = padded_widths(problem)
+    heads_k = problem.num_heads_k * problem.batch
+    main = KernelPlan(
+        spec=backward_spec("bwd_f64", problem, row, wrt, True),
+        grid=grid(problem.seqlen_k, row.block_n, heads_k),
+        threads=32 * row.warps,
+        smem=_tiles.double_backward_smem_bytes(row, *widths),
+        writes=backward_writes(wrt),
+        section=_tiles.double_backward_section(row, heads_k),
+    )
+    *first, main = mapped(problem, main, backward_maps(wrt))
+    kernels = (*first, preparation(problem, row, wrt, True), main)
+    if "bias" in wrt:
+        kernels += mapped(problem, bias_kernel_simt(problem, device, tile), (KEY_MAP,))
+    if "sinks" in wrt:
+        kernels += (sinks_kernel(problem),)
+    kernels += finishing(problem, wrt)
+    maps = map_arrays(problem, kernels)
+    temporaries = temporaries_of(problem, row, wrt, 1, row.block_m * widths[0])
+    return plan_of(
+        "sm80", device.name, problem, True, (row.block_m, row.block_n),
+        kernels=kernels, copies=copies, maps=maps, temporaries=temporaries,
+        workspace=workspace(problem, temporaries, partials(problem, wrt)) + map_bytes(maps),
+    )  # fmt: skip
