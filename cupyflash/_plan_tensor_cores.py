@@ -31,7 +31,7 @@ from ._plan import (
 from ._problem import Problem
 from ._terms import partial_of, score_kernels
 from ._tiles import ROW_KERNELS, padded_widths
-from ._tiles_sm80 import bias_row, bias_smem_bytes, score_smem_bytes
+from ._tiles_sm80 import bias_row, bias_smem_bytes, score_row, score_smem_bytes
 
 
 def why_not_tensor_cores(problem: Problem, instruction: str) -> str | None:
@@ -162,5 +162,5 @@ def _bias_kernel(problem: Problem) -> KernelPlan:
 def _score_tile(problem: Problem) -> tuple[Spec, int]:
     """The Spec of bwd_score_sm80, but for its term, and its shared memory; the tile is that of bwd_bias_sm80."""
     widths = padded_widths(problem)
-    row = bias_row(*widths)
+    row = score_row(*widths)
     return spec_of("bwd_score_sm80", problem, row, widths, max(widths)), score_smem_bytes(row, *widths)

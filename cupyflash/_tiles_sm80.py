@@ -268,6 +268,11 @@ def bias_row(head_dim: int, head_dim_v: int) -> AmpereRow:
     return AmpereRow(64, 32, 4, 2, 1, 0, False, "not compared")
 
 
+def score_row(head_dim: int, head_dim_v: int) -> AmpereRow:
+    """The tile of bwd_score_sm80, whose diagonals of tiles begin at one distance: no more keys than queries."""
+    return AmpereRow(64, 64 if max(head_dim, head_dim_v) <= 128 else 32, 4, 2, 1, 0, False, "not compared")
+
+
 def score_smem_bytes(row: AmpereRow, head_dim: int, head_dim_v: int) -> int:
     """Shared memory of bwd_score_sm80, whose tile of pairs lies where Q, K, dO and V lay."""
     tiles = 2 * (row.block_m + row.block_n) * (head_dim + head_dim_v)

@@ -110,10 +110,14 @@ __device__ __forceinline__ void read_mask(
 }
 
 // Which pairs neither mask nor segments hide; query i and key j are the thread's first. What lies beyond the ends of
-// the sequences has the bits of something inside.
+// the sequences has the bits of something inside. What a mask function says comes on top, pair by pair.
 template <RowIs ROW, int N, bool ON>
 __device__ __forceinline__ PairBits<N> shown_pairs(const HiddenPairsOf<ON>& hidden, const Mask& ends, int i, int j) {
   PairBits<N> bits = {};
+  if constexpr (!HAS_MASK && !SEGMENTS) {
+#pragma unroll
+    for (int w = 0; w < bits.WORDS; ++w) bits.words[w] = ~0u;
+  }
   if constexpr (ON && HAS_MASK) {
     constexpr int KEYS = ROW == RowIs::QUERY ? N : 16;
     const int first_key = ROW == RowIs::QUERY ? j - lane_index() % 4 * 2 : j - lane_index() / 4;
