@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import _tiles_f64 as _tiles
+from ._arrays import ArraySpec
 from ._block_map import KEY_MAP, map_arrays, map_bytes, mapped
 from ._plan import (
     Device,
@@ -19,9 +20,10 @@ from ._plan import (
     spec_of,
     workspace,
 )
-from ._plan_simt import bias_kernel_simt
+from ._plan_simt import bias_kernel_simt, score_tile_simt
 from ._plan_tensor_cores import backward_maps, backward_spec, backward_writes, preparation, temporaries_of
 from ._problem import Problem
+from ._terms import partial_of, score_kernels
 from ._tiles import padded_widths
 
 FLOAT64 = np.dtype(np.float64)
@@ -83,11 +85,16 @@ def plan_f64_backward(
         kernels += mapped(problem, bias_kernel_simt(problem, device, tile), (KEY_MAP,))
     if "sinks" in wrt:
         kernels += (sinks_kernel(problem),)
+    zeroed: tuple[ArraySpec, ...] = ()
+    if "score_args" in wrt:
+        tile_of_score = score_tile_simt(problem, device)
+        kernels += score_kernels(problem, *tile_of_score)
+        zeroed = (partial_of(problem, tile_of_score[0]),)
     kernels += finishing(problem, wrt)
     maps = map_arrays(problem, kernels)
     temporaries = temporaries_of(problem, row, wrt, 1, row.block_m * widths[0])
     return plan_of(
         "sm80", device.name, problem, True, (row.block_m, row.block_n),
-        kernels=kernels, copies=copies, maps=maps, temporaries=temporaries,
-        workspace=workspace(problem, temporaries, partials(problem, wrt)) + map_bytes(maps),
+        kernels=kernels, copies=copies, maps=maps, temporaries=temporaries, zeroed=zeroed,
+        workspace=workspace(problem, temporaries, partials(problem, wrt)) + map_bytes(maps + zeroed),
     )  # fmt: skip

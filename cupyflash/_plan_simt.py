@@ -50,7 +50,7 @@ def plan_simt(
         if "sinks" in wrt:
             kernels.append(sinks_kernel(problem))
         if "score_args" in wrt:
-            tile_of_score = _score_tile(problem, device)
+            tile_of_score = score_tile_simt(problem, device)
             kernels += score_kernels(problem, *tile_of_score)
             zeroed = (partial_of(problem, tile_of_score[0]),)
         kernels += finishing(problem, wrt)
@@ -76,7 +76,7 @@ def bias_kernel_simt(problem: Problem, device: Device, tile: Tile) -> KernelPlan
     return bias_kernel("bwd_bias_simt", problem, spec, smem)
 
 
-def _score_tile(problem: Problem, device: Device) -> tuple[Spec, int]:
+def score_tile_simt(problem: Problem, device: Device) -> tuple[Spec, int]:
     """The Spec of bwd_score_simt, but for its term, and its shared memory. Its tile is its own: it fits every card."""
     row, head_dim, head_dim_v = _choose_row("bwd_score_simt", problem, device, Tile())
     spec = spec_of("bwd_score_simt", problem, row, (head_dim, head_dim_v), row.dim_chunk)
