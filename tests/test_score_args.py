@@ -58,7 +58,8 @@ def draw(dtype=F64):
     """q, k, v and cotangents of out and lse; every row sees a key."""
     shapes = ((HEADS, ROWS, 16), (2, KEYS, 16), (2, KEYS, 8), (HEADS, ROWS, 8), (HEADS, ROWS))
     rng = np.random.default_rng(3)
-    return tuple(rng.standard_normal((BATCH, *shape)).astype(dtype) for shape in shapes)
+    *x, dlse = (rng.standard_normal((BATCH, *shape)) for shape in shapes)
+    return *(y.astype(dtype) for y in x), dlse.astype(np.result_type(dtype, np.float32))
 
 
 OPTIONS = {"causal": True, "softcap": 2.0, "bias": normal(ROWS, KEYS), "dropout": 0.2, "seed": 5}
