@@ -20,11 +20,18 @@ from ._plan_tensor_cores import (
 from ._problem import Problem
 from ._tiles import padded_widths
 
+# Whether entries have lengths of their own here. The kernels can, and the emulator runs them. But the maps of such
+# entries begin before their array (_tma.by_entry_length), and on an H200 a copy of Q by one of them was an illegal
+# address where the array was the first in its memory. Until a map never begins outside, sm80 takes these calls.
+TAKES_LENGTHS = False
+
 
 def why_not_sm90(problem: Problem, device: Device, backward: bool) -> str | None:
     """Why the Hopper family does not take a problem, or None."""
     if device.arch != 90:
         return f"{device.name} has compute capability {device.arch / 10}: TMA and wgmma are those of 9.0"
+    if problem.options.lens and not TAKES_LENGTHS:
+        return "q_lens, kv_lens, packed sequences: their tensor maps begin before the arrays, which TMA may refuse"
     return why_not_tensor_cores(problem, "wgmma")
 
 

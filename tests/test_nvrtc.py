@@ -15,7 +15,7 @@ import pytest
 from conftest import PROFILE, SEED
 from nvrtc import COLUMNS, TABLE, ampere_specs, compile_spec, double_specs, hopper_candidates, hopper_specs, version
 
-from cupyflash import _tiles, explain
+from cupyflash import _plan_sm90, _tiles, explain
 from cupyflash._compile import Spec, kernels_dir, source
 from cupyflash._options import PLAIN
 from cupyflash._plan import rest_kernel
@@ -158,7 +158,9 @@ def option_specs() -> dict[str, tuple[Spec, int, str]]:
     return found
 
 
-OPTION_SPECS = option_specs()
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(_plan_sm90, "TAKES_LENGTHS", True)
+    OPTION_SPECS = option_specs()
 
 
 @pytest.mark.parametrize("text", OPTION_SPECS)

@@ -11,6 +11,7 @@ from cupyflash import (
     AttentionGradients,
     Tile,
     _compile,
+    _plan_sm90,
     attention,
     attention_backward,
     attention_varlen,
@@ -212,7 +213,7 @@ def test_tiles(name, tile):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-4), (ml_dtypes.bfloat16, 0.03)], ids=["simt", "sm90"])
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-4), (ml_dtypes.bfloat16, 0.03)], ids=["simt", "sm80"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_on_a_gpu(gpu, name, dtype, bound):
     packed = Packed((300, 0, 33, 1, 129), (310, 20, 0, 1, 260), dtype=dtype, d=64, dv=72, **OPTIONS[name])
@@ -391,8 +392,9 @@ def test_explain_says_what_runs():
     plan = explain_varlen(q, k, v, *packed.cu, causal=True)
     assert (plan.family, plan.direction) == ("cpu", "forward")
     plan = explain_varlen(q, k, v, *packed.cu, max_seqlen_q=512, max_seqlen_k=640, causal=True, device="sm_90")
-    assert plan.family == "sm90"
-    assert [step.name for step in plan.kernels] == ["packed_rest", "fwd_sm90"]
+    assert plan.family == "sm80"
+    assert dict(plan.declined)["sm90"].startswith("q_lens, kv_lens, packed sequences: their tensor maps begin before")
+    assert [step.name for step in plan.kernels] == ["packed_rest", "fwd_sm80"]
     assert plan.chain_k == 640
     plan = explain_varlen(q, k, v, *packed.cu, backward=True, wrt=("q",), tile=Tile(block_m=32), device="sm_90")
     assert (plan.direction, plan.block_m) == ("backward", 32)
@@ -405,8 +407,9 @@ def test_explain_says_what_runs():
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("sm90", np.float16), ("sm80", np.float16), ("simt", np.float32)])
-def test_workspace_is_that_of_the_rows_there_are(family, dtype):
+def test_workspace_is_that_of_the_rows_there_are(family, dtype, monkeypatch):
     """One long sequence among many short ones: not as if all were as long."""
+    monkeypatch.setattr(_plan_sm90, "TAKES_LENGTHS", True)
     x, ones = np.broadcast_to(np.zeros((), dtype), (8192, 4, 64)), np.full(4096, 1)
     bytes_ = {}
     for longest in (1, 4096):
@@ -622,12 +625,13 @@ COMPILED += [("sm_80", "sm80", np.float64), ("sm_90", "sm80", np.float64), ("sm_
 @pytest.mark.nvrtc
 @pytest.mark.parametrize(("card", "family", "dtype"), COMPILED)
 @pytest.mark.share(2)
-def test_kernels_compile(card, family, dtype):
+def test_kernels_compile(card, family, dtype, monkeypatch):
     """Without spills, and with the shared memory that the plan counts."""
+    monkeypatch.setattr(_plan_sm90, "TAKES_LENGTHS", True)
     packed = Packed((300, 200), (300, 200), dtype, 128, 128)
     asked = Asked(causal=True, layout="shd")
     problem = PackedCall(packed.q, packed.k, packed.v, asked, packed.cu, (None, None)).problem
-    plans = [plan_gpu(problem, DEVICES[card], None, None, wrt) for wrt in (None, frozenset("qkv"))]
+    plans = [plan_gpu(problem, DEVICES[card], family, None, wrt) for wrt in (None, frozenset("qkv"))]
     assert {plan.family for plan in plans} == {family}
     assert [plan.kernels[0].name for plan in plans] == ["packed_rest"] * 2
     for step in (step for plan in plans for step in plan.kernels):

@@ -433,9 +433,9 @@ def _module(name: str, module: ModuleType) -> Iterator[None]:
 @contextlib.contextmanager
 def _watched_launches(device: Device) -> Iterator[None]:
     """Learn from the library which arrays a launch consists of, and which of them its plan says it writes."""
-    from cupyflash import _call, _compile, _launch, _ready, _tma
+    from cupyflash import _call, _compile, _launch, _plan_sm90, _ready, _tma
 
-    encoder = _tma.encoder
+    encoder, takes_lengths = _tma.encoder, _plan_sm90.TAKES_LENGTHS
     start = _launch.Launch.run
 
     def watched_start(self: Any, tensors: Mapping[str, Any]) -> None:
@@ -455,10 +455,11 @@ def _watched_launches(device: Device) -> Iterator[None]:
     forget()
     _launch.Launch.run = watched_start
     _tma.encoder = lambda: _encode_tiled
+    _plan_sm90.TAKES_LENGTHS = True  # what no GPU runs yet is run here
     try:
         yield
     finally:
         _launch.Launch.run = start
-        _tma.encoder = encoder
+        _tma.encoder, _plan_sm90.TAKES_LENGTHS = encoder, takes_lengths
         forget()
         _compile._loaded.update(loaded)
