@@ -148,7 +148,7 @@ def test_inputs_are_not_written():
         x.flags.writeable = False
     ids = np.zeros(12, np.int16), np.zeros((2, 20), np.uint8)
     _, vjp = attention_vjp(q, k, v, dropout=0.1, segment_ids=ids, **beside)
-    assert all(np.isfinite(x.astype(F32)).all() for x in vjp(np.ones((2, 4, 12, 8), F32)))
+    assert all(np.isfinite(x.astype(F32)).all() for x in vjp(np.ones((2, 4, 12, 8), F32))[:5])
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
