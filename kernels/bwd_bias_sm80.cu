@@ -33,7 +33,8 @@ constexpr bool BIAS_STAYS = !SUM_ROWS && !SUM_COLS;
 // so that what a turn costs beside its products is shared by many.
 constexpr int PART = smaller(BLOCK_N, 64);
 static_assert(BLOCK_N % PART == 0, "parts are equal");
-// Groups of copies behind dO and V when the first part waits for them: Q and K of the next turn, if it is the last part.
+// Groups of copies behind dO and V when the first part waits for them: Q and K of the next turn, if it is the last
+// part.
 constexpr int SENT_BEHIND = BLOCK_N == PART ? 1 : 0;
 
 constexpr int FRAGMENTS = BLOCK_M / (16 * NUM_WARPS);

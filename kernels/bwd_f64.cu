@@ -320,8 +320,8 @@ __device__ __forceinline__ Weight weight_by(
   }
 }
 
-// All turns of the job: step(turn, masked), with its tiles in shared memory, and then dQ. LOADS: these warps send for the
-// next tiles.
+// All turns of the job: step(turn, masked), with its tiles in shared memory, and then dQ. LOADS: these warps send for
+// the next tiles.
 template <bool LOADS, typename Step>
 __device__ __forceinline__ void for_each_turn(const Params& params, Smem& smem, Step step) {
   const int full_begin = warp_uniform(smem.job.full_begin);
@@ -368,8 +368,8 @@ __device__ __forceinline__ void store_keys(
   }
 }
 
-// The pair of row r and the column that is `ahead` of this thread's first, and who sees whom there. Pair by pair: beside
-// products of float64 that costs little.
+// The pair of row r and the column that is `ahead` of this thread's first, and who sees whom there. Pair by pair:
+// beside products of float64 that costs little.
 __device__ __forceinline__ Pair pair_at(const Seen& seen, int r, int ahead) {
   return pair_of<RowIs::KEY>(seen.query0, seen.first_key, r, ahead);
 }

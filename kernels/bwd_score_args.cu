@@ -1,4 +1,5 @@
-// Behind bwd_score_*: the gradient of one of score_args, rounded once. params.score_args.array[ARGUMENT] is that gradient.
+// Behind bwd_score_*: the gradient of one of score_args, rounded once. params.score_args.array[ARGUMENT] is that
+// gradient.
 //
 // The pairs that lead to an element are a box: intervals of entries, heads, queries, keys and distances, one for each
 // index that names them. A thread block adds up what `partial` has of the box, term after term, always in the same

@@ -388,7 +388,8 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
       for (int f = 0; f < FRAGMENTS; ++f) {
         const Seen seen = seen_by(params, job, turn, part, f);
         to_probabilities(
-            acc[f], p[f], job.score, &smem.exponents[turn.slot][part * PART_M], seen, seen.bits<PART_M>(masked), masked);
+            acc[f], p[f], job.score, &smem.exponents[turn.slot][part * PART_M], seen, seen.bits<PART_M>(masked),
+            masked);
         if constexpr (WANT_DS) {
 #pragma unroll
           for (int i = 0; i < PART_M / 8; ++i) {

@@ -470,7 +470,9 @@ __device__ __forceinline__ void work_on_jobs(const Params& params, Smem& smem, B
         int m_block = warp_uniform(job.end) - 1;
         if (CUT_AT_BEGIN) {
 #pragma unroll 1
-          for (; m_block >= first_block && m_block >= full_end; --m_block) turn_of(job, head, head_sums, m_block, MASKED);
+          for (; m_block >= first_block && m_block >= full_end; --m_block) {
+            turn_of(job, head, head_sums, m_block, MASKED);
+          }
         }
 #pragma unroll 1
         for (; m_block >= full_begin; --m_block) turn_of(job, head, head_sums, m_block, UNMASKED);

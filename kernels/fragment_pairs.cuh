@@ -35,7 +35,8 @@ __device__ __forceinline__ unsigned trade_bits(unsigned x) {
 }
 
 // Which weights dropout keeps; query i and key j are the thread's first. What Philox draws at once, for four
-// neighbouring keys of one query, is of two lanes where a row is a query, of four where it is a key: they draw for one another.
+// neighbouring keys of one query, is of two lanes where a row is a query, of four where it is a key: they draw for one
+// another.
 template <RowIs ROW, int N, bool ON>
 __device__ __forceinline__ PairBits<N> kept_pairs(const KeptOf<ON>& kept, int i, int j) {
   PairBits<N> bits = {};

@@ -15,9 +15,9 @@
 //                      powers of 2
 //     order of tiles:  K(0) V(0) K(1) V(1) ...
 //
-// The slots are a ring. PAIRED, of four or more: when all warps have met over K and V of a block, those before are read,
-// and their slots are filled with tiles of a later block: one barrier a turn, between which some warps may be at their
-// products while others are at their softmax. Else one barrier a tile, which gives the slot of the tile before.
+// The slots are a ring. PAIRED, of four or more: when all warps have met over K and V of a block, those before are
+// read, and their slots are filled with tiles of a later block: one barrier a turn, between which some warps may be at
+// their products while others are at their softmax. Else one barrier a tile, which gives the slot of the tile before.
 #include "basics.cuh"
 #include "params.cuh"
 #include "types.cuh"

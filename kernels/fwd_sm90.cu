@@ -453,7 +453,8 @@ __device__ __forceinline__ void consume(const Params& params, Smem& smem, int co
   if (TAKE_TURNS && consumer == 0) take_turn(consumer);  // the last turn, which the other has passed
 }
 
-extern "C" __global__ void __launch_bounds__(32 * NUM_WARPS, MIN_BLOCKS) fwd_sm90(const __grid_constant__ MappedParams launch) {
+extern "C" __global__ void __launch_bounds__(32 * NUM_WARPS, MIN_BLOCKS)
+fwd_sm90(const __grid_constant__ MappedParams launch) {
   DYNAMIC_SHARED(Smem, smem);
   const Params& params = launch.params;
   const int warpgroup = warp_uniform(thread_index() / 128), warp = warp_uniform(thread_index() / 32 % 4);

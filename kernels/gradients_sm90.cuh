@@ -147,8 +147,8 @@ __device__ __forceinline__ void clear_columns_from(Fragment<N>& fragment, int en
   }
 }
 
-// A consumer's part of dq, whole: scaled, rounded, stored to the rows of its head, (seqlen_q, head_dim). Rows beyond the
-// entry's own length are 0, whatever the sums there.
+// A consumer's part of dq, whole: scaled, rounded, stored to the rows of its head, (seqlen_q, head_dim). Rows beyond
+// the entry's own length are 0, whatever the sums there.
 template <int N>
 __device__ __forceinline__ void finish_dq(
     const Params& params, const Sequence& seq, Rows<Gradient_q> rows, int m_block, int consumer, Fragment<N>& dq) {

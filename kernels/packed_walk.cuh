@@ -1,8 +1,8 @@
 // Which tiles packed sequences have, in one list: each has as many as it is long, none that it is too short for. Blocks
 // take from the list by tickets, which only rise, and so each block goes through the sequences once.
 //
-// A warp looks at 32 sequences at a time, a lane at one. `section` of them, a power of 2 up to 32, are side by side in the
-// list: the first tile of all their heads, then the second of those that have two, and so on.
+// A warp looks at 32 sequences at a time, a lane at one. `section` of them, a power of 2 up to 32, are side by side in
+// the list: the first tile of all their heads, then the second of those that have two, and so on.
 #pragma once
 #include "params.cuh"
 #include "memory.cuh"
@@ -17,8 +17,8 @@ struct PackedWalkOf {
   __device__ __forceinline__ PackedWalkOf(const Params&, const Tensor&, int, int, int, int) {}
   __device__ __forceinline__ Work next(Longest) { return {-1, 0, 0}; }
 };
-// All 32 lanes reach what it does. Between two tiles it holds only where it stands: sequences are looked at again, which
-// costs less than the registers, and runs while the ticket is on its way.
+// All 32 lanes reach what it does. Between two tiles it holds only where it stands: sequences are looked at again,
+// which costs less than the registers, and runs while the ticket is on its way.
 template <>
 struct PackedWalkOf<true> {
   const Params& params;

@@ -2,8 +2,8 @@
 //
 // A use's gradient is ds_ij times the score's slope by that element, summed over all pairs whose indices lead to it.
 // First a thread block sums along a lane of tiles, always in the same order (term_turns.cuh); what it has stays apart
-// for what the use's indices tell apart of that lane, in `partial`. Then bwd_score_args adds up, for each element, a box
-// of these numbers: an index, clamped or clipped, leads to an element from an interval of positions or distances.
+// for what the use's indices tell apart of that lane, in `partial`. Then bwd_score_args adds up, for each element, a
+// box of these numbers: an index, clamped or clipped, leads to an element from an interval of positions or distances.
 //
 //     sum        lane: tiles of                          numbers of a lane
 //     ALL        BLOCK_M queries with all keys           one
