@@ -19,14 +19,14 @@ struct alignas(1024) SwizzledTile {
   Element at[CHUNKS][ROWS][64];
 };
 
-// Where a head of a tensor lies, in the coordinates of its map behind the column. A broadcast axis has length 1 there.
-// rows: those of the entry, from `begin` on, of at most `longest`.
+// Where a head of a tensor lies, in the coordinates of its map behind the column. An axis of stride 0, the
+// heads' too, has length 1 there. rows: those of the entry, from `begin` on, of at most `longest`.
 template <bool OF_OWN_LENGTH>
 struct MapPlaceOf {
   int head, inner, outer;
 
   __device__ __forceinline__ MapPlaceOf(const Tensor& tensor, const int (&batch_index)[4], int of_head, int, int, int)
-      : head(of_head),
+      : head(tensor.head_stride == 0 ? 0 : of_head),
         inner(tensor.batch_stride[3] == 0 ? 0 : batch_index[3]),
         outer(tensor.batch_stride[2] == 0 ? 0 : batch_index[2]) {}
   __device__ __forceinline__ int row(int row) const { return row; }
@@ -42,7 +42,7 @@ struct MapPlaceOf<true> {
   __device__ __forceinline__ MapPlaceOf(
       const Tensor& tensor, const int (&batch_index)[4], int of_head, int begin, int rows, int longest)
       : first_row(longest - rows),
-        head(of_head),
+        head(tensor.head_stride == 0 ? 0 : of_head),
         inner(begin + rows),
         outer(tensor.batch_stride[3] == 0 ? 0 : batch_index[3]) {}
   __device__ __forceinline__ int row(int row) const { return first_row + row; }

@@ -167,6 +167,28 @@ def test_same_bits_of_a_backward_in_a_fixed_order_under_every_schedule(causal, a
             np.testing.assert_array_equal(x, y)
 
 
+
+@pytest.mark.parametrize("family", ["sm90", "sm80", "simt"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+def test_one_head_read_as_several(name, family):
+    """An axis of heads of stride 0 is the same array in memory for each head: the bits of copies."""
+    r = np.random.default_rng(4)
+    values = {x: r.standard_normal((2 if x in "kv" else 4, 40, 16)).astype(np.float16) for x in ("q", "k", "v", "dout")}
+    values[name][:] = values[name][0]
+    with Device(Schedule.draw(3), arch=90, undefined=PROFILE != "ci") as xp:
+        bits = []
+        for repeated in (False, True):
+            arrays = {x: xp.asarray(value) for x, value in values.items()}
+            if repeated:
+                arrays[name] = xp.broadcast_to(arrays[name][:1], values[name].shape)
+                assert arrays[name].strides[0] == 0
+            q, k, v, dout = arrays.values()
+            out, lse = attention(q, k, v, return_lse=True, family=family)
+            grads = attention_backward(dout, q, k, v, out, lse, family=family)
+            bits.append([x.get().tobytes() for x in (out, lse, *grads[:3])])
+    assert bits[0] == bits[1]
+
+
 # ------------------------------------------------------------------------------------------------- the sm80 family
 
 AMPERE_FORMS = _forms(_tiles_sm80.AMPERE_TABLE["fwd_sm80"])
