@@ -50,16 +50,16 @@ class Call:
         beside: dict[str, Array] | None = None,
         out: Array | None = None,
         device: object = None,
+        functions: Functions | None = None,
     ) -> None:
         q, k, v = take("q", q), take("k", k), take("v", v)
         self.inputs: dict[str, Array] = {"q": q, "k": k, "v": v}
         if beside is not None:
             self.inputs.update(beside)
         options: dict[str, Array] = {}
-        functions = None
         if not asked.is_plain:
             options = asked.arrays()
-            functions = take_functions(asked)
+            functions = take_functions(asked) if functions is None else functions
             options |= {name: x for name, x in functions.arrays.items() if name not in functions.numbers}
         self.inputs.update(options)
         self.place = same_place(self.inputs)

@@ -165,41 +165,6 @@ class Asked(NamedTuple):
             is score is None and score_args is mask_args is NO_ARGS and type(dropout) in (float, int) and dropout == 0
         )  # fmt: skip
 
-    def looked_up(self) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
-        """What calls with other options differ in, and the arrays among them, by the names they have inside.
-
-        No such tuple where a call must be looked at each time: numbers of an unusual type, arrays that kernels do not
-        read as they are, functions, and lengths whose values are to be checked.
-        """
-        scale, causal, window, softcap, q_offset = self.scale, self.causal, self.window, self.softcap, self.q_offset
-        if not (
-            (scale is None or type(scale) is float)
-            and (causal is False or causal is True or type(causal) is str)
-            and (q_offset is None or type(q_offset) is int)
-        ):
-            return None, {}
-        plain = (scale, causal, q_offset, self.layout, self.precision)
-        if self.is_plain:
-            return plain, {}
-        if not (
-            (window is None or (type(window) is tuple and all(x is None or type(x) is int for x in window)))
-            and (softcap is None or type(softcap) is float)
-            and self.seed is None and type(self.dropout) in (float, int) and self.dropout == 0
-            and self.score is None and not callable(self.mask) and self.score_args is self.mask_args is NO_ARGS
-            and (self.segment_ids is None or (type(self.segment_ids) is tuple and len(self.segment_ids) == 2))
-            and not lengths_are_checked()
-        ):  # fmt: skip
-            return None, {}
-        q_segments, kv_segments = self.segment_ids or (None, None)
-        integers = {
-            "q_segments": q_segments, "kv_segments": kv_segments, "q_lens": self.q_lens, "kv_lens": self.kv_lens
-        }  # fmt: skip
-        if any(x is not None and getattr(x, "dtype", None) != np.int64 for x in integers.values()):
-            return None, {}
-        sides = {name: getattr(self, name) for name in ("bias", "mask", "alibi_slopes", "sinks")} | integers
-        arrays = {name: x for name, x in sides.items() if x is not None}
-        return (*plain, window, softcap, tuple(arrays)), arrays
-
     @property
     def differentiable(self) -> tuple[str, ...]:
         """What gradients exist for: q, k, v, and what else is given; of score_args, if one is a float."""

@@ -108,6 +108,13 @@ def _inputs_of(call: Call, names: frozenset[str]) -> list[str]:
     return [x for name in GRADIENTS if name in names for x in (args if name == "score_args" else (name,))]
 
 
+def gradients_among(tensors: dict[str, Array], names: frozenset[str]) -> dict[str, Array]:
+    """The gradients that ``names`` asks for among all tensors of a backward, by name."""
+    found = {f"d{name}": tensors[f"d{name}"] for name in names if name != "score_args"}
+    args = {name: x for name, x in tensors.items() if (place := argument_place(name)) and place[0] == GRADIENT_ARGS}
+    return found | args
+
+
 def gradients_of(gradients: dict[str, Any], score_args: tuple[Any, ...]) -> AttentionGradients:
     """What the backward returns, from gradients by name."""
     found = {name: x for name, x in gradients.items() if not argument_place(name)}

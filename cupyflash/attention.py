@@ -18,6 +18,7 @@ from ._results import (
     compute,
     differentiate,
     given_gradients,
+    gradients_among,
     gradients_of,
     results_of,
     split_out,
@@ -172,19 +173,19 @@ def attention(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, q_offset, segment_ids,
         dropout, seed, layout, precision, score, score_args, mask_args,
     )  # fmt: skip
-    options, sides = asked.looked_up()
-    tensors = {"q": q, "k": k, "v": v, **sides}
+    look = _ready.look(asked, q)
+    tensors = {"q": q, "k": k, "v": v, **look.arrays}
     inputs = len(tensors)
     if isinstance(out, tuple) and len(out) == 2:
         tensors["out"], tensors["lse"] = out
     elif out is not None:
         tensors["out"] = out
     outputs = len(tensors) - inputs
-    key = _ready.signature("forward", tensors, options, (family, tile, bool(return_lse)))
-    if (done := _ready.run(key, tensors, outputs)) is not None:
+    key = _ready.signature("forward", tensors, look.options, (family, tile, bool(return_lse)))
+    if (done := _ready.run(key, tensors, outputs, look.numbers)) is not None:
         return as_given(out, done["out"], done.get("lse"), return_lse)
     ours, lse = split_out(out)
-    call = Call(q, k, v, asked, out=ours)
+    call = Call(q, k, v, asked, out=ours, functions=look.functions)
     ours, lse, ready = compute(call, family, tile, ours, lse, bool(return_lse))
     made = (("out", ours), ("lse", lse))[outputs:]
     _ready.keep(key, tensors, ready, _specs(made))
@@ -282,14 +283,14 @@ def attention_backward(
     )  # fmt: skip
     names = read_wrt(wrt, asked.differentiable)
     given = given_gradients(grads_out, score_args)
-    options, sides = asked.looked_up()
-    tensors = results_of(dout, out, lse, dlse) | {"q": q, "k": k, "v": v, **sides, **given}
+    look = _ready.look(asked, q)
+    tensors = results_of(dout, out, lse, dlse) | {"q": q, "k": k, "v": v, **look.arrays, **given}
     more = (family, tile, bool(deterministic), names, tuple(given))
-    key = _ready.signature("backward", tensors, options, more)
-    if (done := _ready.run(key, tensors, len(given))) is not None:
-        return AttentionGradients(**{f"d{name}": done[f"d{name}"] for name in names})
+    key = _ready.signature("backward", tensors, look.options, more)
+    if (done := _ready.run(key, tensors, len(given), look.numbers)) is not None:
+        return gradients_of(gradients_among(done, names), score_args)
     beside = {name: take(name, x) for name, x in results_of(dout, out, lse, dlse).items()}
-    call = Call(q, k, v, asked, beside=beside, out=beside["out"])
+    call = Call(q, k, v, asked, beside=beside, out=beside["out"], functions=look.functions)
     gradients, ready = differentiate(call, family, tile, names, given, deterministic)
     made = tuple((name, x) for name, x in gradients.items() if name not in given)
     _ready.keep(key, tensors, ready, _specs(made))
