@@ -13,15 +13,62 @@ float element_of(u16 bits, Format format) {
   return format == BFLOAT16 ? from_bfloat16(bits) : from_float16(bits);
 }
 
+namespace {
+
+// Of zero: below all others. Of what is not finite: above all others, whatever it is multiplied by.
+constexpr int NOTHING = -2000, TOO_MUCH = 4000;
+
+// Where a number's bits begin. Subnormal ones are not normalised: bfloat16's and tf32's begin where float32's do;
+// float16's, 8 bits of exponent wide here, count as ordinary ones.
+int exponent_of(float x) {
+  u32 bits;
+  memcpy(&bits, &x, 4);
+  int biased = (int)(bits >> 23 & 0xff);
+  return x == 0 ? NOTHING : biased == 255 ? TOO_MUCH : (biased ? biased : 1) - 127;
+}
+
+float cut_off(double x) {
+  float nearest = (float)x;
+  return fabs(x) < 0x1p128 && fabs((double)nearest) > fabs(x) ? nextafterf(nearest, 0) : nearest;
+}
+
+}  // namespace
+
 void multiply(u32 m, u32 n, u32 k, const float *a, const float *b, const float *c, float *d) {
-  double sums[256];
+  constexpr int FRACTION = 25;
+  int b_exponents[16 * 256];
+  for (u32 i = 0; i < k * n; i++) b_exponents[i] = exponent_of(b[i]);
   for (u32 i = 0; i < m; i++) {
-    for (u32 j = 0; j < n; j++) sums[j] = c[i * n + j];
+    int largest[256];
+    double sums[256], scales[256];
+    for (u32 j = 0; j < n; j++) largest[j] = exponent_of(c[i * n + j]);
+    for (u32 l = 0; l < k; l++) {
+      int exponent = exponent_of(a[i * k + l]);
+      for (u32 j = 0; j < n; j++) {
+        int here = exponent + b_exponents[l * n + j];
+        largest[j] = largest[j] > here ? largest[j] : here;
+      }
+    }
+    for (u32 j = 0; j < n; j++) {
+      bool finite = largest[j] < TOO_MUCH + NOTHING, zero = largest[j] <= NOTHING / 2;
+      int shift = finite && !zero ? FRACTION - largest[j] : 0;  // in [-229, 277]
+      u64 bits = (u64)(1023 + shift) << 52;
+      memcpy(&scales[j], &bits, 8);
+      sums[j] = (double)(int)(c[i * n + j] * scales[j]);  // below 2^26
+    }
     for (u32 l = 0; l < k; l++) {
       double factor = a[i * k + l];
-      for (u32 j = 0; j < n; j++) sums[j] += factor * b[l * n + j];
+      for (u32 j = 0; j < n; j++) sums[j] += (double)(int)(factor * b[l * n + j] * scales[j]);  // below 2^27
     }
-    for (u32 j = 0; j < n; j++) d[i * n + j] = (float)sums[j];
+    for (u32 j = 0; j < n; j++) {
+      if (largest[j] < TOO_MUCH + NOTHING) {
+        d[i * n + j] = cut_off(sums[j] / scales[j]);
+      } else {
+        sums[j] = c[i * n + j];
+        for (u32 l = 0; l < k; l++) sums[j] += (double)a[i * k + l] * b[l * n + j];
+        d[i * n + j] = (float)sums[j];
+      }
+    }
   }
 }
 
