@@ -39,7 +39,7 @@ PEERS = {
     "float16": ("torch flash", "torch cuDNN"),
     "bfloat16": ("torch flash", "torch cuDNN"),
 }
-FAMILY = "simt"  # of all but float64, which goes where the planner sends it: to tensor cores where there are some
+FAMILY = "simt"  # of all but what is asked of tensor cores, which goes where the planner sends it
 ROUNDS = 5
 LIMIT = 3.0  # seconds after which a cell begins no new round
 LEAST = 0.005  # seconds of a sample; events are exact to microseconds
@@ -53,6 +53,7 @@ class Run:
     """Everything that one run of this program measured."""
 
     backend: Backend
+    precision: str | None = None  # of float32
     cells: list[Cell] = field(default_factory=list)
     not_run: list[Cell] = field(default_factory=list)
     host: Samples = field(default_factory=lambda: Samples("call"))
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if backend is None:
         return 2
     print(f"{backend.device}; {len(cells)} cells")
-    run = Run(backend)
+    run = Run(backend, args.precision)
     try:
         measure_all(run, cells, clock_for(backend.xp), rounds=args.rounds, budget=args.budget)
         run.host = host.measure(host.calls(host.workload(HOST_DTYPE), backend.xp), backend)
@@ -90,6 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments("python -m benchmarks.gpu", __doc__, ROUNDS, BUDGET)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPE_NAMES, default=list(PEERS))
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS))
+    parser.add_argument("--precision", choices=("highest",), help="of float32: on tensor cores")
     parser.add_argument("--seqlens", nargs="+", type=int, default=list(SEQLENS), help=f"divisors of {ROWS}")
     args = parser.parse_args(argv)
     check(parser, args, ROWS, COLUMNS)
@@ -132,12 +134,13 @@ def measure_all(run: Run, cells: Sequence[Cell], clock: Clock, *, rounds: int, b
         if time.monotonic() - began > budget:
             run.not_run.append(cell)
             continue
-        family = None if work.dtype == "float64" else FAMILY
+        precision = run.precision if work.dtype == "float32" else None
+        family = None if work.dtype == "float64" or precision else FAMILY
         if work.dtype not in flat:
             flat = {work.dtype: work.arrays(run.backend.xp)}
             warm_up(work, flat[work.dtype], clock, family, WARM_UP)
         arrays = tuple(x.reshape(work.shape) for x in flat[work.dtype])
-        makers = contenders(work, arrays, run.backend.xp, family)
+        makers = contenders(work, arrays, run.backend.xp, family, precision)
         cell.skipped = too_large(cell, PEERS[work.dtype], memory_of(run.backend))
         names = (OURS, *(name for name in PEERS[work.dtype] if name not in cell.skipped))
         makers = {name: makers[name] for name in names if name in makers}
@@ -158,6 +161,7 @@ def write(run: Run, path: Path) -> None:
     found = {
         "program": "benchmarks/gpu.py",
         **facts.place(run.backend),
+        "float32_precision": run.precision,
         "cells": [cell.as_dict() for cell in run.cells],
         "not_run": [describe(cell) for cell in run.not_run],
         "host_seconds": {

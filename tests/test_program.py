@@ -432,7 +432,7 @@ def test_bench_says_once_what_the_planner_refuses(
 ) -> None:
     found = backends.Backend("numpy", np, machine.read_machine())
     monkeypatch.setattr(bench.backends, "choose", lambda name: found)  # of arrays that a GPU's family does not take
-    for more in ([], ["--host"], ["--json"]):
+    for more in ([], ["--host"], ["--json"], ["--precision", "highest"]):
         assert main(["bench", "--family", "sm90", *more]) == 2
         printed = capsys.readouterr()
         assert printed.out == ""
@@ -445,6 +445,7 @@ def test_bench_says_once_what_the_planner_refuses(
         ([], "cupy", "float32"),
         (["--family", "sm90"], "cupy", "bfloat16"),
         (["--family", "sm80"], "cupy", "bfloat16"),
+        (["--family", "sm80", "--precision", "highest"], "cupy", "float32"),
         (["--host"], "cupy", "bfloat16"),
         (["--host"], "numpy", "float32"),
     ],

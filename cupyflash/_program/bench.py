@@ -46,8 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=DTYPE_NAMES,
-        help="float32 if not given, but bfloat16 with --family sm90 or sm80 and for --host on a GPU",
+        help="float32 if not given, but bfloat16 with --family sm90 or sm80 and for --host on a GPU, if no --precision "
+        "is given",
     )  # fmt: skip
+    parser.add_argument("--precision", choices=("highest", "ieee"), help="of products, as attention takes it")
     parser.add_argument("--seqlen", type=positive, nargs="+", metavar="S", help="one or more sequence lengths")
     parser.add_argument("--head-dim", type=positive, default=64, metavar="D")
     parser.add_argument("--heads", type=positive, metavar="H", help="8 on NumPy, 32 on CuPy if not given")
@@ -80,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
 def default_dtype(args: argparse.Namespace, backend: Backend) -> str:
     """What --family takes; 16 bits where only the cost of a call on a GPU counts, as most calls there have them."""
+    if args.precision is not None:
+        return "float32"
     return "bfloat16" if args.family in ("sm90", "sm80") or (args.host and backend.name == "cupy") else "float32"
 
 
@@ -94,7 +98,10 @@ def refusal(args: argparse.Namespace, backend: Backend) -> str | None:
     x = backend.xp.empty((1, 1, width), numpy_dtype(args.dtype))
     try:
         for direction in directions(args):
-            explain(x, x, x, causal=args.causal, family=args.family, backward=direction == "backward")
+            explain(
+                x, x, x, causal=args.causal, family=args.family, precision=args.precision,
+                backward=direction == "backward",
+            )  # fmt: skip
     except ValueError as error:
         return first_line(error)
     return None
@@ -112,7 +119,7 @@ def run_cells(args: argparse.Namespace, backend: Backend) -> int:
     with Progress("bench", len(cells)) as progress:
         for i, cell in enumerate(cells):
             tick = partial(progress.tell, i, f"{cell.direction} {cell.workload.seqlen}")
-            fill(cell, backend, args.family, rounds=rounds, limit=LIMIT[backend.name], tick=tick)
+            fill(cell, backend, args.family, args.precision, rounds=rounds, limit=LIMIT[backend.name], tick=tick)
     print(as_json(as_dict(cells, backend.machine, backend.device)) if args.json else text(cells, backend.device))
     return 1 if any(cell.failed for cell in cells) else 0
 
@@ -120,7 +127,8 @@ def run_cells(args: argparse.Namespace, backend: Backend) -> int:
 def run_host(args: argparse.Namespace, backend: Backend) -> int:
     """Time what calls cost their caller."""
     work = host.workload(args.dtype)
-    found = host.measure(host.calls(work, backend.xp, args.family), backend, args.rounds or host.BATCHES)
+    calls = host.calls(work, backend.xp, args.family, args.precision)
+    found = host.measure(calls, backend, args.rounds or host.BATCHES)
     if args.json:
         print(as_json(host_dict(found, work, backend)))
     else:
@@ -132,6 +140,7 @@ def fill(
     cell: Cell,
     backend: Backend,
     family: str | None,
+    precision: str | None,
     *,
     rounds: int,
     limit: float,
@@ -139,7 +148,7 @@ def fill(
 ) -> None:
     """Measure one cell, and leave no memory behind."""
     arrays = cell.workload.arrays(backend.xp)
-    makers = contenders(cell.workload, arrays, backend.xp, family)
+    makers = contenders(cell.workload, arrays, backend.xp, family, precision)
     measure(cell, makers, clock_for(backend.xp), rounds=rounds, limit=limit, tick=tick)
     del arrays, makers
     backend.free()

@@ -49,10 +49,15 @@ class Ours:
     """cupyflash."""
 
     def __init__(
-        self, workload: Workload, arrays: Arrays, family: str | None = None, deterministic: bool = True
+        self,
+        workload: Workload,
+        arrays: Arrays,
+        family: str | None = None,
+        deterministic: bool = True,
+        precision: str | None = None,
     ) -> None:
         self._arrays, self._deterministic = arrays, deterministic
-        self._options: dict[str, Any] = {"causal": workload.causal, "family": family}
+        self._options: dict[str, Any] = {"causal": workload.causal, "family": family, "precision": precision}
 
     def around(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -238,11 +243,11 @@ def as_torch(x: Any) -> Any:
 
 
 def contenders(
-    workload: Workload, arrays: Arrays, xp: Any, family: str | None = None
+    workload: Workload, arrays: Arrays, xp: Any, family: str | None = None, precision: str | None = None
 ) -> dict[str, Callable[[], Contender]]:
     """What makes cupyflash and each peer, by name, cupyflash first. What can't run raises when run."""
     found: dict[str, Callable[[], Contender]] = {
-        "cupyflash": lambda: Ours(workload, arrays, family),
+        "cupyflash": lambda: Ours(workload, arrays, family, precision=precision),
         f"unfused {'NumPy' if xp is np else 'CuPy'}": lambda: Unfused(workload, arrays, xp),
     }
     if xp is np:

@@ -30,17 +30,20 @@ def workload(dtype: str) -> Workload:
     return Workload(1, 8, 128, 64, dtype)
 
 
-def calls(work: Workload, xp: Any, family: str | None = None) -> dict[str, Callable[[], Call]]:
+def calls(
+    work: Workload, xp: Any, family: str | None = None, precision: str | None = None
+) -> dict[str, Callable[[], Call]]:
     """What makes each call whose host time is measured, by name; the names of ours begin with OURS."""
+    how: dict[str, Any] = {"family": family, "precision": precision}
     q, k, v, dout = work.arrays(xp)
 
     def into() -> Call:
-        result = attention(q, k, v, return_lse=True, family=family)
-        return partial(attention, q, k, v, out=tuple(result), family=family)
+        result = attention(q, k, v, return_lse=True, **how)
+        return partial(attention, q, k, v, out=tuple(result), **how)
 
     def backward(**options: Any) -> Call:
-        result = attention(q, k, v, return_lse=True, family=family)
-        return partial(attention_backward, dout, q, k, v, *result, family=family, **options)
+        result = attention(q, k, v, return_lse=True, **how)
+        return partial(attention_backward, dout, q, k, v, result.out, result.lse, **how, **options)
 
     def backward_into() -> Call:
         return backward(grads_out=AttentionGradients(*(xp.empty_like(x) for x in (q, k, v))))
@@ -51,8 +54,8 @@ def calls(work: Workload, xp: Any, family: str | None = None) -> dict[str, Calla
         return partial(torch.nn.functional.scaled_dot_product_attention, *map(as_torch, (q, k, v)))
 
     return {
-        f"{OURS}: attention(q, k, v)": lambda: partial(attention, q, k, v, family=family),
-        f"{OURS}: attention(..., return_lse=True)": lambda: partial(attention, q, k, v, return_lse=True, family=family),
+        f"{OURS}: attention(q, k, v)": lambda: partial(attention, q, k, v, **how),
+        f"{OURS}: attention(..., return_lse=True)": lambda: partial(attention, q, k, v, return_lse=True, **how),
         f"{OURS}: attention(..., out=(out, lse))": into,
         TORCH: torch_forward,
         f"{OURS}: attention_backward(...)": backward,
