@@ -258,9 +258,14 @@ FEATURES_OFF: dict[str, Any] = {
 }  # fmt: skip
 
 
-def plan_of(family: str, device: str, problem: Problem, backward: bool, blocks: tuple[int, int], **more: Any) -> Plan:
-    """A plan with blocks of (queries, keys), and the chains of the problem; ``more`` are fields of Plan."""
-    chain_d, chain_k, chain_q = chains(problem, backward)
+def plan_of(
+    family: str, device: str, problem: Problem, backward: bool, blocks: tuple[int, int], shortest: int = 0, **more: Any
+) -> Plan:
+    """A plan with blocks of (queries, keys), and the chains of the problem; ``more`` are fields of Plan.
+
+    ``shortest`` is what a chain counts at least, where sums have errors that no number of terms explains.
+    """
+    chain_d, chain_k, chain_q = (max(n, shortest if n else 0) for n in chains(problem, backward))
     return Plan(
         family=family,
         device=device,

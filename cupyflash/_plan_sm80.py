@@ -1,11 +1,10 @@
-"""Plans of the sm80 family: 16-bit types on every GPU since Ampere; float64, with kernels of its own, on some."""
+"""Plans of the sm80 family: 16-bit types on every GPU since Ampere; float32 and float64 with kernels of their own."""
 
 from __future__ import annotations
 
 from . import _tiles_sm80 as _tiles
 from ._block_map import KEY_MAP, mapped
 from ._plan import Device, KernelPlan, Plan, Tile, grid, spec_of
-from ._plan_f64 import FLOAT64, plan_f64, plan_f64_backward, why_not_f64
 from ._plan_tensor_cores import (
     backward_maps,
     backward_plan,
@@ -16,6 +15,7 @@ from ._plan_tensor_cores import (
     tensor_core_plan,
     why_not_tensor_cores,
 )
+from ._plan_wide import is_wide, plan_wide, plan_wide_backward, why_not_wide
 from ._problem import Problem
 from ._tiles import padded_widths
 
@@ -24,15 +24,15 @@ def why_not_sm80(problem: Problem, device: Device, backward: bool) -> str | None
     """Why this family does not take a problem, or None."""
     if device.arch < 80:
         return f"{device.name} has compute capability {device.arch / 10}: mma.sync of these shapes came with 8.0"
-    if problem.dtype == FLOAT64:
-        return why_not_f64(problem, device, backward)
+    if is_wide(problem):
+        return why_not_wide(problem, device, backward)
     return why_not_tensor_cores(problem, "mma.sync")
 
 
 def plan_sm80(problem: Problem, device: Device, tile: Tile, copies: tuple[str, ...]) -> Plan:
     """One kernel, one thread block for each tile of queries."""
-    if problem.dtype == FLOAT64:
-        return plan_f64(problem, device, tile, copies)
+    if is_wide(problem):
+        return plan_wide(problem, device, tile, copies)
     row = _tiles.choose_ampere("fwd_sm80", problem, tile, device.smem)
     widths = padded_widths(problem)
     pack = _tiles.packs_heads(row, problem)
@@ -61,8 +61,8 @@ def plan_sm80_backward(
     deterministic: bool,
 ) -> Plan:
     """bwd_delta prepares, bwd_sm80 computes, one thread block for each block of keys; bwd_finish sums partials."""
-    if problem.dtype == FLOAT64:
-        return plan_f64_backward(problem, device, tile, wrt, copies)
+    if is_wide(problem):
+        return plan_wide_backward(problem, device, tile, wrt, copies)
     row = _tiles.choose_ampere_backward(problem, tile, device.smem)
     widths = padded_widths(problem)
     heads_k = problem.num_heads_k * problem.batch

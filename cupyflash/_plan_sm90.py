@@ -1,4 +1,4 @@
-"""Plans of the sm90 family: 16-bit types on Hopper."""
+"""Plans of the sm90 family: 16-bit types on Hopper; the float32 forward with a kernel of its own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ._plan_tensor_cores import (
     tensor_core_plan,
     why_not_tensor_cores,
 )
+from ._plan_wide import FLOAT32, plan_parts, why_not_parts
 from ._problem import Problem
 from ._tiles import padded_widths
 
@@ -30,12 +31,20 @@ def why_not_sm90(problem: Problem, device: Device, backward: bool) -> str | None
     """Why the Hopper family does not take a problem, or None."""
     if device.arch != 90:
         return f"{device.name} has compute capability {device.arch / 10}: TMA and wgmma are those of 9.0"
+    if problem.dtype == FLOAT32:
+        return why_not_parts(problem, backward)
     if problem.options.lens and not TAKES_LENGTHS:
         return "q_lens, kv_lens, packed sequences: their tensor maps begin before the arrays, which TMA may refuse"
     return why_not_tensor_cores(problem, "wgmma")
 
 
-def plan_sm90(problem: Problem, device: Device, tile: Tile, copies: tuple[str, ...]) -> Plan:
+def plan_sm90(
+    problem: Problem, device: Device, tile: Tile, copies: tuple[str, ...], unmapped: tuple[str, ...]
+) -> Plan:
+    """One kernel, of thread blocks that work on one tile of queries after another; ``unmapped`` is copied for TMA."""
+    if problem.dtype == FLOAT32:  # without TMA
+        return plan_parts(problem, device, tile, copies)
+    copies += unmapped
     row = _tiles.choose_hopper("fwd_sm90", problem, tile, device.smem)
     widths = padded_widths(problem)
     all_heads = problem.num_heads * problem.batch

@@ -63,9 +63,12 @@ def backward_writes(wrt: frozenset[str]) -> tuple[str, ...]:
     return (*keyed(wrt), *(("dq", "dq_sums", "semaphores") if "q" in wrt else ()), "tickets")
 
 
-def backward_spec(kernel: str, problem: Problem, row: Blocks, wrt: frozenset[str], deterministic: bool) -> Spec:
-    """The Spec of a kernel that computes gradients, or takes part in it."""
-    widths = padded_widths(problem)
+def backward_spec(
+    kernel: str, problem: Problem, row: Blocks, wrt: frozenset[str], deterministic: bool,
+    widths: tuple[int, int] | None = None,
+) -> Spec:  # fmt: skip
+    """The Spec of a kernel that computes gradients, or takes part in it; ``widths`` where they are padded further."""
+    widths = widths or padded_widths(problem)
     return spec_of(
         kernel, problem, row, widths, max(widths),
         gradient=problem.accumulator if by_entry(problem, wrt, "k") else problem.dtype,

@@ -101,7 +101,7 @@ def _plan_gpu(
         )
     else:
         plan = (
-            plan_sm90(problem, device, tile, copies + unmapped)
+            plan_sm90(problem, device, tile, copies, unmapped)
             if wrt is None
             else plan_sm90_backward(problem, device, tile, wrt, copies + unmapped, deterministic)
         )

@@ -6,14 +6,6 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
-from ._tiles_f64 import (
-    DoubleBackwardRow,
-    DoubleRow,
-    check_double,
-    check_double_backward,
-    double_backward_candidates,
-    double_candidates,
-)
 from ._tiles_simt import TABLE, TileRow, check_row, padded_width, simt_candidates
 from ._tiles_sm80 import (
     AMPERE_TABLE,
@@ -33,17 +25,29 @@ from ._tiles_sm90 import (
     hopper_backward_candidates,
     hopper_candidates,
 )
+from ._tiles_wide import (
+    PartsRow,
+    WideBackwardRow,
+    WideRow,
+    check_parts,
+    check_wide,
+    check_wide_backward,
+    parts_candidates,
+    wide_backward_candidates,
+    wide_candidates,
+)
 
 if TYPE_CHECKING:
     from ._problem import Problem
 
-Row = TileRow | AmpereRow | AmpereBackwardRow | DoubleRow | DoubleBackwardRow | HopperRow | HopperBackwardRow
+Row = TileRow | AmpereRow | AmpereBackwardRow | WideRow | WideBackwardRow | PartsRow | HopperRow | HopperBackwardRow
 _CHOICE = frozenset({"remark", "card", "causal", "longest"})  # fields that say when a row is chosen, not what it does
 _KINDS: dict[str, type[Row]] = {
     "fwd_sm80": AmpereRow,
     "bwd_sm80": AmpereBackwardRow,
-    "fwd_f64": DoubleRow,
-    "bwd_f64": DoubleBackwardRow,
+    "fwd_wide": WideRow,
+    "bwd_wide": WideBackwardRow,
+    "fwd_parts_sm90": PartsRow,
     "fwd_sm90": HopperRow,
     "bwd_sm90": HopperBackwardRow,
 }
@@ -82,10 +86,12 @@ def why_not(kernel: str, row: Row, problem: Problem, smem: int) -> str | None:
         return check_ampere(row, head_dim, head_dim_v, smem)
     if isinstance(row, AmpereBackwardRow):
         return check_ampere_backward(row, head_dim, head_dim_v, smem)
-    if isinstance(row, DoubleRow):
-        return check_double(row, head_dim, head_dim_v, smem)
-    if isinstance(row, DoubleBackwardRow):
-        return check_double_backward(row, head_dim, head_dim_v, smem)
+    if isinstance(row, WideRow):
+        return check_wide(row, problem, smem)
+    if isinstance(row, WideBackwardRow):
+        return check_wide_backward(row, problem, smem)
+    if isinstance(row, PartsRow):
+        return check_parts(row, problem, smem)
     if isinstance(row, HopperBackwardRow):
         return check_hopper_backward(row, head_dim, head_dim_v, smem)
     padded, padded_v = (padded_width(d, row.dim_chunk) for d in (head_dim, head_dim_v))
@@ -101,10 +107,12 @@ def candidates(kernel: str, problem: Problem, smem: int) -> tuple[Row, ...]:
         rows = ampere_candidates(kernel, problem, smem)
     elif kernel == "bwd_sm80":
         rows = ampere_backward_candidates(problem)
-    elif kernel == "fwd_f64":
-        rows = double_candidates(problem)
-    elif kernel == "bwd_f64":
-        rows = double_backward_candidates(problem)
+    elif kernel == "fwd_wide":
+        rows = wide_candidates(problem)
+    elif kernel == "bwd_wide":
+        rows = wide_backward_candidates(problem)
+    elif kernel == "fwd_parts_sm90":
+        rows = parts_candidates(problem)
     elif kernel == "bwd_sm90":
         rows = hopper_backward_candidates(problem)
     else:

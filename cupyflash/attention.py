@@ -116,9 +116,10 @@ def attention(
         Order of the last three axes of q, k, v and out: (heads, seqlen, head_dim) or (seqlen, heads, head_dim).
     precision : None, "highest" or "ieee"
         Arithmetic of products. float64 takes None, 16-bit types None or "highest". 16-bit types with None may run on
-        tensor cores, which round P, and in the backward dS, once to q's dtype; everything else computes with IEEE
-        fused multiply-adds of the accumulation type (float64 for float64, on tensor cores where there are any, else
-        float32).
+        tensor cores, which round P, and in the backward dS, once to q's dtype. float32 with "highest" may run on tensor
+        cores, as sums of three bfloat16 numbers each, as exactly as IEEE arithmetic for numbers of at least 2**-102.
+        Everything else computes with IEEE fused multiply-adds of the accumulation type (float64 for float64, on tensor
+        cores where there are any, else float32).
     family : str, optional
         Kernel family to insist on: "sm90", "sm80" or "simt" for CuPy arrays, "cpu" for NumPy arrays. None lets the
         planner choose.

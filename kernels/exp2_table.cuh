@@ -1,12 +1,27 @@
-// Powers of 2 in float64 by a table and a short polynomial. float64 sums share their units with the matrix products, so
-// each operation costs time: this takes 9, a polynomial alone 15.
+// Powers of 2: of float32 an instruction; of float64 by a table and a short polynomial. float64 sums share their units
+// with the matrix products, so each operation costs time: this takes 9, a polynomial alone 15.
 #pragma once
 #include "types.cuh"
 #include "memory.cuh"
 
+template <typename Number, int COPIES>
+struct Exp2TableOf;
+template <typename Number, int COPIES>
+struct Exp2Of;
+
+template <int COPIES>
+struct Exp2TableOf<float, COPIES> {
+  __device__ __forceinline__ void fill(int) {}
+};
+template <int COPIES>
+struct Exp2Of<float, COPIES> {
+  __device__ __forceinline__ explicit Exp2Of(const Exp2TableOf<float, COPIES>&) {}
+  __device__ __forceinline__ float operator()(float x) const { return math::exp2(x); }
+};
+
 // 2**(i / 64), in copies that lie in different banks.
 template <int COPIES>
-struct Exp2Table {
+struct Exp2TableOf<double, COPIES> {
   static constexpr int ENTRIES = 64;
   double at[ENTRIES][COPIES];
 
@@ -23,10 +38,10 @@ struct Exp2Table {
 // x = n + i / 64 + f with |f| <= 1 / 128, and 2**f = 1 + f q(f), q of degree 4 through Chebyshev's points: 0.02 u. The
 // entry is wrong by 2 u at most, its sum with a hundredth of itself by 1 u.
 template <int COPIES>
-struct Exp2 {
+struct Exp2Of<double, COPIES> {
   const double* column;
 
-  __device__ __forceinline__ explicit Exp2(const Exp2Table<COPIES>& table)
+  __device__ __forceinline__ explicit Exp2Of(const Exp2TableOf<double, COPIES>& table)
       : column(&table.at[0][thread_index() % COPIES]) {}
 
   __device__ __forceinline__ double operator()(double x) const {
@@ -49,3 +64,8 @@ struct Exp2 {
     return math::fma(power, q * f, power);  // the last step, so that a NaN remains one
   }
 };
+
+template <int COPIES>
+using Exp2Table = Exp2TableOf<Element, COPIES>;
+template <int COPIES>
+using Exp2 = Exp2Of<Element, COPIES>;

@@ -35,6 +35,13 @@ __device__ __forceinline__ unsigned pack<Bfloat16>(float low, float high) {
   return packed;
 }
 
+// The upper halves of two registers, `low`'s in the low half.
+__device__ __forceinline__ unsigned upper_halves(unsigned low, unsigned high) {
+  unsigned both;
+  asm("prmt.b32 %0, %1, %2, 0x7632;" : "=r"(both) : "r"(low), "r"(high));
+  return both;
+}
+
 // ---- d += a b, float32 accumulators
 template <typename Element>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);

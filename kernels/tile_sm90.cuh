@@ -9,6 +9,17 @@
 #include "mma_sm90.cuh"
 #include "fragment.cuh"
 
+// What products are of: q's own numbers, or the parts of float32.
+template <typename Number>
+struct FactorOf {
+  using Type = Number;
+};
+template <>
+struct FactorOf<float> {
+  using Type = Bfloat16;
+};
+using Factor = FactorOf<Element>::Type;
+
 // ---- tiles in shared memory, as a tensor copy with the 128-byte swizzle writes them and wgmma reads them
 
 // Chunks of 64 columns, one behind the other; a row of a chunk is 128 bytes. Columns beyond the tensor's are zeros.
@@ -16,7 +27,7 @@ template <int ROWS, int COLS>
 struct alignas(1024) SwizzledTile {
   static constexpr int CHUNKS = ceil_div(COLS, 64);
   static_assert(ROWS % 8 == 0, "the swizzle's pattern has 8 rows");
-  Element at[CHUNKS][ROWS][64];
+  Factor at[CHUNKS][ROWS][64];
 };
 
 // Where a head of a tensor lies, in the coordinates of its map behind the column. An axis of stride 0, the
@@ -111,15 +122,15 @@ __device__ __forceinline__ Operand<ROWS, MAJOR> uniform(const Operand<ROWS, MAJO
 template <int STEPS, int N, int ROWS_A, Major MAJOR_A, int ROWS_B, Major MAJOR_B>
 __device__ __forceinline__ void product(
     Fragment<N>& acc, const Operand<ROWS_A, MAJOR_A>& a, const Operand<ROWS_B, MAJOR_B>& b) {
-  wgmma_first_ss<Element, MAJOR_A, MAJOR_B>(acc.at, a.at(0), b.at(0));
+  wgmma_first_ss<Factor, MAJOR_A, MAJOR_B>(acc.at, a.at(0), b.at(0));
 #pragma unroll
-  for (int step = 1; step < STEPS; ++step) wgmma_ss<Element, MAJOR_A, MAJOR_B>(acc.at, a.at(step), b.at(step));
+  for (int step = 1; step < STEPS; ++step) wgmma_ss<Factor, MAJOR_A, MAJOR_B>(acc.at, a.at(step), b.at(step));
 }
 template <int STEPS, int N, int ROWS_A, Major MAJOR_A, int ROWS_B, Major MAJOR_B>
 __device__ __forceinline__ void add_product(
     Fragment<N>& acc, const Operand<ROWS_A, MAJOR_A>& a, const Operand<ROWS_B, MAJOR_B>& b) {
 #pragma unroll
-  for (int step = 0; step < STEPS; ++step) wgmma_ss<Element, MAJOR_A, MAJOR_B>(acc.at, a.at(step), b.at(step));
+  for (int step = 0; step < STEPS; ++step) wgmma_ss<Factor, MAJOR_A, MAJOR_B>(acc.at, a.at(step), b.at(step));
 }
 
 // The operand from a row on, a multiple of 8; from a chunk of 64 columns on.
@@ -137,7 +148,7 @@ template <int N, int STEPS>
 __device__ __forceinline__ void multiply_nn(
     Fragment<N>& acc, const unsigned (&p)[STEPS][4], const Operand<16 * STEPS, Major::MN>& b) {
 #pragma unroll
-  for (int step = 0; step < STEPS; ++step) wgmma_rs<Element, Major::MN>(acc.at, p[step], b.at(step));
+  for (int step = 0; step < STEPS; ++step) wgmma_rs<Factor, Major::MN>(acc.at, p[step], b.at(step));
 }
 
 // ---- rings: buffers in shared memory between one thread that sends for copies and the warps that read them
@@ -161,10 +172,10 @@ template <int SLOTS>
 struct Ring {
   unsigned long long full[SLOTS], empty[SLOTS];  // mbarriers
 
-  __device__ __forceinline__ void init(int reading_warps) {
+  __device__ __forceinline__ void init(int reading_warps, int writing_warps = 1) {
 #pragma unroll
     for (int i = 0; i < SLOTS; ++i) {
-      mbarrier_init(shared_address(&full[i]), 1);
+      mbarrier_init(shared_address(&full[i]), writing_warps);
       mbarrier_init(shared_address(&empty[i]), reading_warps);
     }
   }
@@ -174,6 +185,13 @@ struct Ring {
     const unsigned mbarrier = shared_address(&full[turn.slot]);
     mbarrier_arrive_expect_tx(mbarrier, bytes);
     return mbarrier;
+  }
+  // Warps that write the buffer themselves: it is read; this warp has written its share.
+  __device__ __forceinline__ void await_free(const Turn<SLOTS>& turn) {
+    mbarrier_wait(shared_address(&empty[turn.slot]), turn.parity ^ 1);
+  }
+  __device__ __forceinline__ void hand_over(const Turn<SLOTS>& turn) {
+    if (lane_index() == 0) mbarrier_arrive(shared_address(&full[turn.slot]));
   }
   // The readers: the bytes are there; this warp has read them.
   __device__ __forceinline__ void await(const Turn<SLOTS>& turn) {

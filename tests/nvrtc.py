@@ -150,19 +150,21 @@ def ampere_specs() -> dict[str, tuple[Spec, int, str]]:
     return found
 
 
-DOUBLE = ("sm_80", "sm_90", "sm_100")
-DOUBLE_PAIRS = (*((width, width) for width in (64, 96, 128, 160, 192, 256)), (64, 128), (192, 128))
+WIDE = {np.float64: ("sm_80", "sm_90", "sm_100"), np.float32: ("sm_80", "sm_86", "sm_90", "sm_100")}
+WIDE_PAIRS = (*((width, width) for width in (64, 96, 128, 160, 192, 256)), (64, 128), (192, 128))
 
 
-def double_specs() -> dict[str, tuple[Spec, int, str]]:
-    """What float64 compiles for tensor cores of a card, shared memory, and the card, by a short text."""
+def wide_specs() -> dict[str, tuple[Spec, int, str]]:
+    """What float64 and float32 compile for tensor cores of a card, shared memory, and the card, by a short text."""
     found = {}
-    for device, (dim, dim_v), causal in itertools.product(DOUBLE, DOUBLE_PAIRS, (False, True)):
-        q, v = (np.broadcast_to(np.zeros((), np.float64), (1, 512, width)) for width in (dim, dim_v))
-        for backward in (False, True):
-            plan = explain(q, q, v, causal=causal, device=device, backward=backward)
-            for step in (step for step in plan.kernels if step.name.endswith("_f64")):
-                found[f"{device}, {text_of(step.spec)}"] = step.spec, step.smem, device
+    for (dtype, devices), (dim, dim_v), causal in itertools.product(WIDE.items(), WIDE_PAIRS, (False, True)):
+        q, v = (np.broadcast_to(np.zeros((), dtype), (1, 512, width)) for width in (dim, dim_v))
+        precision = "highest" if dtype == np.float32 else None
+        for device, backward in itertools.product(devices, (False, True)):
+            plan = explain(q, q, v, causal=causal, device=device, backward=backward, precision=precision)
+            for step in (step for step in plan.kernels if step.name in ("fwd_wide", "bwd_wide", "fwd_parts_sm90")):
+                arch = f"{device}a" if step.name.endswith("_sm90") else device
+                found[f"{device}, {text_of(step.spec)}"] = step.spec, step.smem, arch
     return found
 
 
@@ -176,7 +178,7 @@ def text_of(spec: Spec) -> str:
     elif spec.kernel == "fwd_sm80":
         words += [f"{spec.num_warps} warps", f"{spec.min_blocks} blocks", f"{spec.q_held} steps of q held"]
         words += [w for w in ("overlap", "pack_heads") if getattr(spec, w)]
-    elif spec.kernel in ("bwd_sm80", "fwd_f64", "bwd_f64"):
+    elif spec.kernel in ("bwd_sm80", "fwd_wide", "bwd_wide"):
         words += [f"{spec.num_warps} warps"]
     elif spec.kernel == "bwd_sm90":
         words += ["fixed order" if spec.deterministic else "order of arrival"]
@@ -185,7 +187,7 @@ def text_of(spec: Spec) -> str:
 
 def main() -> None:
     """Write the table anew: ``python tests/nvrtc.py``."""
-    specs = {text: (*spec, "sm_90a") for text, spec in hopper_specs().items()} | ampere_specs() | double_specs()
+    specs = {text: (*spec, "sm_90a") for text, spec in hopper_specs().items()} | ampere_specs() | wide_specs()
     with ThreadPoolExecutor() as pool:
         made = pool.map(lambda item: compile_spec(*item), specs.values())
         rows = {text: compiled.row() for text, compiled in zip(specs, made, strict=True)}

@@ -29,5 +29,5 @@ def test_unseen_lines_exist():
 def test_there_is_something_to_remove():
     assert {site.file for site in SITES} >= {
         "fwd_simt.cu", "bwd_simt_dq.cu", "bwd_simt_dkdv.cu", "fwd_sm80.cu", "bwd_sm80.cu", "fwd_sm90.cu",
-        "bwd_sm90.cu", "tile_sm90.cuh", "fwd_f64.cu", "bwd_f64.cu", "sm80.cu", "sm90.cu",
+        "bwd_sm90.cu", "tile_sm90.cuh", "fwd_wide.cu", "bwd_wide.cu", "fwd_parts_sm90.cu", "sm80.cu", "sm90.cu",
     }  # fmt: skip

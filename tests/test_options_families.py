@@ -12,7 +12,7 @@ from conftest import PROFILE
 from emulator import Device, Schedule, why_not
 
 from cupyflash import _call, _plan_sm90, attention, attention_backward
-from cupyflash._plan_f64 import WITH_FLOAT64_CORES
+from cupyflash._plan_wide import WITH_FLOAT64_CORES
 from cupyflash.testing import cases, data
 
 TABLE = cases.options_table()
@@ -33,10 +33,19 @@ def rows(widths):
             dtype = ("bfloat16", "float16")[number % 2] if case.dtype in ("float32", "float64") else case.dtype
             this = _widened(replace(case, dtype=dtype), number) if widths else replace(case, dtype=dtype)
             found.append(pytest.param(this, family, id=f"{number}-{family}"))
-        this = replace(case, dtype="float64", out=None if case.out == "float32" else case.out)
-        this = _widened(this, number) if widths and max(WIDTHS[number % len(WIDTHS)]) <= 128 else this
-        found.append(pytest.param(this, "sm80", id=f"{number}-sm80-float64"))
+        for dtype in ("float64", "float32"):
+            this = replace(case, dtype=dtype, out=None if case.out == "float32" else case.out)
+            this = _widened(this, number) if widths and max(WIDTHS[number % len(WIDTHS)]) <= 128 else this
+            found.append(pytest.param(this, "sm80", id=f"{number}-sm80-{dtype}"))
+        found.append(pytest.param(this, "sm90", id=f"{number}-sm90-float32"))
     return found
+
+
+def asked(case, family):
+    """What makes a family take a case; float32 is sm90's own forward, and sm80's backward."""
+    if case.dtype == "float32" and family != "simt":
+        return {"family": None if family == "sm90" else family, "precision": "highest"}
+    return {"family": family}
 
 
 def _widened(case, number):
@@ -56,11 +65,11 @@ def test_every_two_options_on_a_gpu(gpu, case, family):
     arch = int(gpu.xp.cuda.Device().compute_capability)
     if arch < {"simt": 60, "sm80": 80, "sm90": 90}[family]:
         pytest.skip("an older GPU")
-    if family == "sm90" and not _plan_sm90.TAKES_LENGTHS and (case.q_lens or case.kv_lens):
+    if family == "sm90" and case.dtype != "float32" and not _plan_sm90.TAKES_LENGTHS and (case.q_lens or case.kv_lens):
         pytest.skip("sm90 leaves lengths to sm80")
     if case.dtype == "float64" and family == "sm80" and arch not in WITH_FLOAT64_CORES:
         pytest.skip("a GPU without tensor cores for float64")
-    report = cases.run(case, gpu.xp, family=family)
+    report = cases.run(case, gpu.xp, **asked(case, family))
     assert report.ok, f"{case!r}\n{report}"
 
 
@@ -69,7 +78,7 @@ def test_every_two_options_under_the_emulator(case, family):
     """Under the race checker, each launch with a schedule of its own."""
     why_not()
     with Device(lambda n: Schedule.draw(100 * case.seed + n), arch=FAMILIES[family], undefined=True) as xp:
-        report = cases.run(case, xp, family=family)
+        report = cases.run(case, xp, **asked(case, family))
     assert report.ok, f"{case!r}\n{report}"
 
 

@@ -466,6 +466,8 @@ FAMILIES = {
     "sm80 wide": ("sm80", ml_dtypes.bfloat16, 80, 136, 64),
     "simt": ("simt", np.float32, 75, 20, 33),
     "sm80 float64": ("sm80", np.float64, 90, 20, 33),
+    "sm80 float32": ("sm80", np.float32, 80, 40, 24),
+    "sm90 float32": ("sm90", np.float32, 90, 40, 72),
     "simt float64": ("simt", np.float64, 75, 16, 16),
     "simt wide": ("simt", np.float32, 90, 130, 40),
     "sm90": ("sm90", np.float16, 90, 40, 24),
@@ -474,16 +476,26 @@ FAMILIES = {
 }
 
 
+def asked(family, dtype):
+    """What makes a family take a call; float32 is sm90's own forward, and sm80's backward."""
+    if dtype is np.float32 and family != "simt":
+        return {"family": None if family == "sm90" else family, "precision": "highest"}
+    return {"family": family}
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.share(5)
 def test_kernels(emulator, family, name):
     family, dtype, arch, d, dv = FAMILIES[family]
     with device(3, arch) as xp:
-        check(Packed(EMULATED_Q, EMULATED_K, dtype, d, dv, **OPTIONS[name]), xp, bound_of(dtype), family=family)
+        packed = Packed(EMULATED_Q, EMULATED_K, dtype, d, dv, **OPTIONS[name])
+        check(packed, xp, bound_of(dtype), **asked(family, dtype))
 
 
-@pytest.mark.parametrize("family", ["sm80", "sm80 float64", "simt", "sm90", "sm90 wide"])
+@pytest.mark.parametrize(
+    "family", ["sm80", "sm80 float64", "sm80 float32", "simt", "sm90", "sm90 wide", "sm90 float32"]
+)
 @pytest.mark.parametrize("seed", [0, 5])
 def test_kernels_under_schedules(emulator, family, seed):
     """Plain causal calls, in order and with several blocks at a time; a fixed order and that of arrival."""
@@ -493,7 +505,7 @@ def test_kernels_under_schedules(emulator, family, seed):
             packed = Packed(EMULATED_Q, EMULATED_K, dtype, d, dv, causal=True)
             arrays = map(xp.asarray, (packed.q, packed.k, packed.v, *packed.cu))
             result, vjp = attention_varlen_vjp(
-                *arrays, causal=True, family=family, return_lse=True, deterministic=deterministic
+                *arrays, causal=True, return_lse=True, deterministic=deterministic, **asked(family, dtype)
             )  # fmt: skip
             g = vjp(xp.asarray(packed.dout), xp.asarray(packed.dlse))
             got = [x.get().astype(np.float64) for x in (result.out, g.dq, g.dk, g.dv)]
@@ -570,14 +582,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-@pytest.mark.parametrize("family", ["sm80", "sm80 float64", "simt float64", "sm90"])
+@pytest.mark.parametrize("family", ["sm80", "sm80 float64", "sm80 float32", "simt float64", "sm90", "sm90 float32"])
 def test_wrong_offsets_stay_inside(emulator, name, family, monkeypatch):
     """Nothing outside the arrays is read or written, which the emulator would report; those who ask are told."""
     family, dtype, arch, *_ = FAMILIES[family]
     q = np.ones((12, 2, 16), dtype)
     with device(4, arch) as xp:
         x, cu, right = xp.asarray(q), xp.asarray(np.array(WRONG[name])), xp.asarray(np.array([0, 3, 3, 9, 12]))
-        bounds = {"max_seqlen_q": 6, "max_seqlen_k": 6, "family": family}
+        bounds = {"max_seqlen_q": 6, "max_seqlen_k": 6, **asked(family, dtype)}
         out, lse = attention_varlen(x, x, x, right, cu, return_lse=True, **bounds)
         # Where sequences overlap, two write the same rows, of which the emulator would tell.
         overlap = name == "falling"
@@ -619,7 +631,8 @@ def test_devices_and_families(emulator):
 # ------------------------------------------------------------------------------------------------ kernels, compiled
 
 COMPILED = [("sm_60", "simt", np.float32), ("sm_86", "simt", np.float64), ("sm_80", "sm80", np.float16)]
-COMPILED += [("sm_80", "sm80", np.float64), ("sm_90", "sm80", np.float64), ("sm_90", "sm90", ml_dtypes.bfloat16)]
+COMPILED += [("sm_80", "sm80", np.float32), ("sm_80", "sm80", np.float64), ("sm_90", "sm80", np.float64)]
+COMPILED += [("sm_90", "sm90", ml_dtypes.bfloat16)]
 
 
 @pytest.mark.nvrtc
@@ -629,15 +642,15 @@ def test_kernels_compile(card, family, dtype, monkeypatch):
     """Without spills, and with the shared memory that the plan counts."""
     monkeypatch.setattr(_plan_sm90, "TAKES_LENGTHS", True)
     packed = Packed((300, 200), (300, 200), dtype, 128, 128)
-    asked = Asked(causal=True, layout="shd")
-    problem = PackedCall(packed.q, packed.k, packed.v, asked, packed.cu, (None, None)).problem
+    call = Asked(causal=True, layout="shd", precision=asked(family, dtype).get("precision"))
+    problem = PackedCall(packed.q, packed.k, packed.v, call, packed.cu, (None, None)).problem
     plans = [plan_gpu(problem, DEVICES[card], family, None, wrt) for wrt in (None, frozenset("qkv"))]
     assert {plan.family for plan in plans} == {family}
     assert [plan.kernels[0].name for plan in plans] == ["packed_rest"] * 2
     for step in (step for plan in plans for step in plan.kernels):
         compiled = nvrtc.compile_spec(step.spec, step.smem, "sm_90a" if family == "sm90" else card)
-        # Accumulators of float64 fill the registers, and a word may be too much; so may one in a search for sequences.
-        most = 32 if dtype is np.float64 else 8 if family == "sm90" else 0
+        # Where accumulators fill the registers a word may be too much; so may one in a search for sequences.
+        most = {np.float64: 32, np.float32: 8 if family == "sm80" else 0}.get(dtype, 8 if family == "sm90" else 0)
         assert compiled.spill_bytes <= most, compiled.log
 
 

@@ -14,6 +14,7 @@ from .removals import (
     HOPPER_NARROW,
     PACKED_BACKWARD,
     PACKED_FORWARD,
+    PARTS_FORWARD,
     PackedProblem,
     Problem,
     hopper_backward,
@@ -529,28 +530,28 @@ LIBRARY = (
         "numbers beyond the end stored", "fwd_sm80",
         r" && query < rows_to_write\(params, tile\.seq\)\)", ")", ("out of bounds",), "lse", AMPERE_FORWARD[2],
     ),
-    # ---- fwd_f64, bwd_f64
+    # ---- fwd_wide, bwd_wide
     Planted(
-        "wait for one group too few", "fwd_f64",
+        "wait for one group too few", "fwd_wide",
         r"cp_async_wait<PAIRED \? AHEAD - 2 : AHEAD - 1>", "cp_async_wait<AHEAD>", ("early use", "uninitialised"),
         "shared", DOUBLE_FORWARD[0],
     ),
     Planted(
-        "a slot refilled while it is read", "fwd_f64",
+        "a slot refilled while it is read", "fwd_wide",
         r"slot \+ NUM_STAGES - tiles : slot - tiles", "slot : slot", ("race", "early use", "early overwrite"), "shared",
         DOUBLE_FORWARD[1],
     ),
     Planted(
-        "columns beyond the head read by cp.async", "fwd_f64",
-        r"left <= 0 \? 0 : left == 1 \? 8 : 16", "16", ("out of bounds",), "read of 16", DOUBLE_FORWARD[2],
+        "columns beyond the head read by cp.async", "fwd_wide",
+        r"left <= 0 \? 0 : left < 16 \? left : 16", "16", ("out of bounds",), "read of 16", DOUBLE_FORWARD[2],
     ),
     Planted(
-        "P taken before it is handed over", "bwd_f64",
+        "P taken before it is handed over", "bwd_wide",
         r"barrier_sync\(HANDED_OVER \+ group, 64\)", "barrier_arrive(HANDED_OVER + group, 64)",
         ("race", "uninitialised", "divergence", "deadlock"), "", DOUBLE_BACKWARD[0],
     ),
     Planted(
-        "one key block too few waited for", "bwd_f64",
+        "one key block too few waited for", "bwd_wide",
         r"while \(load_acquire\(semaphore\) < below\)", "while (load_acquire(semaphore) < below - 1)",
         ("race between blocks", "uninitialised"), "", DOUBLE_BACKWARD[1], (5, 7, 10),
     ),
@@ -624,6 +625,25 @@ LIBRARY = (
         "rows before the first one stored", "fwd_sm90",
         r"return row0 < 0 \? row0 : mask\.seqlen_q;", "return mask.seqlen_q;", ("out of bounds",), "write of",
         HOPPER_FORWARD[1],
+    ),
+    # ---- fwd_parts_sm90
+    Planted(
+        "keys beyond the end read", "fwd_parts_sm90",
+        r" && row \+ i \* ROW_STEP < row_end - row0", "", ("out of bounds",), "read of", PARTS_FORWARD[0],
+    ),
+    Planted(
+        "sums of blocks not shrunk", "fwd_parts_sm90",
+        r"math::fma\(acc_o\[0\]\(r, c\), softmax\.shrink\[r\], (.*?)\);", r"acc_o[0](r, c) + \1;",
+        ("values",), "", PARTS_FORWARD[0],
+    ),
+    Planted(
+        "parts handed over by one warp too few", "fwd_parts_sm90",
+        r"smem\.ring\.init\(8, 4\)", "smem.ring.init(8, 3)",
+        ("race", "early use", "uninitialised", "mbarrier", "deadlock"), "", PARTS_FORWARD[0],
+    ),
+    Planted(
+        "the third part left out", "fwd_parts_sm90",
+        r"constexpr int PRODUCTS = 6;", "constexpr int PRODUCTS = 5;", ("values",), "", PARTS_FORWARD[0],
     ),
     # ---- bwd_sm90, and what bwd_delta prepares for it
     Planted(

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from cupyflash._plan import Rows
-from cupyflash._tiles_f64 import DoubleBackwardRow, DoubleRow
 from cupyflash._tiles_sm80 import AmpereBackwardRow, AmpereRow
 from cupyflash._tiles_sm90 import HopperBackwardRow, HopperRow
+from cupyflash._tiles_wide import PartsRow, WideBackwardRow, WideRow
 from cupyflash.testing.functions import SCORES
 
 from .build import WORDS
@@ -29,7 +29,7 @@ _CALL = re.compile(
     r"\b(?:__sync\w+|sync_block|sync_warp|wait_copies|barrier_sync|barrier_arrive|cp_async_wait<[\w ?:-]+>|"
     r"cp_async_commit|mbarrier_wait|mbarrier_arrive\w*|fence_\w+|wgmma_fence|wgmma_commit|wgmma_wait<\w+>|wgmma_hold|"
     r"bulk_commit|bulk_wait\w*<\w+>|store_release|add_release|__threadfence\w*|"
-    r"(?<!void )(?:take_turn|pass_turn|meet)|(?<!= )smem\.[\w.\[\]]+\.(?:await|release|send))\s*\("
+    r"(?<!void )(?:take_turn|pass_turn|meet)|(?<!= )smem\.[\w.\[\]]+\.(?:await|await_free|hand_over|release|send))\s*\("
 )
 _LOOP = re.compile(r"while \(load_acquire\([^{]*\{")
 _FUNCTION = re.compile(r"\b(?:__forceinline__|__global__) .*?(\w+)\(")
@@ -156,7 +156,8 @@ class Problem:
 
     def _meaning(self) -> dict[str, Any]:
         """The options that change what is right, not how it is computed."""
-        return {name: x for name, x in self.options if name not in ("tile", "wrt", "deterministic", "family")}
+        how = ("tile", "wrt", "deterministic", "family", "precision")
+        return {name: x for name, x in self.options if name not in how}
 
     def _asked(self, xp: Any) -> dict[str, Any]:
         """The options, their arrays on the device."""
@@ -294,25 +295,35 @@ AMPERE_BACKWARD = (
 )
 
 
-def double_forward(row: DoubleRow, **more: Any) -> Problem:
-    """A form of fwd_f64, with more blocks of keys than it has buffers."""
-    options = (("tile", Rows(rows=(("fwd_f64", row),))), ("causal", True))
+def double_forward(row: WideRow, **more: Any) -> Problem:
+    """A form of fwd_wide, with more blocks of keys than it has buffers."""
+    options = (("tile", Rows(rows=(("fwd_wide", row),))), ("causal", True))
     return Problem("float64", 24, 70, 100, options, **{"heads": 2, "heads_k": 2, **more})
 
 
 def double_backward(*options: tuple[str, Any], heads: int = 2, seqlens: tuple[int, int] = (50, 70)) -> Problem:
-    """bwd_f64 with short blocks: several on both sides."""
-    row = DoubleBackwardRow(block_m=16, block_n=32, warps=4, stages=2, heads=1, remark="")
-    return Problem("float64", 24, *seqlens, (("tile", Rows(rows=(("bwd_f64", row),))), *options), heads=heads)
+    """bwd_wide with short blocks: several on both sides."""
+    row = WideBackwardRow(block_m=16, block_n=32, warps=4, stages=2, heads=1, remark="")
+    return Problem("float64", 24, *seqlens, (("tile", Rows(rows=(("bwd_wide", row),))), *options), heads=heads)
 
 
-DOUBLE_FORWARD = tuple(double_forward(DoubleRow(32, 16, 2, stages, "")) for stages in (3, 4, 2))
+DOUBLE_FORWARD = tuple(double_forward(WideRow(32, 16, 2, stages, "")) for stages in (3, 4, 2))
 DOUBLE_BACKWARD = (
     double_backward(),
     double_backward(heads=1, seqlens=(16, 200)),  # jobs of one turn
     double_backward(("wrt", ("v",))),
     double_backward(("wrt", ("k", "v"))),
 )
+
+
+def parts_forward(*seqlens: int, stages: int = 2) -> Problem:
+    """fwd_parts_sm90 with the shortest blocks of keys: more of them than it has buffers."""
+    row = PartsRow(128, 16, stages, "")
+    options = (("tile", Rows(rows=(("fwd_parts_sm90", row),))), ("family", "sm90"), ("precision", "highest"))
+    return Problem("float32", 24, *seqlens, (*options, ("causal", True)), head_dim_v=40)
+
+
+PARTS_FORWARD = (parts_forward(150, 100), parts_forward(60, 70, stages=3))
 
 
 def hopper_forward(row: HopperRow) -> Problem:
@@ -380,21 +391,23 @@ def runs_of(removal: Removal) -> list[Run]:
     }  # fmt: skip
     if file in beside:
         return [p.backward for p in beside[file]]
-    if file == "bwd_f64.cu":
+    if file == "bwd_wide.cu":
         return [p.backward for p in DOUBLE_BACKWARD]
-    if file.endswith(("_f64.cu", "_f64.cuh")):
+    if file.endswith(("_wide.cu", "_wide.cuh")):
         return [p.forward for p in DOUBLE_FORWARD]
     if file in ("bwd_sm80.cu", "gradients.cuh"):
         return [p.backward for p in AMPERE_BACKWARD]
     if file.endswith(("_sm80.cu", "_sm80.cuh")):
         return [p.forward for p in AMPERE_FORWARD]
+    if file == "fwd_parts_sm90.cu":
+        return [p.forward for p in PARTS_FORWARD]
     if file == "fwd_sm90.cu":
         return [p.forward for p in (*HOPPER_FORWARD, PACKED_FORWARD)]
     if file == "bwd_sm90.cu":
         narrow, wide = ([p.backward for p in problems] for problems in (HOPPER_NARROW, HOPPER_WIDE))
         return [*wide, *narrow] if removal.function == "consume_wide" else [*narrow, *wide]
     if file.endswith("_sm90.cuh"):
-        return [*(p.forward for p in HOPPER_FORWARD), *(p.backward for p in HOPPER_NARROW)]
+        return [*(p.forward for p in (*HOPPER_FORWARD, *PARTS_FORWARD)), *(p.backward for p in HOPPER_NARROW)]
     forward, backward = [p.forward for p in PROBLEMS], [p.backward for p in PROBLEMS]
     return forward if file.startswith("fwd") else backward if file.startswith("bwd") else [*forward, *backward]
 

@@ -29,6 +29,10 @@ __device__ __forceinline__ unsigned pack<Bfloat16>(float low, float high) {
   return emulator::to_bfloat16(low) | static_cast<unsigned>(emulator::to_bfloat16(high)) << 16;
 }
 
+__device__ __forceinline__ unsigned upper_halves(unsigned low, unsigned high) {
+  return low >> 16 | (high & 0xffff0000u);
+}
+
 template <typename Element>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   emulator::mma(ElementFormat<Element>::value, 16, 8, 16, d, a, b, d);

@@ -1,5 +1,5 @@
-// Forward in float64 on tensor cores since Ampere: out = softmax(scale * q k^T) v and lse; tiles come by cp.async,
-// products by mma.sync.
+// Forward in float64 or float32 on tensor cores since Ampere: out = softmax(scale * q k^T) v and lse; tiles come by
+// cp.async, products by mma.sync, of float32 in three bfloat16 parts (parts.cuh).
 //
 // A thread block owns BLOCK_M queries of one head. SHARERS warps own the same 16 of them, each its own part of the
 // columns of O; one, unless the head is too wide for its registers: they compute S and P each for itself. S, P and O
@@ -12,7 +12,7 @@
 //                                acc_o += P V(n)                              (16, COLS_V) of a warp
 //
 //     shared memory:   q (BLOCK_M, HEAD_DIM)  |  NUM_STAGES slots: K (BLOCK_N, HEAD_DIM) or V (BLOCK_N, HEAD_DIM_V)  |
-//                      powers of 2
+//                      powers of 2 in float64
 //     order of tiles:  K(0) V(0) K(1) V(1) ...
 //
 // The slots are a ring. PAIRED, of four or more: when all warps have met over K and V of a block, those before are
@@ -27,13 +27,13 @@
 #include "mask.cuh"
 #include "block_walk.cuh"
 #include "score.cuh"
-#include "tile_f64.cuh"
+#include "tile_wide.cuh"
 #include "exp2_table.cuh"
-#include "softmax_lazy.cuh"
+#include "softmax_wide.cuh"
 
 constexpr int SHARERS = 16 * NUM_WARPS / BLOCK_M, COLS_V = HEAD_DIM_V / SHARERS;
 static_assert(BLOCK_M * SHARERS == 16 * NUM_WARPS && COLS_V * SHARERS == HEAD_DIM_V, "rows and columns are dealt out");
-static_assert(BLOCK_N % 16 == 0 && COLS_V % 16 == 0, "products are dealt out in steps of 16");
+static_assert(BLOCK_N % 16 == 0 && COLS_V % PANEL == 0, "products are dealt out in steps of 16 and panels");
 constexpr int STEPS = HEAD_DIM / 16, UNROLL = HEAD_DIM > 128 ? 1 : STEPS;  // of the scores' sums
 constexpr bool PAIRED = NUM_STAGES >= 4 && NUM_STAGES % 2 == 0;
 constexpr int AHEAD = PAIRED ? NUM_STAGES - 2 : NUM_STAGES - 1;  // tiles from the one at hand to the one sent for
@@ -48,7 +48,7 @@ struct Smem {
   SwizzledTile<BLOCK_M, HEAD_DIM> q;
   Slot slot[NUM_STAGES];
   Exp2Table<POWER_COPIES> powers;
-  Rows<const double> k, v;  // of the head; kept in registers they would push accumulators out of them
+  Rows<const Element> k, v;  // of the head; kept in registers they would push accumulators out of them
 };
 constexpr int SMEM_BYTES = sizeof(Smem);
 
@@ -74,7 +74,7 @@ __device__ __forceinline__ void store_results(
   }
 }
 
-extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_f64(const Params params) {
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_wide(const Params params) {
   DYNAMIC_SHARED(Smem, smem);
   const int num_blocks = ceil_div(params.seqlen_q, BLOCK_M);
   const Work work = scheduled_work(params, num_blocks, params.num_heads, Longest::LAST_BLOCK);
@@ -88,8 +88,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_f64(co
   const BlockRange blocks = walk.within(mask.key_blocks(m0, BLOCK_M));
   if (thread_index() == 0) {
     const int head_k = work.head / (params.num_heads / params.num_heads_k);
-    smem.k = rows_of<const double>(params.k, seq.batch_index, head_k);  // (seqlen_k, head_dim)
-    smem.v = rows_of<const double>(params.v, seq.batch_index, head_k);  // (seqlen_k, head_dim_v)
+    smem.k = rows_of<const Element>(params.k, seq.batch_index, head_k);  // (seqlen_k, head_dim)
+    smem.v = rows_of<const Element>(params.v, seq.batch_index, head_k);  // (seqlen_k, head_dim_v)
   }
   smem.powers.fill(NUM_THREADS);
   sync_block();  // they are written
@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_f64(co
   Scores<BLOCK_N> acc[1];
   Scores<BLOCK_N>& acc_s = acc[0];
   Outputs<COLS_V> acc_o[1];
-  LazySoftmax<2> softmax;
+  WideSoftmax<2> softmax;
   clear(acc_o[0]);
   softmax.clear();
 
@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_f64(co
   };
 
   if (blocks.begin < blocks.end) {
-    const auto q = rows_of<const double>(params.q, seq.batch_index, work.head);  // (seqlen_q, head_dim)
+    const auto q = rows_of<const Element>(params.q, seq.batch_index, work.head);  // (seqlen_q, head_dim)
     load_tile(smem.q, q, m0, seq.seqlen_q, params.head_dim);
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) send_for(i % 2 == 0 ? K : V, i);

@@ -1,7 +1,28 @@
-// The online softmax where scaling costs more than it saves: what exponents subtract follows the rows' maxima only when
-// it must. A sum of weights up to 2**8 instead of 1 is as exact, and its outputs are hardly ever multiplied.
+// The online softmax of wide numbers, whose logits become exponents first, and then weights.
 #pragma once
 #include "softmax.cuh"
+#include "exp2_table.cuh"
+
+// Of float32: what exponents subtract is the rows' maximum, so that the largest ones, near 0, are the most exact.
+template <int ROWS>
+struct PromptSoftmax : Softmax<ROWS> {
+  // As LazySoftmax has it.
+  template <typename Scores>
+  __device__ __forceinline__ bool to_exponents(Scores& acc_s, const Score& score) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      this->raise(acc_s, r, score);
+      this->row_sum[r] *= this->shrink[r];
+      const Accumulator less = -this->subtrahend(r, score);
+#pragma unroll
+      for (int c = 0; c < acc_s.COLS; ++c) acc_s(r, c) = math::fma(acc_s(r, c), score.exponent, less);
+    }
+    return warp_any(this->rose());
+  }
+};
+
+// Of float64, where scaling costs more than it saves: what exponents subtract follows the rows' maxima only when it
+// must. A sum of weights up to 2**8 instead of 1 is as exact, and its outputs are hardly ever multiplied.
 
 // row_max is then a logit near which the row's largest one lies, or above which it lies by up to 8 exponents.
 template <int ROWS>
@@ -33,19 +54,6 @@ struct LazySoftmax : Softmax<ROWS> {
     return true;
   }
 
-  // After to_exponents(): exponents become p.
-  template <typename Scores, typename Exp2>
-  __device__ __forceinline__ void weigh(Scores& acc_s, const Exp2& exp2) {
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-      for (int c = 0; c < acc_s.COLS; ++c) {
-        acc_s(r, c) = exp2(acc_s(r, c));
-        this->row_sum[r] += acc_s(r, c);
-      }
-    }
-  }
-
  private:
   __device__ __forceinline__ bool is_unseen(int r) const { return this->row_max[r] == -math::infinity<Accumulator>(); }
 
@@ -67,5 +75,28 @@ struct LazySoftmax : Softmax<ROWS> {
     for (int c = 0; c < acc_s.COLS; ++c) acc_s(r, c) += fall;
     this->shrink[r] = first ? Accumulator(0) : math::exp2(fall);
     this->row_sum[r] *= this->shrink[r];
+  }
+};
+
+template <typename Number, int ROWS>
+struct WideSoftmaxOf;
+template <int ROWS>
+struct WideSoftmaxOf<double, ROWS> : LazySoftmax<ROWS> {};
+template <int ROWS>
+struct WideSoftmaxOf<float, ROWS> : PromptSoftmax<ROWS> {};
+
+template <int ROWS>
+struct WideSoftmax : WideSoftmaxOf<Element, ROWS> {
+  // After to_exponents(): exponents become p.
+  template <typename Scores, typename Exp2>
+  __device__ __forceinline__ void weigh(Scores& acc_s, const Exp2& exp2) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+      for (int c = 0; c < acc_s.COLS; ++c) {
+        acc_s(r, c) = exp2(acc_s(r, c));
+        this->row_sum[r] += acc_s(r, c);
+      }
+    }
   }
 };

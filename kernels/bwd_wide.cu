@@ -1,5 +1,5 @@
-// Backward in float64 on tensor cores since Ampere: dq, dk and dv in one pass over the scores; tiles come by cp.async,
-// products by mma.sync.
+// Backward in float64 or float32 on tensor cores since Ampere: dq, dk and dv in one pass over the scores; tiles come by
+// cp.async, products by mma.sync, of float32 in three bfloat16 parts (parts.cuh).
 //
 // A thread block owns BLOCK_N keys of one kv head. It walks the query heads that read this kv head, in order, and of
 // each the query tiles that see its keys, from the last to the first; dk and dv add up in registers. Scores are
@@ -19,7 +19,7 @@
 // takes a ticket before it begins, and waits only for blocks of the same head with lower tickets, which have begun too:
 // whoever holds the lowest unfinished ticket waits for nobody, whichever blocks are resident.
 //
-//     shared memory:   k (BLOCK_N, HEAD_DIM)   v (BLOCK_N, HEAD_DIM_V)   scores (BLOCK_N, BLOCK_M)   powers of 2
+//     shared memory:   k (BLOCK_N, HEAD_DIM)   v (BLOCK_N, HEAD_DIM_V)   scores (BLOCK_N, BLOCK_M)   powers of 2 in float64
 //                      q, dout  2 x (BLOCK_M, width), and lse, delta of their rows
 //     who waits:       all, once a turn: the next tiles have come, the last ones are read
 //                      a keys warp for P of its group; all for dS
@@ -32,7 +32,7 @@
 #include "mask.cuh"
 #include "block_walk.cuh"
 #include "score.cuh"
-#include "tile_f64.cuh"
+#include "tile_wide.cuh"
 #include "exp2_table.cuh"
 #include "softmax.cuh"
 #include "gradients.cuh"
@@ -41,7 +41,7 @@ static_assert(NUM_STAGES == 2, "one tile of queries is worked on while the next 
 constexpr int GROUPS = NUM_WARPS / 2, FRAGMENTS = BLOCK_N / (16 * GROUPS);  // of 16 keys, a group
 static_assert(NUM_WARPS == 2 * GROUPS && BLOCK_N == 16 * GROUPS * FRAGMENTS, "keys are dealt out in sixteens");
 static_assert(BLOCK_M % 16 == 0, "products sum over queries in steps of 16");
-static_assert(BLOCK_M <= NUM_THREADS / 2, "half of the threads send for lse and delta of a tile, two numbers each");
+static_assert(BLOCK_M <= CHUNK * NUM_THREADS / 4, "half of the threads send for lse and delta of a tile, a chunk each");
 
 constexpr bool WANT_DS = WANT_DQ || WANT_DK;
 
@@ -49,7 +49,7 @@ constexpr bool WANT_DS = WANT_DQ || WANT_DK;
 constexpr __device__ __forceinline__ int units_of(int cols) { return BLOCK_M / 16 * (HEAD_DIM / cols); }
 constexpr __device__ __forceinline__ int unit_cols() {
   int cols = POWER_IN<HEAD_DIM, 32>;
-  while (cols > 16 && units_of(cols) < NUM_WARPS) cols /= 2;
+  while (cols > PANEL && units_of(cols) < NUM_WARPS) cols /= 2;
   return cols;
 }
 constexpr int UNIT_COLS = unit_cols(), UNITS = units_of(UNIT_COLS);
@@ -66,10 +66,10 @@ struct Job : FullEndOf<CUT_AT_BEGIN> {
   int first_head, heads;       // that read head_k
   int begin, full_begin, end;  // query tiles; unmasked from full_begin on
   // Of the first head.
-  Rows<const double> q, dout;
-  const double *exponents, *delta;
+  Rows<const Element> q, dout;
+  const Element *exponents, *delta;
   Rows<Gradient_q> dq;
-  double* dq_sums;
+  Element* dq_sums;
   int* semaphores;
 
   __device__ __forceinline__ void describe(const Params& params, int ticket) {
@@ -90,14 +90,14 @@ struct Job : FullEndOf<CUT_AT_BEGIN> {
     const auto place = [&](const Tensor& tensor) ALWAYS_INLINE {
       return entry_offset(tensor, seq.batch_index) + first_head * tensor.head_stride;
     };
-    q = rows_of<const double>(params.q, seq.batch_index, first_head);        // (seqlen_q, head_dim)
-    dout = rows_of<const double>(params.dout, seq.batch_index, first_head);  // (seqlen_q, head_dim_v)
-    q.vectors = q.vectors && (heads == 1 || params.q.head_stride % 2 == 0);
-    dout.vectors = dout.vectors && (heads == 1 || params.dout.head_stride % 2 == 0);
-    exponents = static_cast<const double*>(params.exponents.data) + place(params.exponents);  // (m_block, BLOCK_M)
-    delta = static_cast<const double*>(params.delta.data) + place(params.delta);              // (m_block, BLOCK_M)
+    q = rows_of<const Element>(params.q, seq.batch_index, first_head);        // (seqlen_q, head_dim)
+    dout = rows_of<const Element>(params.dout, seq.batch_index, first_head);  // (seqlen_q, head_dim_v)
+    q.vectors = q.vectors && (heads == 1 || params.q.head_stride % CHUNK == 0);
+    dout.vectors = dout.vectors && (heads == 1 || params.dout.head_stride % CHUNK == 0);
+    exponents = static_cast<const Element*>(params.exponents.data) + place(params.exponents);  // (m_block, BLOCK_M)
+    delta = static_cast<const Element*>(params.delta.data) + place(params.delta);              // (m_block, BLOCK_M)
     dq = rows_of<Gradient_q>(params.dq, seq.batch_index, first_head);                         // (seqlen_q, head_dim)
-    dq_sums = static_cast<double*>(params.dq_sums.data) + place(params.dq_sums);  // (m_block, BLOCK_M * HEAD_DIM)
+    dq_sums = static_cast<Element*>(params.dq_sums.data) + place(params.dq_sums);  // (m_block, BLOCK_M * HEAD_DIM)
     semaphores = static_cast<int*>(params.semaphores.data) + place(params.semaphores);  // (m_block)
   }
 };
@@ -151,7 +151,7 @@ struct Smem {
   SwizzledTile<BLOCK_M, HEAD_DIM> q[2];
   SwizzledTile<BLOCK_M, HEAD_DIM_V> dout[2];
   SwizzledTile<BLOCK_N, BLOCK_M> scores;  // P^T, then dS^T: a lane finds the numbers of the other warp's same lane
-  alignas(16) double exponents[2][BLOCK_M], delta[2][BLOCK_M];
+  alignas(16) Element exponents[2][BLOCK_M], delta[2][BLOCK_M];
   Exp2Table<2> powers;
   int* added;  // the semaphore that has still to be told of a turn
   Job job;
@@ -161,8 +161,8 @@ constexpr int SMEM_BYTES = sizeof(Smem);
 // ---- loads
 
 // The numbers of a tile's rows, which bwd_delta has padded to whole tiles, 16 bytes a thread.
-__device__ __forceinline__ void load_numbers(double (&numbers)[BLOCK_M], const double* from, int thread) {
-  const int first = 2 * thread;
+__device__ __forceinline__ void load_numbers(Element (&numbers)[BLOCK_M], const Element* from, int thread) {
+  const int first = CHUNK * thread;
   if (first >= 0 && first < BLOCK_M) cp_async<16>(shared_address(&numbers[first]), from + first);
 }
 
@@ -171,7 +171,7 @@ template <int THREADS>
 __device__ __forceinline__ void load_queries(const Params& params, Smem& smem, const TurnOf& turn) {
   const Job& job = smem.job;
   const int row0 = turn.m_block * BLOCK_M, row_end = job.seq.seqlen_q;
-  Rows<const double> q = job.q, dout = job.dout;
+  Rows<const Element> q = job.q, dout = job.dout;
   q.data += turn.head * params.q.head_stride;
   dout.data += turn.head * params.dout.head_stride;
   load_tile<THREADS>(smem.q[turn.slot], q, row0, row_end, params.head_dim);
@@ -179,15 +179,15 @@ __device__ __forceinline__ void load_queries(const Params& params, Smem& smem, c
   const int thread = thread_index_again() % THREADS;
   load_numbers(smem.exponents[turn.slot], job.exponents + turn.head * params.exponents.head_stride + row0, thread);
   load_numbers(
-      smem.delta[turn.slot], job.delta + turn.head * params.delta.head_stride + row0, thread - BLOCK_M / 2);
+      smem.delta[turn.slot], job.delta + turn.head * params.delta.head_stride + row0, thread - BLOCK_M / CHUNK);
 }
 
 // By the whole block.
 __device__ __forceinline__ void load_keys(const Params& params, Smem& smem) {
   const Job& job = smem.job;
   const int row0 = job.n_block * BLOCK_N;
-  const auto k = rows_of<const double>(params.k, job.seq.batch_index, job.head_k);  // (seqlen_k, head_dim)
-  const auto v = rows_of<const double>(params.v, job.seq.batch_index, job.head_k);  // (seqlen_k, head_dim_v)
+  const auto k = rows_of<const Element>(params.k, job.seq.batch_index, job.head_k);  // (seqlen_k, head_dim)
+  const auto v = rows_of<const Element>(params.v, job.seq.batch_index, job.head_k);  // (seqlen_k, head_dim_v)
   load_tile(smem.k, k, row0, job.seq.seqlen_k, params.head_dim);
   load_tile(smem.v, v, row0, job.seq.seqlen_k, params.head_dim_v);
 }
@@ -203,8 +203,8 @@ __device__ __forceinline__ void store_unit(
     const Params& params, const Job& job, const TurnOf& turn, int row0, int col0, Unit& dq) {
   auto rows = job.dq;
   rows.data = rows.at(0, col0) + turn.head * params.dq.head_stride;
-  rows.vectors = rows.vectors && (job.heads == 1 || params.dq.head_stride % 2 == 0);
-  const double factor = score_of(params).gradient;
+  rows.vectors = rows.vectors && (job.heads == 1 || params.dq.head_stride % CHUNK == 0);
+  const Element factor = score_of(params).gradient;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     multiply_row(dq, r, factor);
@@ -215,19 +215,21 @@ __device__ __forceinline__ void store_unit(
 }
 
 // In dq_sums, 16 bytes a thread: a warp moves 512 at a time.
-__device__ __forceinline__ void store_part(double* part, const Unit& dq) {
+__device__ __forceinline__ void store_part(Element* part, const Unit& dq) {
 #pragma unroll
-  for (int i = 0; i < UNIT_COLS / 4; ++i) {
-    const double* at = &dq.at[i / 2][i % 2 * 2];
-    store_global(part + 64 * i, Vector<double, 2>{{at[0], at[1]}});
+  for (int i = 0; i < 4 / CHUNK * (UNIT_COLS / 8); ++i) {
+    Vector<Element, CHUNK> run;
+#pragma unroll
+    for (int e = 0; e < CHUNK; ++e) run.at[e] = dq.at[CHUNK * i / 4][CHUNK * i % 4 + e];
+    store_global(part + 32 * CHUNK * i, run);
   }
 }
-__device__ __forceinline__ void load_part(Unit& dq, const double* part) {
+__device__ __forceinline__ void load_part(Unit& dq, const Element* part) {
 #pragma unroll
-  for (int i = 0; i < UNIT_COLS / 4; ++i) {
-    const Vector<double, 2> two = load_global_written<2>(part + 64 * i);
-    dq.at[i / 2][i % 2 * 2] = two.at[0];
-    dq.at[i / 2][i % 2 * 2 + 1] = two.at[1];
+  for (int i = 0; i < 4 / CHUNK * (UNIT_COLS / 8); ++i) {
+    const Vector<Element, CHUNK> run = load_global_written<CHUNK>(part + 32 * CHUNK * i);
+#pragma unroll
+    for (int e = 0; e < CHUNK; ++e) dq.at[CHUNK * i / 4][CHUNK * i % 4 + e] = run.at[e];
   }
 }
 
@@ -269,17 +271,17 @@ __device__ __forceinline__ void add_dq(const Params& params, Smem& smem, const T
   const Job& job = smem.job;
   const Adders adders(params, job, turn);
   const bool first = job.n_block == adders.range.begin, last = job.n_block == adders.range.end - 1;
-  double* const sums = job.dq_sums + turn.head * params.dq_sums.head_stride +
-                       turn.m_block * params.dq_sums.row_stride + 2 * (thread_index_again() % 32);
+  Element* const sums = job.dq_sums + turn.head * params.dq_sums.head_stride +
+                       turn.m_block * params.dq_sums.row_stride + CHUNK * (thread_index_again() % 32);
 #pragma unroll 1
   for (int unit = thread_index_again() / 32; unit < UNITS; unit += NUM_WARPS) {
     const int row0 = unit % DOWN * 16, col0 = unit / DOWN * UNIT_COLS;
-    double* const here = sums + unit * 16 * UNIT_COLS;
+    Element* const here = sums + unit * 16 * UNIT_COLS;
     Unit dq[1], below;  // what other key blocks have added arrives while the product is under way
     clear(dq);
     clear(below);
     if (!first) load_part(below, here);
-    add_outputs<BLOCK_N / 16>(dq, across_rows(smem.scores, row0), across_rows(smem.k, col0), [](int) {});
+    add_outputs<BLOCK_N / 16>(dq, sixteen_across(smem.scores, row0), across_rows(smem.k, col0), [](int) {});
     if (!first) add(dq[0], below);
     if (last) {
       store_unit(params, job, turn, row0, col0, dq[0]);
@@ -302,20 +304,20 @@ __device__ __forceinline__ Seen seen_by(const Params& params, const Job& job, co
 }
 
 // Where a lane's columns c and c + 1 of a fragment's row r lie in smem.scores.
-__device__ __forceinline__ double* scores_at(Smem& smem, int fragment, int r, int c) {
-  return smem.scores.chunk(fragment_key(fragment) + lane_index() / 4 + 8 * r, 2 * c + lane_index() % 4);
+__device__ __forceinline__ Element* scores_at(Smem& smem, int fragment, int r, int c) {
+  return smem.scores.pair(fragment_key(fragment) + lane_index() / 4 + 8 * r, 2 * c + lane_index() % 4);
 }
 
-// The weight of a pair with the power taken from the table; what a score's slope is part of takes CUDA's own.
+// The weight of a pair, of float64 with the power taken from the table; what a score's slope is part of takes CUDA's own.
 template <typename Powers>
 __device__ __forceinline__ Weight weight_by(
-    const Powers& exp2, const Score& score, const Features& features, double product, double lse, bool visible,
+    const Powers& exp2, const Score& score, const Features& features, Element product, Element lse, bool visible,
     Pair pair) {
   if constexpr (SLOPED) {
     return weight_of(score, features, product, lse, visible, pair);
   } else {
-    const double logit = features.logit(score, score.scaled(product), pair);
-    const double p = visible ? exp2(math::fma(logit, score.exponent, -lse)) : 0.0;
+    const Element logit = features.logit(score, score.scaled(product), pair);
+    const Element p = visible ? exp2(math::fma(logit, score.exponent, -lse)) : Element(0);
     return {p, p};
   }
 }
@@ -353,7 +355,7 @@ __device__ __forceinline__ void for_each_turn(const Params& params, Smem& smem, 
 // A gradient of keys, times a factor, to its rows.
 template <int N>
 __device__ __forceinline__ void store_keys(
-    const Params& params, const Tensor& tensor, const Job& job, int col_end, double factor,
+    const Params& params, const Tensor& tensor, const Job& job, int col_end, Element factor,
     Outputs<N> (&gradient)[FRAGMENTS]) {
   const auto rows = rows_of<Gradient>(tensor, job.seq.batch_index, job.head_k);  // (seqlen_k, columns)
 #pragma unroll
@@ -369,7 +371,7 @@ __device__ __forceinline__ void store_keys(
 }
 
 // The pair of row r and the column that is `ahead` of this thread's first, and who sees whom there. Pair by pair:
-// beside products of float64 that costs little.
+// beside products of wide numbers that costs little.
 __device__ __forceinline__ Pair pair_at(const Seen& seen, int r, int ahead) {
   return pair_of<RowIs::KEY>(seen.query0, seen.first_key, r, ahead);
 }
@@ -398,10 +400,10 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
       const Seen seen = seen_by(params, job, turn, f);
 #pragma unroll
       for (int c = 0; c < acc[f].COLS; c += 2) {
-        const Vector<double, 2> lse = load_shared<2>(smem.exponents[turn.slot] + own_col() + acc[f].ahead(c));
+        const Vector<Element, 2> lse = load_shared<2>(smem.exponents[turn.slot] + own_col() + acc[f].ahead(c));
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          Vector<double, 2> sloped;
+          Vector<Element, 2> sloped;
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int ahead = acc[f].ahead(c + e);
@@ -409,7 +411,7 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
             const bool visible = !masked || sees(seen, pair, r, ahead);
             const Weight weight = weight_by(exp2, score, seen.features, acc[f](r, c + e), lse.at[e], visible, pair);
             sloped.at[e] = weight.sloped;
-            acc[f](r, c + e) = seen.features.keeps(pair) ? weight.p : 0.0;
+            acc[f](r, c + e) = seen.features.keeps(pair) ? weight.p : Element(0);
           }
           if constexpr (WANT_DS) store_shared(scores_at(smem, f, r, c), sloped);
         }
@@ -422,7 +424,7 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
     }
   });
   barrier_arrive(NEXT_TURN, NUM_THREADS);
-  const double factor = DROPOUT ? params.undropped : 1.0;
+  const Element factor = DROPOUT ? static_cast<Element>(params.undropped) : Element(1);
   if constexpr (WANT_DV) store_keys(params, params.dv, job, params.head_dim_v, factor, acc_dv);
 }
 
@@ -450,20 +452,20 @@ __device__ __forceinline__ void make_keys(const Params& params, Smem& smem) {
       const Seen seen = seen_by(params, job, turn, f);
 #pragma unroll
       for (int c = 0; c < acc[f].COLS; c += 2) {
-        const Vector<double, 2> delta = load_shared<2>(smem.delta[turn.slot] + own_col() + acc[f].ahead(c));
+        const Vector<Element, 2> delta = load_shared<2>(smem.delta[turn.slot] + own_col() + acc[f].ahead(c));
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const Vector<double, 2> p = load_shared<2>(scores_at(smem, f, r, c));
+          const Vector<Element, 2> p = load_shared<2>(scores_at(smem, f, r, c));
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int ahead = acc[f].ahead(c + e);
             const Pair pair = pair_at(seen, r, ahead);
             const bool visible = !masked || sees(seen, pair, r, ahead);
-            double& ds = acc[f](r, c + e);
+            Element& ds = acc[f](r, c + e);
             ds = score_gradient(seen.features, p.at[e], ds, delta.at[e], visible, seen.features.keeps(pair));
           }
           if constexpr (WANT_DQ) {
-            store_shared(scores_at(smem, f, r, c), Vector<double, 2>{{acc[f](r, c), acc[f](r, c + 1)}});
+            store_shared(scores_at(smem, f, r, c), Vector<Element, 2>{{acc[f](r, c), acc[f](r, c + 1)}});
           }
         }
       }
@@ -478,7 +480,7 @@ __device__ __forceinline__ void make_keys(const Params& params, Smem& smem) {
   if constexpr (WANT_DK) store_keys(params, params.dk, job, params.head_dim, score_of(params).gradient, acc_dk);
 }
 
-extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_f64(const Params params) {
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_wide(const Params params) {
   DYNAMIC_SHARED(Smem, smem);
   if (thread_index() == 0) smem.job.describe(params, take_ticket(static_cast<int*>(params.tickets.data)));
   if (thread_index() == 0) smem.added = nullptr;
