@@ -32,6 +32,8 @@ SEED = int(
     )
 )
 
+os.environ["CUPYFLASH_TEST_SEED"] = str(SEED)  # for the processes of pytest-xdist, which choose the same tests
+
 hypothesis.settings.register_profile(
     "ci",
     max_examples=25,
