@@ -208,8 +208,25 @@ def test_working_types():
 # ----------------------------------------------------------------------------------------------------- bounds
 
 
-def honest(x, *, causal, base2, block_n, p_dtype=None, wrong=None):
+def split(x, dtype, factor):
+    """The sum of two numbers of dtype that stands for x, which is multiplied by a power of 2 meanwhile."""
+    high = (x * factor).astype(dtype)
+    return (high.astype(x.dtype) + (x * factor - high.astype(x.dtype)).astype(dtype).astype(x.dtype)) / factor
+
+
+def honest(x, *, causal, base2, block_n, p_dtype=None, p_parts=1, wrong=None):
     """Attention as an honest kernel would do it, in the accumulator's type, or with a planted error."""
+
+    def as_operand(numbers, of_p):
+        if p_dtype is None:
+            return numbers
+        if p_parts == 1:
+            return numbers.astype(p_dtype).astype(acc)
+        factor = 1
+        if p_dtype == np.float16:  # P and dS are brought into its range
+            factor = 2.0**12 if of_p else 2.0 ** min(60, 15 - np.frexp(abs(numbers).max())[1])
+        return split(numbers, p_dtype, acc(factor))
+
     acc = np.float64 if x.q.dtype == np.float64 else np.float32
     q, k, v, dout = (a.astype(acc) for a in x[:4])
     k, v = (reference.heads_to(a, q.shape[-3]) for a in (k, v))
@@ -228,8 +245,7 @@ def honest(x, *, causal, base2, block_n, p_dtype=None, wrong=None):
             p = exp(s - np.where(new == -np.inf, acc(0), new))
             old = exp(top - np.where(new == -np.inf, acc(0), new))
             total, top = total * (1 if wrong == "rescale" else old) + p.sum(axis=-1, keepdims=True), new
-            p = p if p_dtype is None else p.astype(p_dtype).astype(acc)
-            acc_o = acc_o * old + p @ v[..., block, :]
+            acc_o = acc_o * old + as_operand(p, True) @ v[..., block, :]
         lse = ((top + log(total)) * acc(math.log(2) if base2 else 1))[..., 0]
         out = np.where(total > 0, acc_o / np.where(total > 0, total, acc(1)), acc(0)).astype(x.q.dtype)
 
@@ -237,8 +253,7 @@ def honest(x, *, causal, base2, block_n, p_dtype=None, wrong=None):
         p = np.where(visible & (lse != -np.inf)[..., None], exp(s), acc(0))
         delta = (dout * out.astype(acc)).sum(axis=-1) - (0 if wrong == "dlse" else x.dlse)
         ds = p * (dout @ v.swapaxes(-1, -2) - delta[..., None])
-        if p_dtype is not None:
-            p, ds = (a.astype(p_dtype).astype(acc) for a in (p, ds))
+        p, ds = as_operand(p, True), as_operand(ds, False)
         heads_k = x.k.shape[-3]
         dq = ds @ k * acc(scale)
         dk = reference.heads_from(ds.swapaxes(-1, -2) @ q, heads_k) * acc(scale)
@@ -295,6 +310,20 @@ def test_rounded_p_needs_and_keeps_its_own_bound(name, dtype):
     assert report.ok, str(report)
     if name == "normal":
         assert not judge(x, True, result).ok
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(n, d) for n, d in FITTING if d.itemsize == 2], ids=lambda x: getattr(x, "name", x)
+)
+def test_p_in_two_parts_keeps_its_own_bound(name, dtype):
+    """Which is that of P as it is but for 2^-16 or less, and far from that of P rounded once."""
+    x = draw_for(name, dtype, keys=200)
+    result = honest(x, causal=True, base2=True, block_n=32, p_dtype=dtype, p_parts=2)
+    report = judge(x, True, result, p_dtype=dtype, p_parts=2)
+    assert report.ok, str(report)
+    if name == "normal":
+        once = honest(x, causal=True, base2=True, block_n=32, p_dtype=dtype)
+        assert not judge(x, True, once, p_dtype=dtype, p_parts=2).ok
 
 
 @pytest.mark.parametrize("dtype", data.DTYPES[2:], ids=str)

@@ -124,10 +124,26 @@ def half_ulp(magnitude: Array, dtype: npt.DTypeLike) -> Array:
     return np.asarray(np.ldexp(np.ones_like(magnitude), exponent - 2 - int(info.nmant))) + flushed(dtype)
 
 
-def relative(magnitude: Array, dtype: npt.DTypeLike) -> Array:
-    """The same for numbers that are rounded times an unknown factor of at least 1."""
+# Before they become sums of two numbers of float16's range, P is multiplied by the first of these, and dS by at most
+# the last, or by so much that the largest becomes the second at least: see `backward_limits`.
+P_FACTOR, LARGEST_DS, LARGEST_FACTOR = 2.0**12, 2.0**14, 2.0**60
+
+
+def relative(magnitude: Array, dtype: npt.DTypeLike, parts: int = 1, factor: Any = 1) -> Array:
+    """The same for numbers that are rounded times an unknown factor of at least ``factor``.
+
+    Of two ``parts`` the second is what rounding to the first one loses, rounded likewise: at most half an ulp of x,
+    exactly so or of a smaller exponent, where half an ulp is half as large.
+    """
     info = finfo(dtype)
-    return magnitude * (float(info.eps) / 2) + float(info.smallest_subnormal) / 2 + flushed(dtype)
+    half, least = float(info.eps) / 2, float(info.smallest_subnormal) / 2
+    lost = half if parts == 1 else half**2 / 2
+    return np.asarray(magnitude * lost + least / factor + flushed(dtype))
+
+
+def has_narrow_range(dtype: npt.DTypeLike) -> bool:
+    """Whether numbers that an accumulator holds may lie beyond those of a type, or below."""
+    return int(finfo(dtype).minexp) > int(np.finfo(np.float32).minexp)
 
 
 def flushed(dtype: npt.DTypeLike) -> float:
@@ -151,6 +167,7 @@ def forward_limits(
     out_dtype: npt.DTypeLike,
     chains: Chains,
     p_dtype: npt.DTypeLike | None = None,
+    p_parts: int = 1,
     rows: Index = None,
     **options: Any,
 ) -> tuple[reference.Forward, reference.Forward]:
@@ -173,7 +190,10 @@ def forward_limits(
     of v: |err out| <= 2 max |v|, up to the roundings of sums.
 
     P rounded to 16 bits for tensor cores is off by a relative half ulp, or half a subnormal: exp(s - m) <= 1
-    is divided by a sum of at least 1, so absolute errors do not grow. The denominator is not rounded.
+    is divided by a sum of at least 1, so absolute errors do not grow. The denominator is not rounded. As the sum of
+    two such numbers it is off by half the square of a relative half ulp, or half a subnormal of the second, which
+    is float16's over `P_FACTOR`. Then a key brings two terms to the numerator, so N_k counts there twice: 3 N_k in
+    R in place of 2 N_k.
 
     lse = m + log(sum): e, N_k u and EXP u from the sum; the logarithm, wrong by EXP u absolutely and 2 u
     |log| (|log| <= |lse| + T_i, and e has 2 u T_i to spare); conversion from base 2, 2 u; the last sum, 1 u.
@@ -220,11 +240,11 @@ def forward_limits(
     drops = options.get("dropout", 0) > 0
     spread = (this.kept * p) @ abs(this.v)  # sum_j p_j |v_j|
     largest = abs(this.v).max(axis=-2, keepdims=True, initial=0) / (1 - options.get("dropout", 0))
-    sums = 2 * EXP + 2 * chain + 4 + 2 * drops
+    sums = 2 * EXP + 2 * chain + (p_parts - 1) * chains.k + 4 + 2 * drops
     limit = np.minimum(a.grow(2 * exponent + sums) * spread, (2 + a.grow(sums)) * largest)
     limit = limit + a.tiny * (1 + seqlen_k) * (1 + largest)
     if p_dtype is not None:
-        limit = limit + (this.kept * relative(p, p_dtype)) @ abs(this.v)
+        limit = limit + (this.kept * relative(p, p_dtype, p_parts, _p_factor(p_dtype, p_parts))) @ abs(this.v)
     limit = limit + stored(out, limit, out_dtype, a)
     log_size = np.where(lse == -np.inf, 0, abs(lse))
     exponent = np.broadcast_to(exponent[..., 0], lse.shape)
@@ -234,6 +254,11 @@ def forward_limits(
     user = [reference.as_user(x, q.ndim, layout) for x in (out, limit)]
     logs = [x[0] if single else x for x in (lse, lse_limit)]
     return reference.Forward(user[0], logs[0]), reference.Forward(user[1], logs[1])
+
+
+def _p_factor(p_dtype: npt.DTypeLike, p_parts: int) -> float:
+    """What P is multiplied by before it is rounded."""
+    return P_FACTOR if p_parts > 1 and has_narrow_range(p_dtype) else 1.0
 
 
 def makes_logits(options: dict[str, Any]) -> bool:
@@ -282,6 +307,7 @@ def backward_limits(
     chains: Chains,
     out_dtype: npt.DTypeLike | None = None,
     p_dtype: npt.DTypeLike | None = None,
+    p_parts: int = 1,
     rows: Index = None,
     keys: Index = None,
     **options: Any,
@@ -308,6 +334,11 @@ def backward_limits(
         |q_i|, |err dv_j| <= sum_i (r + (N_q + 3) u (1 + r)) p_ij |dout_i|.
 
     P and dS rounded to 16 bits add half an ulp of theirs each, the rounded result half an ulp of its own.
+    As sums of two such numbers they add half the square of a relative half ulp, or half a subnormal of the second:
+    P's over `P_FACTOR` where the type is float16. dS is multiplied by a power of 2 then, which falls with the
+    largest |dS| that a thread block has met: so that this one is at least `LARGEST_DS` where it made the power
+    fall, and below twice that. So half a subnormal is at most 2^-39 of the largest |dS| of the kv head, or 2^-85,
+    as the power is 2^60 at most. Each pair brings two terms to the sums of dq, dk and dv, whose N count twice.
     What is flushed to 0 costs at most `tiny` (1 + |scale|) times the number of terms times the factors beside
     it.
 
@@ -346,7 +377,7 @@ def backward_limits(
 
     def total(values: Array, error: Array, factor: Array, chain: int, like: Array) -> tuple[Array, Array]:
         """The sums values @ factor, as the gradient of `like`, and their limits."""
-        error = error + a.grow(chain + 3) * (abs(values) + error) + a.tiny * scale_1
+        error = error + a.grow(p_parts * chain + 3) * (abs(values) + error) + a.tiny * scale_1
         exact, limit = (reference.gradient(x, like, layout) for x in (values @ factor, error @ (abs(factor) + a.tiny)))
         limit = limit + a.tiny * sharing * (1 + values.shape[-1])
         return exact, limit + stored(exact, limit, like.dtype if out_dtype is None else out_dtype, a)
@@ -358,11 +389,15 @@ def backward_limits(
         exact, limit = (reference.sum_to(x, shape) for x in (values, error))
         return exact, limit + stored(exact, limit, like.dtype if out_dtype is None else out_dtype, a)
 
+    parts = None if p_dtype is None else Parts(p_dtype, p_parts)
+    if parts is not None and p_parts > 1 and has_narrow_range(parts.dtype):
+        everything = reference.differentials(*arguments, **options)
+        parts = parts._replace(largest_ds=_largest_ds(everything, k, layout, chains, a))
     this = reference.differentials(*arguments, rows=rows, **options)
     scale, scale_1 = this.scale, 1 + abs(this.scale)
-    dq = total(scale * this.dt, abs(scale) * pair_limits(this, chains, a, p_dtype).dt, this.k, chains.k, q)
+    dq = total(scale * this.dt, abs(scale) * pair_limits(this, chains, a, parts).dt, this.k, chains.k, q)
     this = reference.differentials(*arguments, keys=keys, **options)
-    errors = pair_limits(this, chains, a, p_dtype)
+    errors = pair_limits(this, chains, a, parts)
     weight, dt, p_error, dt_error = (x.swapaxes(-1, -2) for x in (this.kept * this.p, this.dt, errors.p, errors.dt))
     dk = total(scale * dt, abs(scale) * dt_error, this.q, chains.q, k)
     dv = total(weight, p_error, this.dout, chains.q, v)
@@ -385,6 +420,34 @@ def backward_limits(
     return reference.Gradients(*exact), reference.Gradients(*limit)
 
 
+class Parts(NamedTuple):
+    """What P and dS are on their way to the gradients: rounded to `dtype`, or sums of two such numbers."""
+
+    dtype: npt.DTypeLike
+    number: int
+    largest_ds: Any = 0  # of a kv head; asked for where there are two, of a narrow range
+
+    def lost_p(self, values: Array) -> Array:
+        """What P of such values loses."""
+        return relative(values, self.dtype, self.number, _p_factor(self.dtype, self.number))
+
+    def lost_ds(self, values: Array) -> Array:
+        """What dS of such values loses."""
+        factor = 1.0
+        if self.number > 1 and has_narrow_range(self.dtype):
+            factor = LARGEST_DS / np.maximum(self.largest_ds, LARGEST_DS / LARGEST_FACTOR)
+        return relative(values, self.dtype, self.number, factor)
+
+
+def _largest_ds(this: reference.Differentials, k: Array, layout: str, chains: Chains, a: Arithmetic) -> Array:
+    """The largest |dS| of each kv head with its error, as (..., Hq, 1, 1): no thread block meets larger ones."""
+    size = (abs(this.dt) + pair_limits(this, chains, a, None).dt).max(axis=(-1, -2), keepdims=True, initial=0)
+    num_heads_k = 1 if k.ndim == 2 else k.shape[-2 if layout == "shd" else -3]
+    group = size.shape[-3] // max(num_heads_k, 1)
+    of_group = size.reshape(*size.shape[:-3], num_heads_k, group, 1, 1).max(axis=-3, keepdims=True, initial=0)
+    return np.asarray(np.broadcast_to(of_group, (*of_group.shape[:-3], group, 1, 1)).reshape(size.shape))
+
+
 class PairLimits(NamedTuple):
     """Limits of the errors of a pair's numbers."""
 
@@ -394,9 +457,7 @@ class PairLimits(NamedTuple):
     dt: Array
 
 
-def pair_limits(
-    this: reference.Differentials, chains: Chains, a: Arithmetic, p_dtype: npt.DTypeLike | None
-) -> PairLimits:
+def pair_limits(this: reference.Differentials, chains: Chains, a: Arithmetic, parts: Parts | None) -> PairLimits:
     """Limits of the errors of p_ij, du_ij and dt_ij (see `backward_limits`)."""
     log_size = np.where(this.lse == -np.inf, 0, abs(this.lse))
     drops = 2 if (this.kept != 1).any() else 0
@@ -421,9 +482,9 @@ def pair_limits(
         slope = ((chains.d + 5) * this.product_magnitude() / this.softcap + 2 * TANH + 11) * a.u
         dt_error = du_error * this.slope() + (abs(this.du) + du_error) * slope + a.tiny
     weight_error = this.kept * (p_error + drops * a.u * (this.p + p_error))
-    if p_dtype is not None:
-        weight_error = weight_error + this.kept * relative(this.p + p_error, p_dtype)
-        dt_error = dt_error + relative(abs(this.dt) + dt_error, p_dtype)
+    if parts is not None:
+        weight_error = weight_error + this.kept * parts.lost_p(this.p + p_error)
+        dt_error = dt_error + parts.lost_ds(abs(this.dt) + dt_error)
     return PairLimits(*(np.where(this.seen, x, 0) for x in (weight_error, ds_error, du_error, dt_error)))
 
 
@@ -536,6 +597,7 @@ def check_forward(
     block_n: int = SMALLEST_BLOCK,
     random: bool = False,
     p_dtype: npt.DTypeLike | None = None,
+    p_parts: int = 1,
     rows: Index = None,
     where: npt.ArrayLike = True,
     **options: Any,
@@ -552,6 +614,8 @@ def check_forward(
         Use the limits for independent random elements, which hold no N (`RANDOM`).
     p_dtype : dtype, optional
         Allow P to be rounded to this type once, as 16-bit tensor cores need it.
+    p_parts : int
+        2: allow it to be the sum of two numbers of that type instead.
     rows : array_like of int, optional
         Check only these query positions.
     where : array_like of bool
@@ -564,7 +628,7 @@ def check_forward(
     given = {name: n for name, n in (("d", chain_d), ("k", chain_k)) if n is not None}
     want, limit = forward_limits(
         q, k, v, out_dtype=out.dtype, chains=RANDOM if random else chains._replace(**given),
-        p_dtype=p_dtype, rows=rows, **options,
+        p_dtype=p_dtype, p_parts=p_parts, rows=rows, **options,
     )  # fmt: skip
     shd = layout == "shd" and q.ndim > 2
     where = np.broadcast_to(where, want.lse.shape)
@@ -590,6 +654,7 @@ def check_backward(
     chain_q: int | None = None,
     random: bool = False,
     p_dtype: npt.DTypeLike | None = None,
+    p_parts: int = 1,
     rows: Index = None,
     keys: Index = None,
     **options: Any,
@@ -606,7 +671,7 @@ def check_backward(
     want, limit = backward_limits(
         dout, q, k, v, out, lse, dlse=dlse,
         chains=RANDOM if random else chains._replace(**given),
-        p_dtype=p_dtype, rows=rows, keys=keys, **options,
+        p_dtype=p_dtype, p_parts=p_parts, rows=rows, keys=keys, **options,
     )  # fmt: skip
     axis = -3 if layout == "shd" and q.ndim > 2 else -2
     parts: tuple[dict[int, Index], ...] = ({axis: rows}, {axis: keys}, {axis: keys})
