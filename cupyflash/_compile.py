@@ -60,6 +60,7 @@ class Spec:
     # sm80 family only:
     q_held: int = 0  # of Q's steps of 16 columns, how many stay in registers
     pack_heads: bool = False  # rows of a tile are queries of all heads that share a kv head
+    split_p: bool = False  # P, and dS, in two parts, whose sum is exact beyond what one of them holds
     # what a logit is made of, and who sees whom:
     window: bool = False
     lens: bool = False

@@ -135,7 +135,9 @@ class Plan:
     chain_d, chain_k, chain_q : int
         Longest chains of dependent additions over head width, keys and queries, for error bounds.
     rounds_p : bool
-        P, and in the backward dS, are rounded once to q's dtype, for tensor cores.
+        P, and in the backward dS, are rounded to q's dtype, for tensor cores.
+    p_parts : int
+        Of how many numbers of that dtype each of them is the sum then: a key, or a query, adds so many terms.
     """
 
     family: str
@@ -152,6 +154,7 @@ class Plan:
     chain_q: int = 0
     notes: tuple[str, ...] = field(default=())
     rounds_p: bool = False
+    p_parts: int = 1
     # Temporary arrays of the backward: name, axes behind the leading ones, dtype. Partial sums come beside them.
     temporaries: tuple[ArraySpec, ...] = ()
     # Those of blocks that single pairs are hidden in, with all their axes.
@@ -177,6 +180,8 @@ class Plan:
             f"  chains      {self.chain_d} additions over the head width, {self.chain_k} over keys"
             + (f", {self.chain_q} over queries" if self.chain_q else "")
         )
+        if self.p_parts > 1:
+            lines.append(f"  P and dS    the sum of {self.p_parts} numbers of q's dtype")
         lines += [f"  note        {text}" for text in self.notes]
         return "\n".join(lines)
 

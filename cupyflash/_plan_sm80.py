@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from . import _tiles_sm80 as _tiles
 from ._block_map import KEY_MAP, mapped
 from ._plan import Device, KernelPlan, Plan, Tile, grid, spec_of
@@ -43,6 +45,7 @@ def plan_sm80(problem: Problem, device: Device, tile: Tile, copies: tuple[str, .
         spec=spec_of(
             "fwd_sm80", problem, row, widths, max(widths),
             overlap=row.overlap, min_blocks=row.min_blocks, q_held=row.q_held, pack_heads=pack,
+            split_p=problem.splits_p,
         ),
         grid=grid(rows, row.block_m, heads * problem.batch),
         threads=32 * row.warps,
@@ -68,10 +71,10 @@ def plan_sm80_backward(
     heads_k = problem.num_heads_k * problem.batch
     jobs = grid(problem.seqlen_k, row.block_n, heads_k)
     main = KernelPlan(
-        spec=backward_spec("bwd_sm80", problem, row, wrt, deterministic),
+        spec=replace(backward_spec("bwd_sm80", problem, row, wrt, deterministic), split_p=problem.splits_p),
         grid=jobs,
         threads=32 * row.warps,
-        smem=_tiles.ampere_backward_smem_bytes(row, *widths),
+        smem=_tiles.ampere_backward_smem_bytes(row, *widths, _tiles.part_bytes(problem, row)),
         writes=backward_writes(wrt),
         section=_tiles.ampere_backward_section(row, heads_k),
     )

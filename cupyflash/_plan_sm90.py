@@ -35,6 +35,8 @@ def why_not_sm90(problem: Problem, device: Device, backward: bool) -> str | None
         return why_not_parts(problem, backward)
     if problem.options.lens and not TAKES_LENGTHS:
         return "q_lens, kv_lens, packed sequences: their tensor maps begin before the arrays, which TMA may refuse"
+    if problem.splits_p:
+        return "precision='highest': P and dS in two parts would not fit its registers and shared memory"
     return why_not_tensor_cores(problem, "wgmma")
 
 

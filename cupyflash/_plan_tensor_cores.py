@@ -38,8 +38,6 @@ def why_not_tensor_cores(problem: Problem, instruction: str) -> str | None:
     """Why tensor cores do not take a problem, whatever the card, or None."""
     if problem.dtype.itemsize != 2:
         return f"{problem.dtype}: {instruction} multiplies float16 and bfloat16"
-    if problem.precision is not None:
-        return f"precision={problem.precision!r}: P is rounded once for the tensor cores"
     return None
 
 
@@ -47,11 +45,11 @@ def tensor_core_plan(
     family: str, problem: Problem, device: Device, row: Blocks, kernels: tuple[KernelPlan, ...],
     copies: tuple[str, ...], backward: bool = False, workspace: int = 0, **more: Any,
 ) -> Plan:  # fmt: skip
-    """A plan whose P, and dS, are rounded once."""
+    """A plan whose P, and dS, are rounded for tensor cores: once, or in two parts."""
     maps = map_arrays(problem, kernels)
     return plan_of(
         family, device.name, problem, backward, (row.block_m, row.block_n), kernels=kernels, copies=copies,
-        rounds_p=True, maps=maps, workspace=workspace + map_bytes(maps), **more,
+        rounds_p=True, p_parts=2 if problem.splits_p else 1, maps=maps, workspace=workspace + map_bytes(maps), **more,
     )  # fmt: skip
 
 

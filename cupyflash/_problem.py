@@ -76,6 +76,11 @@ class Problem:
         return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
 
     @cached_property
+    def splits_p(self) -> bool:
+        """Whether P and dS may not be rounded to 16 bits once: tensor cores take them in two parts."""
+        return self.dtype.itemsize == 2 and self.precision == "highest"
+
+    @cached_property
     def batch(self) -> int:
         """Number of batch entries: the product of batch_shape."""
         return math.prod(self.batch_shape)

@@ -15,6 +15,7 @@ from ._tiles_sm80 import (
     ampere_candidates,
     check_ampere,
     check_ampere_backward,
+    part_bytes,
 )
 from ._tiles_sm90 import (
     HOPPER_TABLE,
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
     from ._problem import Problem
 
 Row = TileRow | AmpereRow | AmpereBackwardRow | WideRow | WideBackwardRow | PartsRow | HopperRow | HopperBackwardRow
-_CHOICE = frozenset({"remark", "card", "causal", "longest"})  # fields that say when a row is chosen, not what it does
+# Fields that say when a row is chosen, not what it does.
+_CHOICE = frozenset({"remark", "card", "causal", "longest", "split"})
 _KINDS: dict[str, type[Row]] = {
     "fwd_sm80": AmpereRow,
     "bwd_sm80": AmpereBackwardRow,
@@ -85,7 +87,7 @@ def why_not(kernel: str, row: Row, problem: Problem, smem: int) -> str | None:
     if isinstance(row, AmpereRow):
         return check_ampere(row, head_dim, head_dim_v, smem)
     if isinstance(row, AmpereBackwardRow):
-        return check_ampere_backward(row, head_dim, head_dim_v, smem)
+        return check_ampere_backward(row, head_dim, head_dim_v, smem, part_bytes(problem, row))
     if isinstance(row, WideRow):
         return check_wide(row, problem, smem)
     if isinstance(row, WideBackwardRow):

@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 from ._tiles import MAX_THREADS, equal_sections, first_row, padded, padded_widths
 
 if TYPE_CHECKING:
     from ._plan import Tile
     from ._problem import Problem
+
+
+FLOAT16 = np.dtype(np.float16)
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class AmpereRow:
     them, so that 32 need half the reads of 16. ``q_held`` is how many of Q's steps of 16 columns stay in registers; the
     others are read again for each block of keys. ``card`` is the shared memory, in KiB, that a thread block must be
     able to have for the row to be worth it: usually so much that ``min_blocks`` of them share a multiprocessor.
+    Where P is ``split`` its second part wants registers.
     """
 
     block_m: int
@@ -34,6 +40,7 @@ class AmpereRow:
     card: int = 0
     causal: bool | None = None  # which problems the row is for; None: both
     longest: int | None = None  # keys
+    split: bool | None = None  # which problems the row is for: those with P in two parts, or in one; None: both
 
 
 _R = TypeVar("_R", "AmpereRow", "AmpereBackwardRow")
@@ -46,11 +53,14 @@ AMPERE_TABLE: dict[str, tuple[tuple[int, int, AmpereRow], ...]] = {
         (64, 64, AmpereRow(128, 64, 4, 4, 2, 4, False, "0.90, causal 0.92 on an H100")),
         (96, 96, AmpereRow(128, 64, 4, 4, 2, 2, False, "not measured", card=163)),
         (64, 128, AmpereRow(128, 64, 4, 3, 2, 1, False, "not measured", card=163)),
+        (128, 128, AmpereRow(128, 64, 4, 4, 2, 1, False, "not measured; 2 steps held spill", card=227, split=True)),
+        (128, 128, AmpereRow(128, 32, 4, 4, 2, 2, False, "not measured; 64 keys spill on sm_80", card=163, split=True)),
         (128, 128, AmpereRow(128, 64, 4, 4, 2, 2, False, "3 steps held: 1.09, causal 1.22, but some spill", card=227)),
         (128, 128, AmpereRow(128, 64, 4, 3, 2, 2, False, "not measured", card=163)),
         (128, 128, AmpereRow(64, 64, 4, 2, 2, 8, False, "not measured; two blocks just fit")),
-        (192, 128, AmpereRow(128, 64, 4, 2, 2, 1, False, "not measured", card=227)),
+        (192, 128, AmpereRow(128, 64, 4, 2, 2, 1, False, "not measured", card=227, split=False)),
         (192, 192, AmpereRow(64, 64, 4, 2, 2, 4, False, "not measured")),
+        (256, 256, AmpereRow(64, 64, 4, 2, 2, 4, False, "not measured; 8 steps held spill", split=True)),
         (256, 256, AmpereRow(64, 64, 4, 2, 2, 12, False, "not measured; none held, on an H100: 0.89, causal 1.00")),
     ),
 }
@@ -64,7 +74,7 @@ def choose_ampere(kernel: str, problem: Problem, tile: Tile, smem: int) -> Amper
     if own is not None:
         return own
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
-    row = _fitted(first_row(_for_card(AMPERE_TABLE[kernel], smem), problem, problem.seqlen_k), head_dim)
+    row = _fitted(first_row(_rows_for(AMPERE_TABLE[kernel], problem, smem), problem, problem.seqlen_k), head_dim)
     names = ("block_m", "block_n", "stages", "warps")
     wanted = {name: n for name in names if (n := getattr(tile, name)) is not None}
     if wanted:  # what is left of the row must not stand in the way: the plain form, one block
@@ -131,7 +141,7 @@ def ampere_candidates(kernel: str, problem: Problem, smem: int) -> Iterator[Ampe
     d, dv = padded_widths(problem)
     for largest, largest_v, row in AMPERE_TABLE[kernel]:
         if problem.head_dim <= largest and problem.head_dim_v <= largest_v:
-            yield _fitted(replace(row, remark="", card=0, causal=None, longest=None), problem.head_dim)
+            yield _fitted(replace(row, remark="", card=0, causal=None, longest=None, split=None), problem.head_dim)
     for block_m, warps, overlap in AMPERE_FORMS:
         for min_blocks in (3, 2, 1):
             form = AmpereRow(block_m, 16, warps, 2, min_blocks, 0, overlap, "")
@@ -144,9 +154,11 @@ def ampere_candidates(kernel: str, problem: Problem, smem: int) -> Iterator[Ampe
                 yield replace(row, stages=stages)
 
 
-def _for_card(table: tuple[tuple[int, int, _R], ...], smem: int) -> tuple[tuple[int, int, _R], ...]:
-    """The rows that are worth it where a thread block may have ``smem`` bytes."""
-    return tuple(entry for entry in table if smem >= entry[2].card * 1024)
+def _rows_for(table: tuple[tuple[int, int, _R], ...], problem: Problem, smem: int) -> tuple[tuple[int, int, _R], ...]:
+    """The rows that are worth it where a thread block may have ``smem`` bytes, for P in as many parts as it is."""
+    return tuple(
+        entry for entry in table if smem >= entry[2].card * 1024 and entry[2].split in (None, problem.splits_p)
+    )
 
 
 def _fitted(row: AmpereRow, head_dim: int) -> AmpereRow:
@@ -171,18 +183,23 @@ class AmpereBackwardRow:
     card: int = 0
     causal: bool | None = None  # which problems the row is for; None: both
     longest: int | None = None  # queries
+    split: bool | None = None  # which problems the row is for: those with P and dS in two parts, or in one; None: both
 
 
 # (largest width of q and k, of v, row): the first that fits. Remarks as above, at the row's longest length or at 4096.
 AMPERE_BACKWARD_TABLE: tuple[tuple[int, int, AmpereBackwardRow], ...] = (
-    (64, 64, AmpereBackwardRow(128, 128, 8, 2, 32, "1.12, causal 0.99; 64 queries 0.83, 0.87", card=227)),
+    (64, 64, AmpereBackwardRow(128, 128, 8, 2, 32, "1.12, causal 0.99; 64 queries 0.83, 0.87", card=227, split=False)),
     (64, 64, AmpereBackwardRow(64, 128, 8, 2, 32, "0.83, causal 0.87", card=163)),
     (64, 64, AmpereBackwardRow(32, 128, 8, 2, 32, "0.45 on an H100, before order was kept by one lane")),
     (96, 96, AmpereBackwardRow(48, 128, 8, 2, 8, "not measured; 64 queries spill", card=227)),
-    (128, 128, AmpereBackwardRow(64, 128, 8, 2, 32, "1024: 1.12, causal 1.03, with 8 heads", card=227, longest=2048)),
-    (128, 128, AmpereBackwardRow(64, 128, 8, 2, 8, "1.07, causal 1.05", card=227)),
+    (128, 128, AmpereBackwardRow(64, 128, 8, 2, 32, "1024: 1.12, 1.03, 8 heads", card=227, longest=2048, split=False)),
+    (128, 128, AmpereBackwardRow(64, 128, 8, 2, 8, "1.07, causal 1.05", card=227, split=False)),
     (128, 128, AmpereBackwardRow(32, 128, 8, 2, 8, "not measured", card=163)),
     (128, 128, AmpereBackwardRow(32, 64, 8, 2, 8, "not measured")),
+    # P and dS in two parts: rows with more queries spill.
+    (192, 192, AmpereBackwardRow(64, 64, 8, 2, 8, "not measured", card=227, split=True)),
+    (192, 192, AmpereBackwardRow(32, 64, 8, 2, 8, "not measured", card=163, split=True)),
+    (256, 256, AmpereBackwardRow(16, 64, 8, 2, 8, "not measured", card=163, split=True)),
     (256, 256, AmpereBackwardRow(64, 64, 8, 2, 16, "H100: 1.12; 8 heads 1.11", card=227, causal=False, longest=1024)),
     (256, 256, AmpereBackwardRow(64, 64, 8, 2, 8, "H100: 0.92; 16 heads 0.80", card=227, causal=False)),
     (256, 256, AmpereBackwardRow(64, 64, 8, 2, 32, "H100: 0.96; 8 heads 0.91", card=227)),
@@ -197,17 +214,19 @@ def choose_ampere_backward(problem: Problem, tile: Tile, smem: int) -> AmpereBac
     if own is not None:
         return own
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
-    row = first_row(_for_card(AMPERE_BACKWARD_TABLE, smem), problem, problem.seqlen_q)
+    row = first_row(_rows_for(AMPERE_BACKWARD_TABLE, problem, smem), problem, problem.seqlen_q)
     names = ("block_m", "block_n", "stages", "warps")
     row = replace(row, **{name: n for name in names if (n := getattr(tile, name)) is not None})
-    why = check_ampere_backward(row, head_dim, head_dim_v, smem)
+    why = check_ampere_backward(row, head_dim, head_dim_v, smem, part_bytes(problem, row))
     if why is not None:
         raise ValueError(f"{tile} does not fit bwd_sm80 (head widths {head_dim}, {head_dim_v}): {why}")
     return row
 
 
-def check_ampere_backward(row: AmpereBackwardRow, head_dim: int, head_dim_v: int, smem: int) -> str | None:
-    """Why a tile can't run, or None."""
+def check_ampere_backward(
+    row: AmpereBackwardRow, head_dim: int, head_dim_v: int, smem: int, parts: int = 0
+) -> str | None:
+    """Why a tile can't run, or None; ``parts`` are the bytes for second parts."""
     if row.warps % 4 or not 4 <= row.warps <= 16:
         return f"warps={row.warps}: it is 4, 8, 12 or 16, two for each group of keys"
     if row.block_n % (8 * row.warps):
@@ -218,7 +237,7 @@ def check_ampere_backward(row: AmpereBackwardRow, head_dim: int, head_dim_v: int
     if row.stages != 2:
         return f"stages={row.stages}: there are 2, one tile worked on while the next arrives"
     d, dv = padded(head_dim), padded(head_dim_v)
-    needed = ampere_backward_smem_bytes(row, d, dv)
+    needed = ampere_backward_smem_bytes(row, d, dv, parts)
     if needed > smem:
         return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
     fragments, groups = row.block_n // (8 * row.warps), row.warps // 2
@@ -235,11 +254,18 @@ def check_ampere_backward(row: AmpereBackwardRow, head_dim: int, head_dim_v: int
     return None
 
 
-def ampere_backward_smem_bytes(row: AmpereBackwardRow, head_dim: int, head_dim_v: int) -> int:
-    """Shared memory of a thread block: sizeof(Smem) in the kernel."""
+def ampere_backward_smem_bytes(row: AmpereBackwardRow, head_dim: int, head_dim_v: int, parts: int = 0) -> int:
+    """Shared memory of a thread block: sizeof(Smem) in the kernel; ``parts`` are the bytes for second parts."""
     m, n, both = row.block_m, row.block_n, head_dim + head_dim_v
     job = 208
-    return 2 * (n * both + 2 * m * both + n * m) + 4 * n * m + -(-(16 * m + 8 + job) // 128) * 128
+    return 2 * (n * both + 2 * m * both + n * m) + 4 * n * m + -(-(16 * m + 8 + job) // 128) * 128 + parts
+
+
+def part_bytes(problem: Problem, row: AmpereBackwardRow) -> int:
+    """What the second part of dS takes, where there is one, and for float16 the numbers that keep dS in its range."""
+    if not problem.splits_p:
+        return 0
+    return 2 * row.block_m * row.block_n + (128 if problem.dtype == FLOAT16 else 0)
 
 
 def ampere_backward_section(row: AmpereBackwardRow, heads_k: int) -> int:
@@ -251,7 +277,7 @@ def ampere_backward_candidates(problem: Problem) -> Iterator[AmpereBackwardRow]:
     """The rows of the table that hold the heads, and other blocks, each with several numbers of heads side by side."""
     for largest, largest_v, row in AMPERE_BACKWARD_TABLE:
         if problem.head_dim <= largest and problem.head_dim_v <= largest_v:
-            yield replace(row, remark="", card=0, causal=None, longest=None)
+            yield replace(row, remark="", card=0, causal=None, longest=None, split=None)
     for block_m in (32, 64, 128):
         for block_n, warps in ((64, 8), (128, 8), (192, 12)):
             for heads in (4, 8, 16, 32, 64):

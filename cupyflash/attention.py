@@ -115,11 +115,12 @@ def attention(
     layout : "hsd" or "shd"
         Order of the last three axes of q, k, v and out: (heads, seqlen, head_dim) or (seqlen, heads, head_dim).
     precision : None, "highest" or "ieee"
-        Arithmetic of products. float64 takes None, 16-bit types None or "highest". 16-bit types with None may run on
-        tensor cores, which round P, and in the backward dS, once to q's dtype. float32 with "highest" may run on tensor
-        cores, as sums of three bfloat16 numbers each, as exactly as IEEE arithmetic for numbers of at least 2**-102.
-        Everything else computes with IEEE fused multiply-adds of the accumulation type (float64 for float64, on tensor
-        cores where there are any, else float32).
+        Arithmetic of products. float64 takes None, 16-bit types None or "highest". 16-bit types may run on tensor
+        cores: with None these round P, and in the backward dS, once to q's dtype; with "highest" each is the sum of
+        two numbers of that dtype, off by 2**-17 of itself in bfloat16 and 2**-23 in float16, which takes half as many
+        products again and more. float32 with "highest" may run on tensor cores, as sums of three bfloat16 numbers
+        each, as exactly as IEEE arithmetic for numbers of at least 2**-102. Everything else computes with IEEE fused
+        multiply-adds of the accumulation type (float64 for float64, on tensor cores where there are any, else float32).
     family : str, optional
         Kernel family to insist on: "sm90", "sm80" or "simt" for CuPy arrays, "cpu" for NumPy arrays. None lets the
         planner choose.

@@ -22,6 +22,10 @@
 // lower tickets, which have begun too: whoever holds the lowest unfinished ticket waits for nobody, whichever blocks
 // are resident. Otherwise all add in the order of arrival, and who arrives last writes dq.
 //
+// SPLIT_P: P and dS are each the sum of two 16-bit numbers, and products take both. A power of 2 before the rounding
+// keeps them in float16's range: of P always the same; of dS one that the largest dS so far asks for, the keys' warps
+// tell each other (DsRange).
+//
 //     shared memory:   k (BLOCK_N, HEAD_DIM)   v (BLOCK_N, HEAD_DIM_V)   ds (BLOCK_N, BLOCK_M)   p, as lanes hold it
 //                      q, dout  2 x (BLOCK_M, width), and lse, delta of their rows
 //     who waits:       all, once a turn: the next tiles have come, the last ones are read
@@ -158,12 +162,71 @@ struct Adders {
   __device__ __forceinline__ int below(int n_block) const { return walk.count(range.begin, n_block); }
 };
 
-struct Smem {
+// A unit of dQ, see add_dq().
+using Unit = Fragment<UNIT_COLS>[UNIT_FRAGMENTS];
+
+// SPLIT_P, float16: a power of 2 that dS is multiplied by. Its exponent falls with the largest |dS| that this thread
+// block has met, which becomes less than 2^15 and, where it fell, at least 2^14: what second parts lose below the least
+// float16, 2^-24, is at most 2^-39 of that largest one. A base of Smem, since it takes no room when empty: it is, where
+// dS needs no such thing.
+constexpr bool SCALES_DS = SPLIT_P && P_FACTOR != 1;
+constexpr int FIRST_EXPONENT = 60;  // dS of at most 2^-45 all along may lose 2^-85
+
+// Of at least -126: what is so much smaller than what comes to it may be larger than it was.
+__device__ __forceinline__ float power_of_2(int exponent) {
+  return __uint_as_float(static_cast<unsigned>((exponent < -126 ? -126 : exponent) + 127) << 23);
+}
+
+template <bool ON>
+struct DsRange {
+  template <int R>
+  __device__ __forceinline__ void fit(Fragment<PART_M> (&)[R], Fragment<HEAD_DIM> (&)[R], int&, int) {}
+  __device__ __forceinline__ void restore(Unit&, int) const {}
+};
+template <>
+struct DsRange<true> {
+  unsigned largest[2][GROUPS];  // the bits of each keys warp's largest |dS| of a part, in two places by turns
+  float restoring[PARTS];       // of a part's dS: what takes the power of 2 away again
+
+  // ds of a part is multiplied, and so is the dK of the parts before, where the exponent falls; it is the same in all
+  // keys warps. NaN does not count. Infinity leaves the exponent as it is, which may make other rows' dS NaN; if it
+  // counted, they would become 0.
+  template <int R>
+  __device__ __forceinline__ void fit(
+      Fragment<PART_M> (&ds)[R], Fragment<HEAD_DIM> (&acc_dk)[R], int& exponent, int part) {
+    float most = 0;
+#pragma unroll
+    for (int f = 0; f < R; ++f) {
+#pragma unroll
+      for (int i = 0; i < PART_M / 2; ++i) most = math::max(most, ds[f].at[i] < 0 ? -ds[f].at[i] : ds[f].at[i]);
+    }
+    // Of numbers that are not negative, the larger has the larger bits; warp_uniform() is the largest lane's.
+    const unsigned bits = warp_uniform(__float_as_uint(most));
+    const int warp = warp_uniform(thread_index() / 32 % GROUPS);
+    unsigned(&place)[GROUPS] = largest[part % 2];  // that of the part before may still be read
+    if (lane_index() == 0) store_shared(&place[warp], Vector<unsigned, 1>{{bits}});
+    barrier_sync(KEYS_WARPS, NUM_THREADS / 2);  // those of all keys warps are there, those of the part before are read
+    const int before = exponent;
+#pragma unroll
+    for (int i = 0; i < GROUPS; ++i) {
+      // A number of the biased exponent b is less than 2^(b - 126); of 255 it is infinity.
+      const int biased = static_cast<int>(load_shared<1>(&place[i]).at[0] >> 23);
+      if (biased < 255) exponent = smaller(exponent, 15 + 126 - biased);
+    }
+    if (exponent != before) multiply_all(acc_dk, power_of_2(exponent - before));
+    multiply_all(ds, power_of_2(exponent));
+    if (thread_index_again() == NUM_THREADS / 2) restoring[part] = power_of_2(-exponent);
+  }
+  __device__ __forceinline__ void restore(Unit& dq, int row0) const { multiply_all(dq, restoring[row0 / PART_M]); }
+};
+static_assert(PART_M % UNIT_ROWS == 0, "a unit of dQ has rows of one part");
+
+struct Smem : DsRange<SCALES_DS> {
   SwizzledTile<BLOCK_N, HEAD_DIM> k;
   SwizzledTile<BLOCK_N, HEAD_DIM_V> v;
   SwizzledTile<BLOCK_M, HEAD_DIM> q[2];
   SwizzledTile<BLOCK_M, HEAD_DIM_V> dout[2];
-  SwizzledTile<BLOCK_N, BLOCK_M> ds;                                  // dS^T, rounded
+  SwizzledTile<BLOCK_N, BLOCK_M> ds[SPLIT_P ? 2 : 1];                 // dS^T, rounded; its second part
   // P^T, as the lanes of a values warp hold it.
   alignas(16) Accumulator p[GROUPS][PARTS][FRAGMENTS * PART_M / 8][32][4];
   alignas(16) Accumulator exponents[2][BLOCK_M], delta[2][BLOCK_M];
@@ -254,7 +317,6 @@ __device__ __forceinline__ void await_blocks_below(const Params& params, Smem& s
 }
 
 // A unit in dq_sums, this thread's numbers of it.
-using Unit = Fragment<UNIT_COLS>[UNIT_FRAGMENTS];
 __device__ __forceinline__ void store_unit_parts(float* sums, const Unit& dq) {
 #pragma unroll
   for (int f = 0; f < UNIT_FRAGMENTS; ++f) store_part<32>(sums + f * 16 * UNIT_COLS, dq[f]);
@@ -283,8 +345,11 @@ __device__ __forceinline__ void add_dq(
     const int row0 = unit % DOWN * UNIT_ROWS, col0 = unit / DOWN * UNIT_COLS;
     float* const here = sums + unit * UNIT_ROWS * UNIT_COLS;
     clear(dq);
-    const auto ds = operand<Side::LEFT, Major::MN>(smem.ds, 0, row0);
+    const auto high = operand<Side::LEFT, Major::MN>(smem.ds[0], 0, row0);
+    const auto low = operand<Side::LEFT, Major::MN>(smem.ds[SPLIT_P ? 1 : 0], 0, row0);
+    const auto ds = with_low_part<UNIT_FRAGMENTS>(high, low);
     add_product<BLOCK_N / 16>(dq, ds, operand<Side::RIGHT, Major::MN>(smem.k, 0, col0));
+    smem.restore(dq, row0);
     if (DETERMINISTIC && last) {
       if (!first) add_unit_parts(dq, here);
       store_unit(params, job, turn, row0, col0, dq);
@@ -378,7 +443,7 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
       Fragment<PART_M> acc[FRAGMENTS];
-      unsigned p[FRAGMENTS][PART_M / 16][4];
+      unsigned p[FRAGMENTS][PART_M / 16][4], p_low[FRAGMENTS][PART_M / 16][4];
       // S^T = K Q^T
       clear(acc);
       const auto k = operand<Side::LEFT, Major::K>(smem.k, fragment_key(0));
@@ -388,8 +453,8 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
       for (int f = 0; f < FRAGMENTS; ++f) {
         const Seen seen = seen_by(params, job, turn, part, f);
         to_probabilities(
-            acc[f], p[f], job.score, &smem.exponents[turn.slot][part * PART_M], seen, seen.bits<PART_M>(masked),
-            masked);
+            acc[f], p[f], p_low[f], job.score, &smem.exponents[turn.slot][part * PART_M], seen,
+            seen.bits<PART_M>(masked), masked);
         if constexpr (WANT_DS) {
 #pragma unroll
           for (int i = 0; i < PART_M / 8; ++i) {
@@ -401,12 +466,16 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
             barrier_arrive(HANDED_OVER + PIECES * group + (PARTS == 1 ? f : part), 64);
           }
         }
-        if constexpr (!WEIGHTS_APART) round_to(p[f], acc[f]);
+        if constexpr (!WEIGHTS_APART) {
+          if constexpr (P_FACTOR != 1) multiply_all(acc[f], P_FACTOR);
+          round_to(p[f], p_low[f], acc[f]);
+        }
       }
       // dV += P^T dO
       if constexpr (WANT_DV) {
         const auto dout = operand<Side::RIGHT, Major::MN>(smem.dout[turn.slot], part * PART_M);
-        add_product<PART_M / 16>(acc_dv, in_registers(p), dout);
+        const auto both = with_low_part<FRAGMENTS>(in_registers(p), in_registers(p_low));
+        add_product<PART_M / 16>(acc_dv, both, dout);
       }
     }
     if constexpr (WANT_DQ) {
@@ -416,8 +485,7 @@ __device__ __forceinline__ void make_values(const Params& params, Smem& smem) {
     }
   });
   barrier_arrive(NEXT_TURN, NUM_THREADS);
-  const Accumulator factor = DROPOUT ? static_cast<Accumulator>(params.undropped) : Accumulator(1);
-  if constexpr (WANT_DV) store_keys(params, params.dv, job, params.head_dim_v, factor, acc_dv);
+  if constexpr (WANT_DV) store_keys(params, params.dv, job, params.head_dim_v, factor_of_sums(params), acc_dv);
 }
 
 // dS^T, and dK.
@@ -426,12 +494,13 @@ __device__ __forceinline__ void make_keys(const Params& params, Smem& smem) {
   const int group = warp_uniform(thread_index() / 32 % GROUPS);
   Fragment<HEAD_DIM> acc_dk[FRAGMENTS];
   clear(acc_dk);
+  int exponent = FIRST_EXPONENT;  // SCALES_DS: of the power of 2 that acc_dk is multiplied by
   for_each_turn<true>(params, smem, [&](const TurnOf& turn, bool masked) ALWAYS_INLINE {
     if constexpr (!WANT_DS) return;
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
       Fragment<PART_M> acc[FRAGMENTS];
-      unsigned ds[FRAGMENTS][PART_M / 16][4];
+      unsigned ds[FRAGMENTS][PART_M / 16][4], ds_low[FRAGMENTS][PART_M / 16][4];
       // dP^T = V dO^T
       clear(acc);
       const auto v = operand<Side::LEFT, Major::K>(smem.v, fragment_key(0));
@@ -440,6 +509,10 @@ __device__ __forceinline__ void make_keys(const Params& params, Smem& smem) {
         tell_block_above(smem);
         await_blocks_below(params, smem, turn);
       }
+      const auto round_ds = [&](int f) ALWAYS_INLINE {
+        if constexpr (WANT_DQ) store_rounded(smem.ds, fragment_key(f), part * PART_M, acc[f]);
+        round_to(ds[f], ds_low[f], acc[f]);
+      };
       // dS^T = P^T * (dP^T - delta)
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f) {
@@ -450,14 +523,18 @@ __device__ __forceinline__ void make_keys(const Params& params, Smem& smem) {
         const Accumulator* delta = &smem.delta[turn.slot][part * PART_M];
         const Seen seen = seen_by(params, job, turn, part, f);
         to_score_gradients(acc[f], p, delta, seen, seen.bits<PART_M>(masked), masked);
-        if constexpr (WANT_DQ) store_rounded(smem.ds, fragment_key(f), part * PART_M, acc[f]);
-        round_to(ds[f], acc[f]);
+        if constexpr (!SCALES_DS) round_ds(f);
+      }
+      if constexpr (SCALES_DS) {
+        smem.fit(acc, acc_dk, exponent, part);
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; ++f) round_ds(f);
       }
       if (WANT_DQ && part == PARTS - 1) barrier_arrive(SCORES_READY, NUM_THREADS);
       // dK += dS^T Q
       if constexpr (WANT_DK) {
         const auto q = operand<Side::RIGHT, Major::MN>(smem.q[turn.slot], part * PART_M);
-        add_product<PART_M / 16>(acc_dk, in_registers(ds), q);
+        add_product<PART_M / 16>(acc_dk, with_low_part<FRAGMENTS>(in_registers(ds), in_registers(ds_low)), q);
       }
     }
     if constexpr (WANT_DQ) {
@@ -468,7 +545,10 @@ __device__ __forceinline__ void make_keys(const Params& params, Smem& smem) {
   });
   barrier_sync(NEXT_TURN, NUM_THREADS);  // all have added to the last tile
   if constexpr (WANT_DQ) tell_block_above(smem);
-  if constexpr (WANT_DK) store_keys(params, params.dk, job, params.head_dim, job.score.gradient, acc_dk);
+  if constexpr (WANT_DK) {
+    const Accumulator factor = SCALES_DS ? job.score.gradient * power_of_2(-exponent) : job.score.gradient;
+    store_keys(params, params.dk, job, params.head_dim, factor, acc_dk);
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) bwd_sm80(const Params params) {

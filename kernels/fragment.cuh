@@ -62,6 +62,18 @@ __device__ __forceinline__ void multiply_row(Fragment<N>& fragment, int r, float
 }
 
 template <int N>
+__device__ __forceinline__ void multiply_all(Fragment<N>& fragment, float factor) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) fragment.at[i] *= factor;
+}
+
+template <int N, int R>
+__device__ __forceinline__ void multiply_all(Fragment<N> (&fragments)[R], float factor) {
+#pragma unroll
+  for (int f = 0; f < R; ++f) multiply_all(fragments[f], factor);
+}
+
+template <int N>
 __device__ __forceinline__ void clear_row(Fragment<N>& fragment, int r) {
 #pragma unroll
   for (int c = 0; c < fragment.COLS; ++c) fragment(r, c) = 0;
@@ -72,6 +84,26 @@ template <int N>
 __device__ __forceinline__ void round_to(unsigned (&operand)[N / 16][4], const Fragment<N>& fragment) {
 #pragma unroll
   for (int i = 0; i < N / 4; ++i) operand[i / 4][i % 4] = pack<Element>(fragment.at[2 * i], fragment.at[2 * i + 1]);
+}
+
+// Two numbers as a product takes them: rounded, and, SPLIT_P, in a second part what that loses, rounded likewise. The
+// difference is exact.
+template <typename T>
+__device__ __forceinline__ void pack_parts(unsigned& high, unsigned& low, float x, float y) {
+  high = pack<T>(x, y);
+  if constexpr (SPLIT_P) {
+    const T first = {static_cast<unsigned short>(high)}, second = {static_cast<unsigned short>(high >> 16)};
+    low = pack<T>(x - to_accumulator(first), y - to_accumulator(second));
+  }
+}
+// round_to(), SPLIT_P with the second part.
+template <int N>
+__device__ __forceinline__ void round_to(
+    unsigned (&high)[N / 16][4], unsigned (&low)[N / 16][4], const Fragment<N>& fragment) {
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    pack_parts<Element>(high[i / 4][i % 4], low[i / 4][i % 4], fragment.at[2 * i], fragment.at[2 * i + 1]);
+  }
 }
 
 // ---- results

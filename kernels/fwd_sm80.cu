@@ -16,6 +16,8 @@
 //     shared memory:   q (BLOCK_M, HEAD_DIM)  |  NUM_STAGES slots: K (BLOCK_N, HEAD_DIM) or V (BLOCK_N, HEAD_DIM_V)
 //     order of tiles:  K(0) V(0) K(1) V(1) ...,  OVERLAP: K(0) -- K(1) V(0) K(2) V(1) ..., counted from the last block
 //
+// SPLIT_P: P is the sum of two 16-bit numbers, and P V takes both. They take the registers of the scores.
+//
 // The slots are a ring: when all warps have met over a tile, its predecessor is read, and its slot is filled with the
 // tile that is NUM_STAGES - 1 further on. One barrier a tile; what is sent for has NUM_STAGES - 2 whole tiles' time to
 // come.
@@ -125,8 +127,9 @@ __device__ __forceinline__ void score_tile(
 template <typename Between>
 __device__ __forceinline__ void accumulate_pv(
     Fragment<HEAD_DIM_V> (&acc)[FRAGMENTS], const Smem& smem, int slot, const unsigned (&p)[FRAGMENTS][STEPS_V][4],
-    const Between& between) {
-  add_product<STEPS_V>(acc, in_registers(p), operand<Side::RIGHT, Major::MN>(smem.slot[slot].v), between);
+    const unsigned (&p_low)[FRAGMENTS][STEPS_V][4], const Between& between) {
+  const auto left = with_low_part<FRAGMENTS>(in_registers(p), in_registers(p_low));
+  add_product<STEPS_V>(acc, left, operand<Side::RIGHT, Major::MN>(smem.slot[slot].v), between);
 }
 
 __device__ __forceinline__ void store_results(
@@ -175,6 +178,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
   Fragment<BLOCK_N> acc_s[FRAGMENTS];           // (16 FRAGMENTS, BLOCK_N) of this warp: products, logits, P
   Fragment<HEAD_DIM_V> acc_o[FRAGMENTS];        // (16 FRAGMENTS, HEAD_DIM_V)
   unsigned p[FRAGMENTS][STEPS_V][4];            // P, rounded
+  unsigned p_low[FRAGMENTS][STEPS_V][4];        // SPLIT_P: its second part
   unsigned q_held[FRAGMENTS][HELD][4];
   Softmax<2> softmax[FRAGMENTS];
   int slot = 0;  // of the tile at hand
@@ -259,7 +263,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
     drop(acc_s[f], kept, 4 * step, 4 * step + 4);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      p[f][step][i] = pack<Element>(acc_s[f].at[8 * step + 2 * i], acc_s[f].at[8 * step + 2 * i + 1]);
+      const float* at = acc_s[f].at + 8 * step + 2 * i;
+      pack_parts<Element>(p[f][step][i], p_low[f][step][i], P_FACTOR * at[0], P_FACTOR * at[1]);
     }
   };
   const auto shrink_outputs = [&]() ALWAYS_INLINE {
@@ -293,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       }
       arrive_v(before);
       constexpr int PARTS_V = PARTS_OF<STEPS_V, HEAD_DIM_V>, ROWS = 2 * FRAGMENTS;
-      accumulate_pv(acc_o, smem, slot, p, [&](int part) ALWAYS_INLINE {
+      accumulate_pv(acc_o, smem, slot, p, p_low, [&](int part) ALWAYS_INLINE {
 #pragma unroll
         for (int i = part * ROWS / PARTS_V; i < (part + 1) * ROWS / PARTS_V; ++i) {
           if (!masked && i % 2 == 0) become_logits(next[i / 2], i / 2, n_block);
@@ -331,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
         for (int f = at * FRAGMENTS / PARTS; f < (at + 1) * FRAGMENTS / PARTS; ++f) weigh(f, step, n_block);
       };
       arrive_v(n_block);
-      accumulate_pv(acc_o, smem, slot, p, weigh_next);
+      accumulate_pv(acc_o, smem, slot, p, p_low, weigh_next);
       leave();
     }
   };
@@ -417,7 +422,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) fwd_sm80(c
       arrive_k(n_block, before);  // nor does this tile exist
       leave();
       arrive_v(before);
-      accumulate_pv(acc_o, smem, slot, p, nothing);
+      accumulate_pv(acc_o, smem, slot, p, p_low, nothing);
     }
   }
 

@@ -67,11 +67,11 @@ struct Seen {
 };
 
 // S^T becomes P^T; `exponents` of the fragment's queries. WEIGHTS_APART: it becomes what dS^T is a multiple of, and
-// P^T, less what is dropped, comes rounded, as an operand.
+// P^T, less what is dropped, comes rounded, as an operand; SPLIT_P: times P_FACTOR, and `low` is its second part.
 template <int N>
 __device__ __forceinline__ void to_probabilities(
-    Fragment<N>& acc_s, unsigned (&operand)[N / 16][4], const Score& score, const Accumulator* exponents,
-    const Seen& seen, const FragmentBits<RowIs::KEY, N>& bits, bool masked) {
+    Fragment<N>& acc_s, unsigned (&operand)[N / 16][4], unsigned (&low)[N / 16][4], const Score& score,
+    const Accumulator* exponents, const Seen& seen, const FragmentBits<RowIs::KEY, N>& bits, bool masked) {
   constexpr int PART = HAS_BIAS ? POWER_IN<N, 32> : N;  // biases of more would push accumulators out of registers
 #pragma unroll
   for (int part = 0; part < N / PART; ++part) {
@@ -92,10 +92,19 @@ __device__ __forceinline__ void to_probabilities(
       }
       if constexpr (WEIGHTS_APART) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) operand[(c + r) / 4][(c + r) % 4] = pack<Element>(p[r][0], p[r][1]);
+        for (int r = 0; r < 2; ++r) {
+          const int step = (c + r) / 4, i = (c + r) % 4;
+          pack_parts<Element>(operand[step][i], low[step][i], P_FACTOR * p[r][0], P_FACTOR * p[r][1]);
+        }
       }
     }
   }
+}
+template <int N>
+__device__ __forceinline__ void to_probabilities(
+    Fragment<N>& acc_s, unsigned (&operand)[N / 16][4], const Score& score, const Accumulator* exponents,
+    const Seen& seen, const FragmentBits<RowIs::KEY, N>& bits, bool masked) {
+  to_probabilities(acc_s, operand, operand, score, exponents, seen, bits, masked);
 }
 
 // dP^T becomes dS^T; p(c) is what it is a multiple of, in columns c and c + 1, of the first row and then of the second.

@@ -4,6 +4,20 @@
 #pragma once
 #include "features.cuh"
 
+// SPLIT_P: what P is multiplied by before it is rounded. float16 ends at 2^-24, where second parts of P below 2^-12
+// would lie; with the factor, those of P below 2^-24. P is at most 1, but for what large logits are rounded by, and may
+// be 2^4. bfloat16 has the range of float32.
+template <typename T>
+constexpr float P_FACTOR_OF = 1;
+template <>
+constexpr float P_FACTOR_OF<Float16> = 4096;
+constexpr float P_FACTOR = SPLIT_P ? P_FACTOR_OF<Element> : 1;
+
+// What the sums of products with P are multiplied by at the end.
+__device__ __forceinline__ Accumulator factor_of_sums(const Params& params) {
+  return (DROPOUT ? static_cast<Accumulator>(params.undropped) : Accumulator(1)) / Accumulator(P_FACTOR);
+}
+
 // at(r, c) is the pair there.
 template <typename Scores, typename At>
 __device__ __forceinline__ void to_logits(Scores& acc_s, const Score& score, const Features& features, At at) {
@@ -159,7 +173,7 @@ __device__ __forceinline__ Accumulator lse_of_nothing(const Params& params, cons
 template <int ROWS, typename Outputs, int PARTS>
 __device__ __forceinline__ void finish(
     const Params& params, const Sequence& seq, int head, Softmax<ROWS>& softmax, Outputs (&acc_o)[PARTS]) {
-  const Accumulator factor = DROPOUT ? static_cast<Accumulator>(params.undropped) : Accumulator(1);
+  const Accumulator factor = factor_of_sums(params);
   if constexpr (SINKS) {
     const Accumulator sink = lse_of_nothing(params, seq, head);
     softmax.finish(acc_o, factor, score_of(params), [&](int) { return sink; });

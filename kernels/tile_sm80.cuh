@@ -203,6 +203,7 @@ enum class Side { LEFT, RIGHT };
 template <int COLS, Side SIDE, Major MAJOR>
 struct Operand {
   static constexpr bool AHEAD = true;  // a step is loaded before the one before it is multiplied
+  static constexpr int TERMS = 1;      // of which the operand is the sum
   unsigned lane;  // where this lane's row of the first 16 x 16 elements lies
 
   // LEFT: r is an A operand. RIGHT: r[0] and r[1] are a B operand, r[2] and r[3] that of the next 8 columns.
@@ -235,6 +236,7 @@ __device__ __forceinline__ Operand<COLS, SIDE, MAJOR> operand(
 template <int R, int HELD, typename Rest>
 struct HeldOperand {
   static constexpr bool AHEAD = Rest::AHEAD;
+  static constexpr int TERMS = 1;
   const unsigned (&at)[R][HELD][4];
   Rest rest;
 
@@ -255,6 +257,32 @@ struct NoRest {
 template <int R, int STEPS>
 __device__ __forceinline__ HeldOperand<R, STEPS, NoRest> in_registers(const unsigned (&at)[R][STEPS][4]) {
   return {at, {}};
+}
+
+// A left operand in two parts, of R times 16 rows: what is loaded of the right one is multiplied by both.
+template <int R, typename High, typename Low>
+struct SplitOperand {
+  static constexpr bool AHEAD = High::AHEAD;
+  static constexpr int TERMS = 2;
+  High high;
+  Low low;
+
+  __device__ __forceinline__ void load(unsigned (&r)[4], int outer, int step) const {
+    if (outer < R) {
+      high.load(r, outer, step);
+    } else {
+      low.load(r, outer - R, step);
+    }
+  }
+};
+// high + low where there is such a part, SPLIT_P, else high.
+template <int R, typename High, typename Low>
+__device__ __forceinline__ auto with_low_part(const High& high, const Low& low) {
+  if constexpr (SPLIT_P) {
+    return SplitOperand<R, High, Low>{high, low};
+  } else {
+    return high;
+  }
 }
 
 // ---- products of a warp
@@ -278,13 +306,14 @@ constexpr int PARTS_OF = STEPS * (N / 16);
 
 // acc += a b: acc is R times (16, N), a (16 R, 16 STEPS), b (16 STEPS, N). 16 columns at a time: what the next part
 // needs is loaded before this one is multiplied, and between(part) is other work to do while the tensor cores are at
-// it; of an operand in registers, a step may be made by then that comes after the part's.
+// it; of an operand in registers, a step may be made by then that comes after the part's. A left operand of several
+// TERMS has R times 16 rows of each, one term after the other.
 template <int STEPS, int N, int R, typename A, typename B, typename Between>
 __device__ __forceinline__ void add_product(Fragment<N> (&acc)[R], const A& a, const B& b, const Between& between) {
-  constexpr int ACROSS = N / 16, PARTS = PARTS_OF<STEPS, N>;
-  unsigned a_part[2][R][4], b_part[2][4];
+  constexpr int ACROSS = N / 16, PARTS = PARTS_OF<STEPS, N>, FRAGMENTS_A = R * A::TERMS;
+  unsigned a_part[2][FRAGMENTS_A][4], b_part[2][4];
 #pragma unroll
-  for (int f = 0; f < R; ++f) {
+  for (int f = 0; f < FRAGMENTS_A; ++f) {
     if (A::AHEAD) a.load(a_part[0][f], f, 0);
   }
   b.load(b_part[0], 0, 0);
@@ -297,13 +326,13 @@ __device__ __forceinline__ void add_product(Fragment<N> (&acc)[R], const A& a, c
       const int wanted = A::AHEAD ? step + 1 : step;
       if (block == 0 && wanted < STEPS) {
 #pragma unroll
-        for (int f = 0; f < R; ++f) a.load(a_part[wanted % 2][f], f, wanted);
+        for (int f = 0; f < FRAGMENTS_A; ++f) a.load(a_part[wanted % 2][f], f, wanted);
       }
       const unsigned(&here)[4] = b_part[part % 2];
 #pragma unroll
-      for (int f = 0; f < R; ++f) {
-        multiply(acc[f], 2 * block, a_part[step % 2][f], here[0], here[1]);
-        multiply(acc[f], 2 * block + 1, a_part[step % 2][f], here[2], here[3]);
+      for (int f = 0; f < FRAGMENTS_A; ++f) {
+        multiply(acc[f % R], 2 * block, a_part[step % 2][f], here[0], here[1]);
+        multiply(acc[f % R], 2 * block + 1, a_part[step % 2][f], here[2], here[3]);
       }
       between(part);
     }
@@ -317,17 +346,23 @@ __device__ __forceinline__ void add_product(Fragment<N> (&acc)[R], const A& a, c
 // ---- fragments to a tile
 
 // Rounded, to rows row0 to row0 + 15 and columns from col0 on, a multiple of 8: a quad writes 16 bytes of a row, a warp
-// all banks once.
-template <int ROWS, int COLS, int N>
+// all banks once. SPLIT_P: the second parts to another tile.
+template <int ROWS, int COLS, int TILES, int N>
 __device__ __forceinline__ void store_rounded(
-    SwizzledTile<ROWS, COLS>& tile, int row0, int col0, const Fragment<N>& fragment) {
+    SwizzledTile<ROWS, COLS> (&tile)[TILES], int row0, int col0, const Fragment<N>& fragment) {
 #pragma unroll
   for (int r = 0; r < fragment.ROWS; ++r) {
     const int row = row0 + fragment.warp_row(r);
 #pragma unroll
     for (int c = 0; c < fragment.COLS; c += 2) {
-      auto* to = reinterpret_cast<unsigned*>(tile.chunk(row, col0 / 8 + c / 2) + fragment.first_col());
-      store_shared(to, Vector<unsigned, 1>{{pack<Element>(fragment(r, c), fragment(r, c + 1))}});
+      unsigned high, low;
+      auto* to = reinterpret_cast<unsigned*>(tile[0].chunk(row, col0 / 8 + c / 2) + fragment.first_col());
+      pack_parts<Element>(high, low, fragment(r, c), fragment(r, c + 1));
+      store_shared(to, Vector<unsigned, 1>{{high}});
+      if constexpr (TILES > 1) {
+        to = reinterpret_cast<unsigned*>(tile[1].chunk(row, col0 / 8 + c / 2) + fragment.first_col());
+        store_shared(to, Vector<unsigned, 1>{{low}});
+      }
     }
   }
 }

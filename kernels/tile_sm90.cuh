@@ -9,6 +9,8 @@
 #include "mma_sm90.cuh"
 #include "fragment.cuh"
 
+static_assert(!SPLIT_P, "neither registers nor shared memory have room for second parts");
+
 // What products are of: q's own numbers, or the parts of float32.
 template <typename Number>
 struct FactorOf {

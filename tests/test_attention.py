@@ -296,8 +296,11 @@ def test_precisions(backend, dtype):
     allowed = {2: (None, "highest"), 4: (None, "highest", "ieee"), 8: (None,)}[dtype.itemsize]
     for precision in allowed:
         out, lse = attention(q, k, v, precision=precision, return_lse=True)
-        p_dtype = backend.p_dtype(dtype) if precision is None else None
-        assert bounds.check_forward(*x[:3], backend.numpy(out), backend.numpy(lse), p_dtype=p_dtype).ok
+        plan = explain(q, k, v, precision=precision)
+        assert plan.p_parts == (2 if plan.rounds_p and precision == "highest" else 1)
+        p_dtype = dtype if plan.rounds_p else None
+        got = backend.numpy(out), backend.numpy(lse)
+        assert bounds.check_forward(*x[:3], *got, p_dtype=p_dtype, p_parts=plan.p_parts).ok
     for precision in {"highest", "ieee", "high", "exact"} - set(allowed):
         with pytest.raises(ValueError, match=f"precision='{precision}'"):
             attention(q, k, v, precision=precision)

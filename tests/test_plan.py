@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cupyflash
-from cupyflash import Tile, _tiles, _tiles_simt, _tiles_sm80, explain
+from cupyflash import Tile, _rows, _tiles, _tiles_simt, _tiles_sm80, explain
 from cupyflash._plan import DEVICES
+from cupyflash._problem import read_problem
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
@@ -24,12 +25,13 @@ def plan(shape_q, shape_k, *, dim_v=None, dtype=np.float32, device="sm_90", **op
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "precision"), [*((d, None) for d in DTYPES), *((d, "highest") for d in DTYPES[:2])])
 @pytest.mark.parametrize("backward", [False, True])
-def test_every_width_fits_every_card(device, dtype, backward):
+def test_every_width_fits_every_card(device, dtype, precision, backward):
+    asked = {"dtype": dtype, "precision": precision, "device": device, "backward": backward}
     for dim in (*_tiles.WIDTHS, 1, 7, 100, 250):
         for dim_v in {dim, 1, 256}:
-            made = plan((2, 33, dim), (1, 70, dim), dim_v=dim_v, dtype=dtype, device=device, backward=backward)
+            made = plan((2, 33, dim), (1, 70, dim), dim_v=dim_v, **asked)
             for step in made.kernels:
                 assert step.smem <= DEVICES[device].smem
                 assert step.threads <= 1024
@@ -62,11 +64,43 @@ def test_each_row_of_the_ampere_table_is_reached():
     specs = set()
     for device in (device for device in DEVICES.values() if device.arch >= 80):
         for dim, dim_v, _ in rows:
-            step = plan((1, 999, dim), (1, 999, dim), dim_v=dim_v, dtype=np.float16, device=device.name, family="sm80")
-            spec = step.kernels[0].spec
-            specs.add((dim, dim_v, spec.block_m, spec.block_n, spec.num_warps, spec.num_stages, spec.q_held))
+            for precision in (None, "highest"):
+                spec = plan(
+                    (1, 999, dim), (1, 999, dim), dim_v=dim_v, dtype=np.float16, device=device.name, family="sm80",
+                    precision=precision,
+                ).kernels[0].spec  # fmt: skip
+                form = (spec.block_m, spec.block_n, spec.num_warps, spec.num_stages, spec.q_held)
+                specs.add((dim, dim_v, spec.split_p, *form))
     for dim, dim_v, row in rows:
-        assert (dim, dim_v, row.block_m, row.block_n, row.warps, row.stages, row.q_held) in specs
+        form = (row.block_m, row.block_n, row.warps, row.stages, row.q_held)
+        assert any((dim, dim_v, split, *form) in specs for split in (True, False) if row.split in (None, split))
+
+
+def test_p_in_two_parts_is_the_ampere_familys():
+    """And of no card before it: there P and dS are not rounded anyway."""
+    for backward in (False, True):
+        made = plan((2, 9, 8), (2, 9, 8), dtype=np.float16, device="sm_90", precision="highest", backward=backward)
+        assert (made.family, made.rounds_p, made.p_parts) == ("sm80", True, 2)
+        assert "two parts" in dict(made.declined)["sm90"]
+        assert "P and dS    the sum of 2" in str(made)
+        assert [step.spec.split_p for step in made.kernels if step.name in ("fwd_sm80", "bwd_sm80")] == [True]
+        made = plan((2, 9, 8), (2, 9, 8), dtype=np.float16, device="sm_75", precision="highest", backward=backward)
+        assert (made.family, made.rounds_p, made.p_parts) == ("simt", False, 1)
+        with pytest.raises(ValueError, match="family='sm90': precision='highest'"):
+            plan((2, 9, 8), (2, 9, 8), dtype=np.float16, device="sm_90", precision="highest", family="sm90")
+
+
+def test_a_tile_has_room_for_second_parts():
+    """One that fits without them is refused, with the bytes that it would need; one kept by tune() too."""
+    asked = {"dtype": np.float16, "device": "sm_86", "backward": True, "family": "sm80"}
+    tile = Tile(block_m=48, block_n=64)
+    assert plan((1, 64, 128), (1, 64, 128), tile=tile, **asked).p_parts == 1
+    with pytest.raises(ValueError, match="107648 bytes of shared memory"):
+        plan((1, 64, 128), (1, 64, 128), tile=tile, precision="highest", **asked)
+    row, x = _tiles_sm80.AmpereBackwardRow(48, 64, 8, 2, 8, ""), np.zeros((1, 64, 128), np.float16)
+    for precision, fits in ((None, True), ("highest", False)):
+        problem = read_problem(x, x, x, scale=None, causal=False, q_offset=None, layout="hsd", precision=precision)
+        assert (_rows.why_not("bwd_sm80", row, problem, DEVICES["sm_86"].smem) is None) == fits
 
 
 def test_ampere_takes_what_hopper_declines():

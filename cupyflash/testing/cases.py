@@ -51,7 +51,7 @@ def run(case: Case, xp: Any = np, **options: Any) -> bounds.Report:
     report = bounds.check_forward(
         values.q, values.k, values.v, to_numpy(out), to_numpy(lse),
         chain_d=plan.chain_d, chain_k=plan.chain_k, block_n=min(plan.block_n, max(case.seqlen_k, 1)),
-        p_dtype=values.q.dtype if plan.rounds_p else None, **meaning,
+        p_dtype=values.q.dtype if plan.rounds_p else None, p_parts=plan.p_parts, **meaning,
     )  # fmt: skip
 
     _poison_padding(case, out, lse)
@@ -62,7 +62,7 @@ def run(case: Case, xp: Any = np, **options: Any) -> bounds.Report:
         values.dout, values.q, values.k, values.v, to_numpy(out), to_numpy(lse),
         _to_numpy(grads), dlse=values.dlse if case.dlse else None,
         chain_d=plan.chain_d, chain_k=plan.chain_k, chain_q=plan.chain_q,
-        p_dtype=values.q.dtype if plan.rounds_p else None, **meaning,
+        p_dtype=values.q.dtype if plan.rounds_p else None, p_parts=plan.p_parts, **meaning,
     )  # fmt: skip
     for name, p in placed.items():
         _promise(p.unwritten(), f"{name} or the bytes around it were written")

@@ -584,6 +584,18 @@ LIBRARY = (
         "a last part that is not added", "bwd_sm80",
         r"if \(!first\) add_unit_parts", "if (false) add_unit_parts", ("values",), "", AMPERE_BACKWARD[0],
     ),
+    Planted(
+        "the largest dS written where that of the part before is read", "bwd_sm80",
+        r"largest\[part % 2\]", "largest[0]", ("race",), "shared", AMPERE_BACKWARD[-1],
+    ),
+    Planted(
+        "dK keeps the power of 2 that dS had before", "bwd_sm80",
+        r"if \(exponent != before\) multiply_all", "if (false) multiply_all", ("values",), "", AMPERE_BACKWARD[-1],
+    ),
+    Planted(
+        "dQ keeps its power of 2", "bwd_sm80",
+        r"restoring\[part\] = power_of_2\(-exponent\)", "restoring[part] = 1", ("values",), "", AMPERE_BACKWARD[-1],
+    ),
     # ---- fwd_sm90
     Planted(
         "a reader of a ring not counted", "fwd_sm90",
