@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ._problem import Problem
 
 VARIABLE = "CUPYFLASH_TUNING"
-FORMAT = 1
+FORMAT = 2
 
 
 class TuningCacheWarning(UserWarning):
@@ -47,10 +47,11 @@ class ProblemClass:
     causal: bool
     seqlen_q: int
     seqlen_k: int
+    split: bool = False  # P in two parts
 
     def __str__(self) -> str:
-        causal = "-causal" if self.causal else ""
-        return f"{self.dtype}-d{self.head_dim}-v{self.head_dim_v}{causal}-q{self.seqlen_q}-k{self.seqlen_k}"
+        causal, split = "-causal" if self.causal else "", "-split" if self.split else ""
+        return f"{self.dtype}-d{self.head_dim}-v{self.head_dim_v}{causal}{split}-q{self.seqlen_q}-k{self.seqlen_k}"
 
 
 def class_of(problem: Problem) -> ProblemClass:
@@ -59,7 +60,9 @@ def class_of(problem: Problem) -> ProblemClass:
         next(w for w in _tiles.WIDTHS if w >= d) for d in (problem.head_dim, problem.head_dim_v)
     )
     seqlen_q, seqlen_k = (1 << max(0, n - 1).bit_length() for n in (problem.seqlen_q, problem.seqlen_k))
-    return ProblemClass(problem.dtype.name, head_dim, head_dim_v, problem.causal, seqlen_q, seqlen_k)
+    return ProblemClass(
+        problem.dtype.name, head_dim, head_dim_v, problem.causal, seqlen_q, seqlen_k, problem.splits_p
+    )  # fmt: skip
 
 
 def enabled() -> bool:
@@ -145,7 +148,8 @@ def _parse(content: Any, device: Device) -> tuple[str, ProblemClass, _rows.Row]:
     kernel, problems = content.get("kernel"), content.get("problems")
     if not isinstance(kernel, str) or kernel not in _rows.tiled_kernels():
         raise ValueError(f"kernel {kernel!r} has no tile to choose")
-    kinds = {"dtype": str, "causal": bool} | dict.fromkeys(("head_dim", "head_dim_v", "seqlen_q", "seqlen_k"), int)
+    kinds: dict[str, type] = dict.fromkeys(("head_dim", "head_dim_v", "seqlen_q", "seqlen_k"), int)
+    kinds |= {"dtype": str, "causal": bool, "split": bool}
     if not isinstance(problems, dict) or {name: type(x) for name, x in problems.items()} != kinds:
         raise ValueError(f"problems are described by {', '.join(kinds)}, not {problems!r}")
     return kernel, ProblemClass(**problems), _rows.make_row(kernel, content.get("tile"))
