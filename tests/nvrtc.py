@@ -150,6 +150,27 @@ def ampere_specs() -> dict[str, tuple[Spec, int, str]]:
     return found
 
 
+WIDEST = ((64, 64), (96, 96), (64, 128), (128, 128), (192, 128), (192, 192), (256, 256))  # of the rows of its tables
+
+
+def two_part_specs() -> dict[str, tuple[Spec, int, str]]:
+    """What it compiles for P in two parts, for a card of each size of shared memory, by a short text likewise."""
+    found = {}
+    for device, (dim, dim_v), causal, dtype in itertools.product(
+        ("sm_80", "sm_86", "sm_90"), WIDEST, (False, True), (ml_dtypes.bfloat16, np.float16)
+    ):
+        asked = {"causal": causal, "device": device, "family": "sm80", "precision": "highest"}
+        for heads, rows in ((1, 4096), (8, 16)) if (dim, dim_v) == (128, 128) else ((1, 4096),):
+            q = np.broadcast_to(np.zeros((), dtype), (heads, rows, dim))
+            k, v = (np.broadcast_to(np.zeros((), dtype), (1, 4096, width)) for width in (dim, dim_v))
+            plans = [explain(q, k, v, **asked)]
+            if heads == 1 and dim == dim_v:
+                plans.append(explain(q, k, v, backward=True, **asked))
+            for step in (step for plan in plans for step in plan.kernels if step.name.endswith("_sm80")):
+                found[f"{device}, {text_of(step.spec)}"] = step.spec, step.smem, device
+    return found
+
+
 WIDE = {np.float64: ("sm_80", "sm_90", "sm_100"), np.float32: ("sm_80", "sm_86", "sm_90", "sm_100")}
 WIDE_PAIRS = (*((width, width) for width in (64, 96, 128, 160, 192, 256)), (64, 128), (192, 128))
 
@@ -182,12 +203,13 @@ def text_of(spec: Spec) -> str:
         words += [f"{spec.num_warps} warps"]
     elif spec.kernel == "bwd_sm90":
         words += ["fixed order" if spec.deterministic else "order of arrival"]
-    return ", ".join(words)
+    return ", ".join([*words, "two parts"] if spec.split_p else words)
 
 
 def main() -> None:
     """Write the table anew: ``python tests/nvrtc.py``."""
-    specs = {text: (*spec, "sm_90a") for text, spec in hopper_specs().items()} | ampere_specs() | wide_specs()
+    specs = {text: (*spec, "sm_90a") for text, spec in hopper_specs().items()}
+    specs |= ampere_specs() | two_part_specs() | wide_specs()
     with ThreadPoolExecutor() as pool:
         made = pool.map(lambda item: compile_spec(*item), specs.values())
         rows = {text: compiled.row() for text, compiled in zip(specs, made, strict=True)}

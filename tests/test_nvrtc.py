@@ -13,7 +13,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import PROFILE, SEED
-from nvrtc import COLUMNS, TABLE, ampere_specs, compile_spec, hopper_candidates, hopper_specs, version, wide_specs
+from nvrtc import (
+    COLUMNS,
+    TABLE,
+    ampere_specs,
+    compile_spec,
+    hopper_candidates,
+    hopper_specs,
+    two_part_specs,
+    version,
+    wide_specs,
+)
 
 from cupyflash import _plan_sm90, _tiles, explain
 from cupyflash._compile import Spec, kernels_dir, source
@@ -89,6 +99,7 @@ def test_what_the_tuner_tries_on_hopper_compiles(text):
 
 
 AMPERE = ampere_specs()
+TWO_PARTS = two_part_specs()
 WIDE = wide_specs()
 
 
@@ -100,6 +111,17 @@ def test_ampere_kernels_keep_what_they_had(text):
     compiled = compile_spec(*AMPERE[text])
     if AMPERE[text][2] in TUNED:
         assert compiled.spill_bytes == compiled.stack_bytes == 0, compiled.log
+    if version() == table["nvrtc"]:
+        assert compiled.row() == table[COLUMNS][text], f"python {TABLE.parent.name}/nvrtc.py"
+
+
+@pytest.mark.parametrize("text", TWO_PARTS)
+@pytest.mark.share(6)
+def test_two_parts_stay_in_registers(text):
+    """Of every row that precision="highest" takes: the second parts of P and dS push nothing out."""
+    table = json.loads(TABLE.read_text())
+    compiled = compile_spec(*TWO_PARTS[text])
+    assert compiled.spill_bytes == compiled.stack_bytes == 0, compiled.log
     if version() == table["nvrtc"]:
         assert compiled.row() == table[COLUMNS][text], f"python {TABLE.parent.name}/nvrtc.py"
 
@@ -121,7 +143,7 @@ def test_wide_kernels_keep_what_they_had(text):
 
 
 def test_the_table_has_what_is_shipped():
-    assert set(json.loads(TABLE.read_text())[COLUMNS]) == {*HOPPER, *AMPERE, *WIDE}
+    assert set(json.loads(TABLE.read_text())[COLUMNS]) == {*HOPPER, *AMPERE, *TWO_PARTS, *WIDE}
 
 
 def _broadcast(shape, dtype=np.float32):
@@ -187,7 +209,7 @@ IN_TEST_SCORE_ARGS = {"bwd_score_simt", "bwd_score_sm80", "bwd_score_args"}
 
 def test_every_kernel_file_is_compiled_here():
     kernels = {path.stem for path in kernels_dir().glob("*.cu")}
-    made = (*HOPPER.values(), *AMPERE.values(), *WIDE.values(), *OPTION_SPECS.values())
+    made = (*HOPPER.values(), *AMPERE.values(), *TWO_PARTS.values(), *WIDE.values(), *OPTION_SPECS.values())
     assert kernels == set(specs("sm_90")) | {spec.kernel for spec, *_ in made} | {"packed_rest"} | IN_TEST_SCORE_ARGS
 
 
