@@ -6,6 +6,7 @@ from ._tuned import TuningCacheWarning
 from ._tuning import TunedKernel, Tuning, tune
 from ._version import __version__
 from .attention import attention, attention_backward, attention_vjp, explain, prepare
+from .merge import MergeGradients, merge_attention, merge_attention_backward
 from .varlen import (
     attention_varlen,
     attention_varlen_backward,
@@ -17,6 +18,7 @@ from .varlen import (
 __all__ = [
     "AttentionGradients",
     "AttentionResult",
+    "MergeGradients",
     "Plan",
     "Tile",
     "TunedKernel",
@@ -31,6 +33,8 @@ __all__ = [
     "attention_vjp",
     "explain",
     "explain_varlen",
+    "merge_attention",
+    "merge_attention_backward",
     "prepare",
     "prepare_varlen",
     "tune",

@@ -17,6 +17,7 @@ import numpy as np
 
 from ._arrays import BFLOAT16, import_cupy
 from ._params import PARAMS_BYTES
+from ._params_merge import MERGE_PARAMS_BYTES
 from ._score_args import FUNCTION_ARGS_BYTES
 from ._tma import MAPPED_PARAMS_BYTES
 
@@ -102,6 +103,8 @@ class Spec:
                 lines.append(f"constexpr int {field.name.upper()} = {value};")
         lines.append(f"constexpr int PARAMS_BYTES = {PARAMS_BYTES}, MAPPED_PARAMS_BYTES = {MAPPED_PARAMS_BYTES};")
         lines.append(f"constexpr int FUNCTION_ARGS_BYTES = {FUNCTION_ARGS_BYTES};")
+        if self.kernel.startswith("combine"):
+            lines.append(f"constexpr int MERGE_PARAMS_BYTES = {MERGE_PARAMS_BYTES};")
         return "\n".join(lines) + "\n"
 
 

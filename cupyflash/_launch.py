@@ -9,20 +9,35 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from . import _compile
 from ._arrays import Array, ArraySpec, address, import_cupy, misaligned, on_device
 from ._block_map import MAPS
-from ._params import BY_TILE, TAIL_AXES, Template, element_strides, make_template, scalars
+from ._params import BY_TILE, TAIL_AXES, element_strides, make_template, scalars
 from ._plan import KernelPlan, Plan, tile_shift
 from ._problem import Problem
 from ._score_args import GRADIENT_ARGS, argument_name, argument_place
-from ._tma import ALIGNMENT, MappedTemplate, map_axes, map_template, unreadable
+from ._tma import ALIGNMENT, map_axes, map_template, unreadable
+
+
+class LaunchTemplate(Protocol):
+    """A struct without its addresses, and how it gets them: see `Template`."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def slots(self) -> tuple[tuple[str, int], ...]: ...
+    @property
+    def offsets(self) -> tuple[tuple[int, ...], ...]: ...
+    def begin(self, struct: memoryview) -> None: ...
+    def fill(self, words: memoryview, launch: int, addresses: Mapping[str, int]) -> None: ...
+
 
 Tensors = dict[str, Array | None]
 Layout = tuple[str, tuple[int, ...], tuple[int, ...], int]  # name, shape, strides in bytes, itemsize
@@ -39,7 +54,7 @@ class Launch:
         Those that it writes.
     """
 
-    def __init__(self, step: KernelPlan, grid: int, device: int, template: Template | MappedTemplate) -> None:
+    def __init__(self, step: KernelPlan, grid: int, device: int, template: LaunchTemplate) -> None:
         self.names = tuple(name for name, _ in template.slots)
         self.writes = frozenset(step.writes)
         self._template = template
@@ -323,13 +338,13 @@ def _readable(plan: Plan, tensors: Tensors) -> Tensors:
         if x is None:
             continue
         if name in mapped and unreadable(x.shape, x.strides, address(x), x.itemsize):
-            readable[name] = _copy(x, ALIGNMENT)
+            readable[name] = copy_of(x, ALIGNMENT)
         elif misaligned(x):
-            readable[name] = _copy(x, x.itemsize) if x.ndim else _copy(x[None], x.itemsize)[0]
+            readable[name] = copy_of(x, x.itemsize) if x.ndim else copy_of(x[None], x.itemsize)[0]
     return readable
 
 
-def _copy(x: Array, alignment: int) -> Array:
+def copy_of(x: Array, alignment: int) -> Array:
     """A copy with aligned rows; what is broadcast stays so.
 
     Where elements are not aligned it is read byte by byte: the GPU does not load them otherwise.

@@ -352,17 +352,17 @@ def _resolve_offset(
 def check_out(problem: Problem, out: Array, lse: Array | None, inputs: dict[str, Array]) -> None:
     """Check the arrays of ``out=``: shape, dtype, writeable, no element twice, none shared with an input."""
     allowed = {problem.dtype} if problem.dtype.itemsize > 2 else {problem.dtype, np.dtype(np.float32)}
-    _check_output("out", out, problem.out_shape, allowed, inputs)
+    check_output("out", out, problem.out_shape, allowed, inputs)
     if lse is not None:
-        _check_output("out[1] (lse)", lse, problem.lse_shape, {problem.accumulator}, {**inputs, "out[0]": out})
+        check_output("out[1] (lse)", lse, problem.lse_shape, {problem.accumulator}, {**inputs, "out[0]": out})
 
 
 def check_gradient_out(name: str, x: Array, like: Array, inputs: dict[str, Array]) -> None:
     """Check one array of ``grads_out=`` against the input that it is the gradient of."""
-    _check_output(f"grads_out.d{name}", x, like.shape, {like.dtype}, inputs)
+    check_output(f"grads_out.d{name}", x, like.shape, {like.dtype}, inputs)
 
 
-def _check_output(name: str, x: Array, shape: tuple[int, ...], dtypes: set[np.dtype], inputs: dict[str, Array]) -> None:
+def check_output(name: str, x: Array, shape: tuple[int, ...], dtypes: set[np.dtype], inputs: dict[str, Array]) -> None:
     if x.shape != shape:
         raise ValueError(f"{name}.shape={x.shape}: this call's result has shape {shape}")
     if x.dtype not in dtypes:

@@ -205,12 +205,14 @@ def test_the_rest_of_packed_rows_compiles(device):
 
 
 IN_TEST_SCORE_ARGS = {"bwd_score_simt", "bwd_score_sm80", "bwd_score_args"}
+IN_TEST_MERGE = {"combine", "combine_backward"}
 
 
 def test_every_kernel_file_is_compiled_here():
     kernels = {path.stem for path in kernels_dir().glob("*.cu")}
     made = (*HOPPER.values(), *AMPERE.values(), *TWO_PARTS.values(), *WIDE.values(), *OPTION_SPECS.values())
-    assert kernels == set(specs("sm_90")) | {spec.kernel for spec, *_ in made} | {"packed_rest"} | IN_TEST_SCORE_ARGS
+    elsewhere = {"packed_rest"} | IN_TEST_SCORE_ARGS | IN_TEST_MERGE
+    assert kernels == set(specs("sm_90")) | {spec.kernel for spec, *_ in made} | elsewhere
 
 
 def test_messages_point_at_the_real_file():
