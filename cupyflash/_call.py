@@ -108,6 +108,10 @@ class Call:
             with on_device(self.place):
                 self.inputs[name] = x if self.place is None else import_cupy().asarray(x)
 
+    def named(self) -> dict[str, Array]:
+        """The inputs by the names of arguments, for messages."""
+        return self.inputs
+
     def beside(self) -> dict[str, Array]:
         """What options and offsets bring, broadcast to where it is read: see `_options`."""
         problem = self.problem

@@ -44,6 +44,7 @@ import numpy as np
 
 from ._cpu_backward import BackwardCall, BackwardWorker
 from ._cpu_blocks import Array, Cells, chunks, is_packed
+from ._cpu_decode import Paged
 from ._cpu_forward import ForwardCall, ForwardWorker, OneBlockForward, Small
 from ._cpu_logits import Logits
 from ._cpu_packed import clear_rest, sequences, unpack
@@ -121,7 +122,10 @@ def forward(
         return None
     if beside:
         cells = Cells(problem, beside)
-    if cells.group > 1:
+    if "page_table" in beside:
+        q, out, lse = cells.rows(q), cells.rows(out), None if lse is None else cells.row_values(lse)
+        k, v = (Paged(x, beside["page_table"], cells.group) for x in (k, v))
+    elif cells.group > 1:
         q, k, v, out = cells.rows(q), cells.keys(k), cells.keys(v), cells.rows(out)
         lse = None if lse is None else cells.row_values(lse)
     if problem.options.packed is not None:

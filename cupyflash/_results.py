@@ -78,7 +78,7 @@ def split_out(out: Any) -> tuple[Array | None, Array | None]:
 
 def check_out_of(call: Call, out: Array, lse: Array | None) -> None:
     same_place({"q": call.inputs["q"], "out": out} | ({} if lse is None else {"out[1]": lse}))
-    check_out(call.problem, out, lse, call.inputs)
+    check_out(call.problem, out, lse, call.named())
 
 # --------------------------------------------------------------------------------------------------------- backward
 

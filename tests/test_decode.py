@@ -1,0 +1,415 @@
+# ruff: noqa: E501  (a table is read by its rows)
+"""Decoding: against the dense specification, whatever the cache looks like; nothing outside it is read or written."""
+
+import dataclasses
+import inspect
+
+import hypothesis
+import hypothesis.strategies as st
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cupyflash
+from cupyflash import Rotary, Tile, attention, decode, explain_decode
+from cupyflash.testing import data, decoding
+from cupyflash.testing.data import OUTPUT_STYLES, place, place_empty
+from cupyflash.testing.functions import SCORES, Sizes
+
+DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One decoding call. Lengths are drawn; the first entry is full, the last one has as few rows as can be."""
+
+    seed: int = 0
+    dtype: type = np.float32
+    batch: int = 2
+    heads_k: int = 2
+    group: int = 2
+    rows: int = 1  # T
+    head_dim: int = 16
+    head_dim_v: int = 16
+    capacity: int = 40  # in rows; whole pages where there are pages
+    page_size: int = 0
+    append: bool = False
+    rotary: int = 0  # columns
+    interleaved: bool = False
+    styles: tuple = ("plain", "plain", "plain")  # q, caches, new rows and out
+    window: tuple | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    slopes: bool = False
+    sinks: bool = False
+    score: str | None = None
+    out32: bool = False
+
+    @property
+    def columns(self):
+        """Pages of an entry."""
+        return -(-self.capacity // self.page_size)
+
+    def make(self, xp=np, check=True):
+        """Arguments and options of the call, in poison; what the specification sees of it; all that is placed."""
+        rng = np.random.default_rng(self.seed)
+        most = (self.columns * self.page_size if self.page_size else self.capacity) - (self.rows if self.append else 0)
+        lens = rng.integers(0, most + 1, self.batch)
+        lens[:1], lens[1:2] = most, 0
+        arrays = {"q": rng.standard_normal((self.batch, self.heads_k * self.group, self.rows, self.head_dim))}
+        widths = {"k": self.head_dim, "v": self.head_dim_v}
+        table = None
+        if self.page_size:
+            pages = self.batch * self.columns + 3
+            table = rng.permutation(pages)[: self.batch * self.columns].reshape(self.batch, self.columns).astype(np.int32)
+            total = lens + (self.rows if self.append else 0)
+            unused = np.arange(self.columns) >= -(-total[:, None] // self.page_size)
+            table[unused] = rng.choice([-1, -(2**31), 2**31 - 1, pages], unused.sum())
+        for side, width in widths.items():
+            shape = (self.batch, self.heads_k, self.capacity, width)
+            if self.page_size:
+                shape = (pages, self.page_size, self.heads_k, width)
+            cache = np.full(shape, np.nan)
+            for b in range(self.batch):
+                for j in range(lens[b]):
+                    row = rng.standard_normal((self.heads_k, width))
+                    if self.page_size:
+                        cache[table[b, j // self.page_size], j % self.page_size] = row
+                    else:
+                        cache[b, :, j] = row
+            arrays[f"{side}_cache"] = cache
+            if self.append:
+                arrays[f"{side}_new"] = rng.standard_normal((self.batch, self.heads_k, self.rows, width))
+        style = dict(zip(("q", "k_cache", "k_new"), self.styles, strict=True))
+        style |= {"v_cache": style["k_cache"], "v_new": style["k_new"]}
+        placed = {name: place(x.astype(self.dtype), style[name], xp) for name, x in arrays.items()}
+        options = {"window": self.window, "softcap": self.softcap, "scale": self.scale}
+        heads = self.heads_k * self.group
+        if self.slopes:
+            options["alibi_slopes"] = rng.random(heads).astype(np.float32)
+        if self.sinks:
+            options["sinks"] = rng.standard_normal(heads)
+        if self.score:
+            sizes = Sizes(self.batch, heads, max(self.rows, 1), self.capacity)
+            options |= {"score": SCORES[self.score].function, "score_args": SCORES[self.score].args(rng, sizes)}
+        cache = {"page_table": table, "rotary": None}
+        if self.rotary:
+            angles = rng.uniform(0, 6, (max(most, 0) + self.rows + 2, self.rotary // 2))
+            kind = np.float64 if self.dtype == np.float64 else np.float32
+            cache["rotary"] = Rotary(np.cos(angles).astype(kind), np.sin(angles).astype(kind), self.interleaved)
+        return Made(self, lens, placed, cache, options, xp)
+
+
+class Made:
+    """A case's arrays."""
+
+    def __init__(self, case, lens, placed, cache, options, xp):
+        self.case, self.lens, self.placed, self.cache, self.options, self.xp = case, lens, placed, cache, options, xp
+        self.before = {name: np.array(p.values) for name, p in placed.items()}
+        q = self.before["q"]
+        accumulator = np.float64 if q.dtype == np.float64 else np.float32
+        out_dtype = np.dtype(np.float32) if case.out32 and q.dtype.itemsize == 2 else q.dtype
+        shape = (*q.shape[:3], case.head_dim_v)
+        self.out = place_empty(shape, out_dtype, case.styles[2], xp)
+        self.lse = place_empty(shape[:3], accumulator, "plain", xp)
+
+    def arguments(self):
+        """Positional arguments and options of decode()."""
+        on = self.xp.asarray
+        found = {name: self.placed[name].array for name in ("q", "k_cache", "v_cache")}
+        more = {name: self.placed[name].array for name in ("k_new", "v_new") if name in self.placed}
+        given = {name: _on(x, on) for name, x in (self.cache | self.options).items()}
+        return (*found.values(), on(self.lens)), more | given
+
+    def seen(self):
+        """What the specification sees."""
+        b, new = self.before, {name: self.before[name] for name in ("k_new", "v_new") if name in self.before}
+        return decoding.seen(b["q"], b["k_cache"], b["v_cache"], self.lens, **new, **self.cache)
+
+    def run(self, **more):
+        """Run, and check results, the cache and all bytes around."""
+        args, options = self.arguments()
+        result = decode(*args, **options, out=(self.out.array, self.lse.array), **more)
+        out, lse = (data.to_numpy(x) for x in result)
+        self.check(out, lse, **more)
+        return out, lse
+
+    def check(self, out, lse, **more):
+        case, this = self.case, self.seen()
+        args, options = self.arguments()
+        plan = explain_decode(*args, **options, **more)
+        by = 0.0
+        if case.rotary:
+            cos, sin, _ = self.cache["rotary"]
+            by = decoding.turn_limit(self.before["q"], cos, sin)
+            if case.append:
+                by = np.maximum(by, decoding.turn_limit(self.before["k_new"], cos, sin).max(initial=0))
+        merged = max((int(n) for _, n in getattr(plan, "splits", ())), default=1)
+        report = decoding.check(
+            this, out, lse, turned_by=by, merged=merged, p_dtype=out.dtype if plan.rounds_p else None,
+            **{name: x for name, x in self.options.items() if x is not None},
+        )  # fmt: skip
+        assert report.ok, f"{case}\n{report}"
+        self.check_memory(this)
+
+    def check_memory(self, this):
+        """New rows are where they belong; nothing else has changed."""
+        for name, p in self.placed.items():
+            if not (self.case.append and name.endswith("cache")):
+                assert p.unwritten(), name
+                continue
+            assert p.guards_intact(), name
+            want, new = self.before[name].copy(), self.before[f"{name[0]}_new"]
+            got = p.values
+            if name == "k_cache" and self.case.rotary:
+                cos, sin, interleaved = self.cache["rotary"]
+                places = self.lens[:, None] + np.arange(self.case.rows)
+                exact = decoding.turned(new, cos, sin, places, interleaved)
+                limit = decoding.turn_limit(new, cos, sin)
+            else:
+                exact, limit = new.astype(np.float64), np.zeros(1)
+            for b, n in enumerate(self.lens):
+                for t in range(self.case.rows):
+                    j = int(n) + t
+                    size, table = self.case.page_size, self.cache["page_table"]
+                    at = (table[b, j // size], j % size) if size else (b, slice(None), j)
+                    error = abs(got[at].astype(exact.dtype) - exact[b, :, t])
+                    assert (error <= np.broadcast_to(limit, exact.shape)[b, :, t]).all(), (name, b, t)
+                    want[at] = got[at]
+            assert want.tobytes() == got.tobytes(), name
+        assert self.out.guards_intact()
+        assert self.lse.guards_intact()
+
+
+def _on(x, asarray):
+    """An option as a call on arrays of another kind takes it."""
+    if isinstance(x, Rotary):
+        return Rotary(asarray(x.cos), asarray(x.sin), x.interleaved)
+    if isinstance(x, tuple):
+        return tuple(_on(y, asarray) for y in x)
+    return asarray(x) if isinstance(x, np.ndarray) else x
+
+
+def cases(dtypes=DTYPES, styles=OUTPUT_STYLES, widths=(1, 2, 7, 16, 24, 33), rows=16, most=90):
+    """Cases of all kinds."""
+    width = st.sampled_from(widths)
+    return st.builds(
+        Case, seed=st.integers(0, 2**20), dtype=st.sampled_from(dtypes), batch=st.integers(0, 3),
+        heads_k=st.integers(1, 2), group=st.sampled_from([1, 2, 3, 7]), rows=st.integers(0, rows),
+        head_dim=width, head_dim_v=width, capacity=st.integers(rows, most),
+        page_size=st.sampled_from([0, 0, 1, 3, 16, 64]), append=st.booleans(),
+        rotary=st.sampled_from([0, 0, 2, 6, 16]), interleaved=st.booleans(),
+        styles=st.tuples(*[st.sampled_from(styles)] * 3),
+        window=st.sampled_from([None, None, (5, 0), (None, 3), (0, None)]), softcap=st.sampled_from([None, None, 2.0]),
+        scale=st.sampled_from([None, 0.3, -0.5, 0.0]), slopes=st.booleans(), sinks=st.booleans(),
+        score=st.sampled_from([None, None, None, *SCORES]), out32=st.booleans(),
+    ).map(lambda case: dataclasses.replace(case, rotary=min(case.rotary, case.head_dim // 2 * 2)))  # fmt: skip
+
+
+@hypothesis.settings(max_examples=120)
+@hypothesis.given(cases())
+def test_any_case(case):
+    case.make().run()
+
+
+NAMED = {
+    "one query": Case(),
+    "speculative": Case(rows=5, append=True, group=4),
+    "pages": Case(page_size=16, rows=3),
+    "pages of 1": Case(page_size=1, append=True),
+    "rotary": Case(append=True, rotary=8, rows=2),
+    "rotary of all, interleaved, pages": Case(append=True, rotary=16, interleaved=True, page_size=7),
+    "window": Case(rows=4, window=(9, 0), capacity=70),
+    "softcap, slopes, sinks": Case(rows=4, softcap=2.0, slopes=True, sinks=True, append=True, page_size=16),
+    "distance": Case(rows=3, score="distance"),
+    "16 queries": Case(rows=16, append=True, capacity=50, head_dim_v=24),
+    "wide": Case(head_dim=72, head_dim_v=40, capacity=200, page_size=16),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMED)
+def test_named_cases(name, dtype):
+    dataclasses.replace(NAMED[name], dtype=dtype).make().run()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_paged_and_contiguous_caches_give_the_same_bits(dtype):
+    """Whatever the pages' size and order; with the same options, appended rows among them."""
+    rng = np.random.default_rng(0)
+    q, k_new = (rng.standard_normal((3, heads, 2, 24)).astype(dtype) for heads in (4, 2))
+    v_new = rng.standard_normal((3, 2, 2, 16)).astype(dtype)
+    k, v = (rng.standard_normal((3, 2, 1200, width)).astype(dtype) for width in (24, 16))
+    lens = np.array([1198, 40, 0])
+    angles = rng.standard_normal((1200, 12))
+    options = {"k_new": k_new, "v_new": v_new, "window": (1000, 0), "rotary": Rotary(np.cos(angles), np.sin(angles))}
+    want = decode(q, k.copy(), v.copy(), lens, return_lse=True, **options)
+    for size in (1, 16, 48, 1200):
+        pages = 3 * (1200 // size)
+        table = rng.permutation(pages).reshape(3, -1).astype(np.int32)
+        caches = []
+        for x in (k, v):
+            cache = np.empty((pages, size, 2, x.shape[-1]), dtype)
+            cache[table] = x.reshape(3, 2, -1, size, x.shape[-1]).transpose(0, 2, 3, 1, 4)
+            caches.append(cache)
+        got = decode(q, *caches, lens, page_table=table, return_lse=True, **options)
+        for x, y in zip(got, want, strict=True):
+            assert x.tobytes() == y.tobytes(), size
+
+
+def test_bits_do_not_depend_on_the_batch():
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((5, 2, n, 16)).astype(np.float32) for n in (3, 700, 700))
+    lens = np.array([700, 3, 0, 512, 129])
+    together = decode(q, k, v, lens)
+    for b in range(5):
+        for more in ({}, {"num_splits": 3}, {"batch_invariant": False}):
+            alone = decode(q[b : b + 1], k[b : b + 1], v[b : b + 1], lens[b : b + 1], **more)
+            assert alone.tobytes() == together[b : b + 1].tobytes()
+
+
+def test_steps_are_one_attention():
+    """Row after row, and chunk after chunk, of one sequence: causal attention of all of it."""
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.standard_normal((2, heads, 30, 16)) for heads in (4, 2, 2))
+    want = attention(q, k, v, causal=True)
+    for chunks in ([1] * 30, [13, 1, 1, 7, 8], [30]):
+        cache = np.full((2, 2, 2, 30, 16), np.nan)
+        outs, begin = [], 0
+        for n in chunks:
+            rows = slice(begin, begin + n)
+            outs.append(decode(q[:, :, rows], *cache, begin, k_new=k[:, :, rows], v_new=v[:, :, rows]))
+            begin += n
+        np.testing.assert_allclose(np.concatenate(outs, axis=2), want, rtol=0, atol=1e-13)
+        assert (cache == np.stack([k, v])).all()
+
+
+def test_entries_may_share_pages():
+    """A common beginning, read by both; each grows in pages of its own."""
+    rng = np.random.default_rng(3)
+    k, v = rng.standard_normal((2, 5, 4, 1, 8))
+    q, k_new, v_new = rng.standard_normal((3, 2, 1, 1, 8))
+    table = np.array([[0, 1, 2], [0, 1, 3]], np.int32)
+    sides = (k, k_new), (v, v_new)
+    rows = [[np.concatenate([x[0, :, 0], x[1, :, 0], new[b, 0]])[None] for x, new in sides] for b in (0, 1)]
+    want = [attention(q[b], *rows[b]) for b in (0, 1)]
+    got = decode(q, k, v, 8, page_table=table, k_new=k_new, v_new=v_new)
+    np.testing.assert_allclose(got, np.stack(want), rtol=0, atol=1e-14)
+
+
+def test_without_an_lse_and_with_numbers_of_any_kind():
+    q, k, v = (np.ones((2, 2, n, 8), np.float32) for n in (1, 20, 20))
+    assert isinstance(decode(q, k, v, 7), np.ndarray)
+    for lens in (7, np.int16(7), np.array(7), np.array([7]), np.array([7, 7], np.uint8)):
+        assert (decode(q, k, v, lens, return_lse=True).lse == np.float32(8**0.5 + np.log(7))).all()
+    assert decode(q, k, v, 0, sinks=np.ones(2), return_lse=True).lse.tolist() == [[[1], [1]]] * 2
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+
+F32 = np.float32
+
+
+def ones(*shape, dtype=F32):
+    return np.ones(shape, dtype)
+
+
+def good(**changed):
+    """A good call: 2 entries, 4 heads over 2, 3 queries of width 8, room for 20 rows."""
+    found = {
+        "q": ones(2, 4, 3, 8), "k_cache": ones(2, 2, 20, 8), "v_cache": ones(2, 2, 20, 7), "kv_lens": np.array([4, 17])
+    }  # fmt: skip
+    return found | changed
+
+
+def paged(**changed):
+    """The same in pages of 5."""
+    found = {
+        "k_cache": ones(8, 5, 2, 8), "v_cache": ones(8, 5, 2, 7),
+        "page_table": np.array([[0, 1, 99, 99], [2, 3, 4, 5]], np.int32),
+    }  # fmt: skip
+    return good(**found | changed)
+
+
+NEW = {"k_new": ones(2, 2, 3, 8), "v_new": ones(2, 2, 3, 7)}
+TABLE = np.array([[0, 1, 2, 3], [4, 5, 6, 7]], np.int32)
+ROTARY = Rotary(ones(20, 4), ones(20, 4))
+BASE = np.zeros(400, F32)
+
+
+def frozen(x):
+    x.flags.writeable = False
+    return x
+
+
+# fmt: off
+WRONG = {
+    "3 axes of q": (good(q=ones(4, 3, 8)), ValueError, ["q.shape=(4, 3, 8)", "(batch, Hq, T, D)"]),
+    "3 axes of a cache": (good(k_cache=ones(2, 20, 8)), ValueError, ["k_cache.shape=(2, 20, 8)"]),
+    "caches differ": (good(v_cache=ones(2, 2, 21, 7)), ValueError, ["v_cache.shape=(2, 2, 21, 7)", "the same"]),
+    "batch": (good(q=ones(3, 4, 3, 8)), ValueError, ["k_cache.shape=(2, 2, 20, 8)", "q.shape=(3, 4, 3, 8)"]),
+    "heads": (good(q=ones(2, 3, 3, 8)), ValueError, ["3", "2", "multiple"]),
+    "widths": (good(q=ones(2, 4, 3, 9)), ValueError, ["q.shape[-1]=9"]),
+    "dtypes": (good(k_cache=ones(2, 2, 20, 8, dtype=np.float64)), TypeError, ["k_cache.dtype=float64", "q.dtype=float32"]),
+    "integers": (good(q=ones(2, 4, 3, 8, dtype=int), k_cache=ones(2, 2, 20, 8, dtype=int), v_cache=ones(2, 2, 20, 7, dtype=int)), TypeError, ["q.dtype=int64"]),
+    "lens too long": (good(kv_lens=np.array([4, 21])), ValueError, ["kv_lens", "4 to 21", "20 rows"]),
+    "lens negative": (good(kv_lens=-1), ValueError, ["-1"]),
+    "lens of floats": (good(kv_lens=np.array([4.0, 5.0])), TypeError, ["kv_lens.dtype=float64"]),
+    "lens a float": (good(kv_lens=4.0), TypeError, ["kv_lens"]),
+    "lens of another batch": (good(kv_lens=np.array([4, 5, 6])), ValueError, ["kv_lens.shape=(3,)"]),
+    "no room": (good(kv_lens=18, **NEW), ValueError, ["18 to 18", "20 rows", "3 are for new ones"]),
+    "room for nothing": (good(k_cache=ones(2, 2, 2, 8), v_cache=ones(2, 2, 2, 7), kv_lens=0, **NEW), ValueError, ["2 rows", "3"]),
+    "k_new alone": (good(k_new=NEW["k_new"]), ValueError, ["k_new without v_new"]),
+    "k_new's shape": (good(**NEW | {"k_new": ones(2, 2, 2, 8)}), ValueError, ["k_new.shape=(2, 2, 2, 8)", "(2, 2, 3, 8)"]),
+    "v_new's dtype": (good(**NEW | {"v_new": ones(2, 2, 3, 7, dtype=np.float16)}), TypeError, ["v_new.dtype=float16"]),
+    "read-only cache": (good(k_cache=frozen(ones(2, 2, 20, 8)), **NEW), ValueError, ["k_cache is read-only"]),
+    "broadcast cache": (good(v_cache=np.lib.stride_tricks.as_strided(BASE, (2, 2, 20, 7), (0, 0, 28, 4)), **NEW), ValueError, ["v_cache.strides", "share memory"]),
+    "one cache for both": (good(k_cache=BASE[:320].reshape(2, 2, 20, 4), v_cache=BASE[:320].reshape(2, 2, 20, 4), q=ones(2, 4, 3, 4), k_new=ones(2, 2, 3, 4), v_new=ones(2, 2, 3, 4)), ValueError, ["shares memory"]),
+    "table of int64": (paged(page_table=TABLE.astype(np.int64)), TypeError, ["page_table.dtype=int64", "int32"]),
+    "table's shape": (paged(page_table=TABLE[:1]), ValueError, ["page_table.shape=(1, 4)"]),
+    "table too short": (paged(page_table=TABLE[:, :3]), ValueError, ["4 to 17", "15 rows"]),
+    "page that is not": (paged(page_table=np.array([[0, 1, 2, 3], [4, 5, 8, 7]], np.int32)), ValueError, ["page_table[1, 2]=8", "0 to 7"]),
+    "page below 0": (paged(page_table=np.array([[-1, 1, 2, 3], [4, 5, 6, 7]], np.int32)), ValueError, ["page_table[0, 0]=-1"]),
+    "page for a new row": (paged(page_table=np.array([[0, 9, 2, 3], [4, 5, 6, 7]], np.int32), **NEW), ValueError, ["page_table[0, 1]=9"]),
+    "two new rows in one place": (paged(page_table=np.array([[0, 1, 2, 3], [0, 1, 2, 3]], np.int32), kv_lens=np.array([4, 4]), **NEW), ValueError, ["gets a new row"]),
+    "new row in another's": (paged(page_table=np.array([[0, 1, 2, 3], [4, 5, 0, 7]], np.int32), kv_lens=np.array([2, 15]), **NEW), ValueError, ["row 2 of page 0", "entry 1"]),
+    "pages of no rows": (paged(k_cache=ones(8, 0, 2, 8), v_cache=ones(8, 0, 2, 7)), ValueError, ["at least one row"]),
+    "rotary": (good(rotary=(ones(20, 4), ones(20, 4))), TypeError, ["rotary is a tuple", "Rotary"]),
+    "rotary's shapes": (good(rotary=Rotary(ones(20, 4), ones(20, 3))), ValueError, ["rotary.sin.shape=(20, 3)"]),
+    "rotary too wide": (good(rotary=Rotary(ones(20, 5), ones(20, 5))), ValueError, ["rotary.cos.shape[1]=5"]),
+    "rotary too short": (good(rotary=Rotary(ones(16, 4), ones(16, 4))), ValueError, ["rotary.cos has 16 rows", "key 16"]),
+    "rotary's dtype": (good(rotary=Rotary(ones(20, 4, dtype=int), ones(20, 4))), TypeError, ["rotary.cos.dtype=int64"]),
+    "rotary's flag": (good(rotary=Rotary(ones(20, 4), ones(20, 4), 1)), TypeError, ["rotary.interleaved=1"]),
+    "num_splits": (good(num_splits=0), ValueError, ["num_splits=0"]),
+    "num_splits a float": (good(num_splits=2.0), TypeError, ["num_splits=2.0"]),
+    "batch_invariant": (good(batch_invariant=1), TypeError, ["batch_invariant=1"]),
+    "window": (good(window=(-1, 0)), ValueError, ["window=(-1, 0)"]),
+    "sinks": (good(sinks=ones(3)), ValueError, ["sinks.shape=(3,)"]),
+    "family": (good(family="sm80"), ValueError, ["family='sm80' with NumPy arrays"]),
+    "tile": (good(tile=Tile(stages=2)), ValueError, ["Tile(stages=2)"]),
+    "out's shape": (good(out=ones(2, 4, 3, 8)), ValueError, ["out.shape=(2, 4, 3, 8)"]),
+    "out in the cache": (good(k_cache=BASE[:320].reshape(2, 2, 20, 4), q=ones(2, 4, 3, 4), v_cache=ones(2, 2, 20, 4), out=BASE[:96].reshape(2, 4, 3, 4)), ValueError, ["out shares memory with k_cache"]),
+    "return_lse": (good(return_lse=1), TypeError, ["return_lse=1"]),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_come_before_anything_is_written(name, monkeypatch):
+    arguments, error, words = WRONG[name]
+    for module, function in ((cupyflash._cpu, "forward"), (cupyflash._cpu_decode, "append_and_turn")):
+        monkeypatch.setattr(module, function, lambda *_, **__: pytest.fail("something ran before the error"))
+    with pytest.raises((ValueError, TypeError)) as caught:
+        decode(**arguments)
+    assert type(caught.value) is error, caught.value
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_explain_takes_the_same_arguments():
+    """What is checked and planned is what runs."""
+    names = [list(inspect.signature(f).parameters) for f in (decode, explain_decode)]
+    assert set(names[0]) - {"return_lse"} == set(names[1]) - {"device"}
+    plan = explain_decode(**good(tile=Tile(block_n=64)))
+    assert (plan.family, plan.block_n) == ("cpu", 64)
+    with pytest.raises(ValueError, match="holds 4 to 21"):
+        explain_decode(**good(kv_lens=np.array([4, 21])))
