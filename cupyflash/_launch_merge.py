@@ -1,4 +1,4 @@
-"""Parts merged on a GPU: plans of `combine` and `combine_backward`, and their launches."""
+"""Parts merged on a GPU: launches of `combine` and `combine_backward`."""
 
 from __future__ import annotations
 
@@ -9,36 +9,11 @@ from functools import lru_cache
 import numpy as np
 
 from ._arrays import Array, misaligned, on_device
-from ._compile import Spec
 from ._launch import Launch, Layout, copy_of, workspace
 from ._params import element_strides
 from ._params_merge import MOST_ARRAYS, TAIL_AXES, Stack, make_merge_template
 from ._plan import KernelPlan
-
-WARPS = 4
-MOST_BLOCKS = 2**16  # blocks go on to further rows
-
-
-def merge_kernel(
-    kernel: str, part: np.dtype, output: np.dtype, accumulator: np.dtype, rows: int, row_warps: int = 1, width: int = 16
-) -> KernelPlan:
-    """combine or combine_backward for so many rows, each of which has ``row_warps`` warps.
-
-    Where it has several, no row is wider than ``width``.
-    """
-    spec = Spec(
-        kernel=kernel, element=part, output=output, accumulator=accumulator, gradient=part, head_dim=16,
-        head_dim_v=width, dim_chunk=16, block_m=WARPS // row_warps, block_n=16, num_stages=2, num_warps=WARPS,
-        causal=False,
-    )  # fmt: skip
-    gradients = _names("douts", MOST_ARRAYS) + _names("dlses", MOST_ARRAYS)
-    return KernelPlan(
-        spec=spec,
-        grid=min(MOST_BLOCKS, -(-rows // spec.block_m)),
-        threads=32 * WARPS,
-        smem=WARPS * width * accumulator.itemsize if row_warps > 1 else 0,
-        writes=("out", "lse") if kernel == "combine" else gradients,
-    )
+from ._plan_merge import merge_kernel, part_names
 
 
 def merge(device: int, outs: Sequence[Array], lses: Sequence[Array], out: Array, lse: Array) -> None:
@@ -75,15 +50,11 @@ def _readable(arrays: Sequence[Array]) -> Sequence[Array]:
     return [copy_of(x, x.itemsize) if misaligned(x) else x for x in arrays]
 
 
-def _names(side: str, count: int) -> tuple[str, ...]:
-    return tuple(f"{side}_{n}" for n in range(count))
-
-
 def _run(kernel: str, device: int, tensors: dict[str, Array], parts: dict[str, Sequence[Array]]) -> None:
     """One kernel, for at most MOST_ARRAYS parts."""
     named = dict(tensors)
     for side, arrays in parts.items():
-        named |= dict(zip(_names(side, len(arrays)), arrays, strict=True))
+        named |= dict(zip(part_names(side, len(arrays)), arrays, strict=True))
     if tensors["out"].ndim == 2:  # one head
         named = {name: x[None] for name, x in named.items()}
     if not named["lse"].size:

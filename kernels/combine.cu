@@ -1,6 +1,6 @@
 // Parts merged: out = sum of w_n out_n, w_n = exp(lse_n - lse), lse = log(sum of exp(lse_n)).
 //
-// A warp, or ROW_WARPS of them, take a row of one head; a thread block has BLOCK_M rows at a time.
+// A warp, or ROW_WARPS of them, take a row of one head; a thread block has BLOCK_M rows.
 //
 //     1. lane t reads lse of parts t, t + 32, ...: their maximum and their sum, over the warp
 //     2. warp w adds up parts w, w + ROW_WARPS, ..., a lane some columns, in the order of the parts
@@ -60,47 +60,39 @@ struct Total {
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) combine(const MergeParams params) {
   DYNAMIC_SHARED(Smem, smem);
   const int warp = thread_index() / 32, lane = thread_index() % 32, own = warp % ROW_WARPS;
-  const long long count = MergeRow::count(params), step = static_cast<long long>(grid_size()) * BLOCK_M;
-  for (long long first = static_cast<long long>(block_index()) * BLOCK_M; first < count; first += step) {
-    const long long index = first + warp / ROW_WARPS;
-    const bool inside = index < count;
-    const MergeRow at(params, inside ? index : 0);
-    const Total total(params, at);
-    const auto out = at.of<Output>(params.out);       // (rows, columns)
-    const auto lse = at.of<Accumulator>(params.lse);  // (rows)
-    for (int col = RUN * lane; col < params.columns; col += 32 * RUN) {
-      Accumulator acc[RUN] = {};
+  const long long index = static_cast<long long>(block_index()) * BLOCK_M + warp / ROW_WARPS;
+  const bool inside = index < MergeRow::count(params);
+  const MergeRow at(params, inside ? index : 0);
+  const Total total(params, at);
+  const auto out = at.of<Output>(params.out);       // (rows, columns)
+  const auto lse = at.of<Accumulator>(params.lse);  // (rows)
+  for (int col = RUN * lane; col < params.columns; col += 32 * RUN) {
+    Accumulator acc[RUN] = {};
 #pragma unroll 4
-      for (int n = own; n < params.count; n += ROW_WARPS) {
-        const Accumulator weight = total.weight(Total::lse_of(params, at, n));
-        Accumulator part[RUN];
-        load_columns(at.part<const Element>(params, params.outs, params.out_step, n), at.row, col, params.columns, part);
+    for (int n = own; n < params.count; n += ROW_WARPS) {
+      const Accumulator weight = total.weight(Total::lse_of(params, at, n));
+      Accumulator part[RUN];
+      load_columns(at.part<const Element>(params, params.outs, params.out_step, n), at.row, col, params.columns, part);
 #pragma unroll
-        for (int i = 0; i < RUN; ++i) acc[i] = weight == 0 ? acc[i] : math::fma(weight, part[i], acc[i]);
-      }
-      if constexpr (ROW_WARPS > 1) {
-#pragma unroll
-        for (int i = 0; i < RUN; ++i) {
-          if (col + i < MOST_COLUMNS) store_shared(&smem.sums[warp][col + i], Vector<Accumulator, 1>{{acc[i]}});
-        }
-      } else if (inside) {
-        store_columns(out, at.row, col, params.columns, acc);
-      }
+      for (int i = 0; i < RUN; ++i) acc[i] = weight == 0 ? acc[i] : math::fma(weight, part[i], acc[i]);
     }
     if constexpr (ROW_WARPS > 1) {
-      sync_block();  // sums are written
-      for (int col = RUN * lane; own == 0 && inside && col < params.columns; col += 32 * RUN) {
-        Accumulator acc[RUN] = {};
-        for (int w = 0; w < ROW_WARPS; ++w) {
 #pragma unroll
-          for (int i = 0; i < RUN; ++i) {
-            if (col + i < MOST_COLUMNS) acc[i] += load_shared<1>(&smem.sums[warp + w][col + i]).at[0];
-          }
-        }
-        store_columns(out, at.row, col, params.columns, acc);
-      }
-      sync_block();  // sums are read: the next rows' may be written
+      for (int i = 0; i < RUN; ++i) smem.sums[warp][col + i] = acc[i];
+    } else if (inside) {
+      store_columns(out, at.row, col, params.columns, acc);
     }
-    if (inside && own == 0 && lane == 0) store_number(lse, at.row, total.lse());
   }
+  if constexpr (ROW_WARPS > 1) {
+    sync_block();  // sums are written
+    for (int col = RUN * lane; own == 0 && inside && col < params.columns; col += 32 * RUN) {
+      Accumulator acc[RUN] = {};
+      for (int w = 0; w < ROW_WARPS; ++w) {
+#pragma unroll
+        for (int i = 0; i < RUN; ++i) acc[i] += smem.sums[warp + w][col + i];
+      }
+      store_columns(out, at.row, col, params.columns, acc);
+    }
+  }
+  if (inside && own == 0 && lane == 0) store_number(lse, at.row, total.lse());
 }

@@ -17,7 +17,7 @@ struct MergeParams {
   int unused;
 };
 
-static_assert(sizeof(MergeParams) == MERGE_PARAMS_BYTES, "kernels/params_merge.cuh and _params_merge.py have drifted apart");
+static_assert(sizeof(MergeParams) == MERGE_PARAMS_BYTES, "params_merge.cuh, _params_merge.py: drifted apart");
 
 // One row of one head of one entry: a result's, and each part's.
 struct MergeRow {

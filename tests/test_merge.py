@@ -11,7 +11,7 @@ from emulator import Device, EmulatorError, Schedule, why_not
 
 import cupyflash
 from cupyflash import attention, attention_backward, merge_attention, merge_attention_backward
-from cupyflash._launch_merge import merge_kernel
+from cupyflash._plan_merge import merge_kernel
 from cupyflash.testing import bounds, data, merging, reference
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
