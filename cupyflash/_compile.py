@@ -17,11 +17,16 @@ import numpy as np
 
 from ._arrays import BFLOAT16, import_cupy
 from ._params import PARAMS_BYTES
+from ._params_decode import DECODE_PARAMS_BYTES
 from ._params_merge import MERGE_PARAMS_BYTES
 from ._score_args import FUNCTION_ARGS_BYTES
 from ._tma import MAPPED_PARAMS_BYTES
 
 _INCLUDE = re.compile(r'^\s*#include "([\w.]+)"\s*$')
+# Kernels that carry a struct of their own, by the first word of their names: what its size is called.
+_OWN_PARAMS = {
+    "combine": ("MERGE_PARAMS_BYTES", MERGE_PARAMS_BYTES), "decode": ("DECODE_PARAMS_BYTES", DECODE_PARAMS_BYTES)
+}  # fmt: skip
 _C_TYPES = {
     np.dtype(np.float16): "Float16",
     BFLOAT16: "Bfloat16",
@@ -103,8 +108,8 @@ class Spec:
                 lines.append(f"constexpr int {field.name.upper()} = {value};")
         lines.append(f"constexpr int PARAMS_BYTES = {PARAMS_BYTES}, MAPPED_PARAMS_BYTES = {MAPPED_PARAMS_BYTES};")
         lines.append(f"constexpr int FUNCTION_ARGS_BYTES = {FUNCTION_ARGS_BYTES};")
-        if self.kernel.startswith("combine"):
-            lines.append(f"constexpr int MERGE_PARAMS_BYTES = {MERGE_PARAMS_BYTES};")
+        if (own := _OWN_PARAMS.get(self.kernel.split("_")[0])) is not None:
+            lines.append(f"constexpr int {own[0]} = {own[1]};")
         return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import Array, import_cupy, is_cupy, on_device, take
+from ._arrays import Array, import_cupy, is_cupy, misaligned, on_device, take
 from ._call import Call
 from ._decoding import (
     Extras,
@@ -23,6 +23,8 @@ from ._decoding import (
 from ._functions import Functions, args_of
 from ._options import Asked, Shape, read_options
 from ._plan import Plan
+from ._plan_decode import plan_decode
+from ._planner import check_family, check_gpu_limits, check_tile
 from ._problem import read_problem
 
 
@@ -121,9 +123,15 @@ class DecodeCall(Call):
         return found
 
     def plan(self, family: object, tile: object, wrt: frozenset[str] | None = None, deterministic: bool = True) -> Plan:
-        if self.device is not None:
-            raise NotImplementedError("decode on a GPU: not yet; NumPy arrays work")
-        return super().plan(family, tile)
+        if self.device is None:
+            return super().plan(family, tile)
+        check_family(family, on_gpu=True)
+        check_gpu_limits(self.problem)
+        for name in ("k", "v"):
+            if (why := misaligned(self.inputs[name])) and self.place is not None:
+                raise ValueError(f"{name}_cache: {why}, and a cache is not copied")
+        copies = tuple(f"{name}: {why}" for name, x in self.named().items() if (why := misaligned(x)))
+        return plan_decode(self.problem, self.decoding, self.device, family, check_tile(tile), copies)
 
     def forward(self, plan: Any, out: Array, lse: Array | None) -> Any:
         """Append, turn, attend."""
@@ -134,4 +142,14 @@ class DecodeCall(Call):
             inputs, self.inputs = self.inputs, {**self.inputs, "q": q}
             super().forward(plan, out, lse)
             self.inputs = inputs
+            return None
+        from . import _launch_decode
+
+        names = ("q", "k_new", "v_new", "cos", "sin")
+        tensors = {name: self.inputs[name] for name in names if name in self.inputs} | self.beside()
+        for name in ("k", "v"):
+            cache = self.inputs[name]
+            tensors[name] = cache.swapaxes(1, 2) if self.decoding.page_size else cache
+        tensors |= {"out": out} | ({} if lse is None else {"lse": lse})
+        _launch_decode.decode(self.problem, self.decoding, plan, self.place, tensors)
         return None

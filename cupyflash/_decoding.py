@@ -57,6 +57,8 @@ class Decoding:
         Columns that are turned; 0: none.
     positions : int
         Rows of cos and sin.
+    angle : str
+        Their dtype.
     num_splits : int or None
         Into how many parts the keys of an entry are split at most; None: the planner's choice.
     """
@@ -68,6 +70,7 @@ class Decoding:
     rotary_dim: int = 0
     positions: int = 0
     interleaved: bool = False
+    angle: str = "float32"
     num_splits: int | None = None
     batch_invariant: bool = True
 
@@ -175,15 +178,17 @@ def _read_rotary(rotary: Rotary, inputs: dict[str, Array], width: int) -> dict[s
         raise ValueError(f"rotary.cos.shape[1]={pairs}: with q.shape[-1]={width} it lies between 1 and {width // 2}")
     if positions < 1:
         raise ValueError(f"rotary.cos.shape={cos.shape}: there is at least one position")
-    return {"rotary_dim": 2 * pairs, "positions": positions, "interleaved": bool(rotary.interleaved)}
+    found = {"rotary_dim": 2 * pairs, "positions": positions, "angle": str(cos.dtype)}
+    return found | {"interleaved": bool(rotary.interleaved)}
 
 
 def as_entries(cache: Array, decoding: Decoding, batch: int) -> Any:
     """The cache's dtype, and the shape of all keys that entries may have."""
     if not decoding.page_size:
         return cache
-    _, page_size, heads, width = cache.shape
-    return _Like((batch, heads, decoding.table_columns * page_size, width), cache.dtype)
+    pages, page_size, heads, width = cache.shape
+    capacity = decoding.table_columns * page_size if pages else 0
+    return _Like((batch, heads, capacity, width), cache.dtype)
 
 
 def read_lens(extras: Extras, place: int | None, batch: int, rows: int, capacity: int, paged: bool) -> Array | None:
@@ -198,16 +203,16 @@ def read_lens(extras: Extras, place: int | None, batch: int, rows: int, capacity
         raise TypeError(f"kv_lens.dtype={lens.dtype}: lengths are integers, int32 or int64 on a device")
     if lens.shape not in ((), (1,), (batch,)):
         raise ValueError(f"kv_lens.shape={lens.shape}: it is a number for each entry of the batch, shape ({batch},)")
+    most = capacity - (rows if extras.k_new is not None else 0)
+    size = f"page_table has {capacity} rows an entry" if paged else f"the cache has {capacity} rows"
+    if most < 0:
+        raise ValueError(f"{size}: {rows} new rows do not fit")
     values = known(lens)
     if values is None:
         return None
-    most = capacity - (rows if extras.k_new is not None else 0)
-    size = f"page_table has {capacity} rows an entry" if paged else f"the cache has {capacity} rows"
     if values.size and not 0 <= int(values.min()) <= int(values.max()) <= most:
         new = f", of which {rows} are for new ones" if extras.k_new is not None else ""
         raise ValueError(f"kv_lens holds {int(values.min())} to {int(values.max())}: {size}{new}")
-    if most < 0:
-        raise ValueError(f"{size}: {rows} new rows do not fit")
     return np.broadcast_to(values.astype(np.int64), (batch,))
 
 

@@ -89,7 +89,7 @@ def _plan_gpu(
     unmapped: tuple[str, ...],
     deterministic: bool,
 ) -> Plan:
-    _check_gpu_limits(problem)
+    check_gpu_limits(problem)
     chosen, declined = _choose_family(problem, device, family, wrt is not None)
     if chosen == "simt":
         plan = plan_simt(problem, device, tile, wrt, copies)
@@ -127,7 +127,8 @@ def _choose_family(
     return "simt", declined
 
 
-def _check_gpu_limits(problem: Problem) -> None:
+def check_gpu_limits(problem: Problem) -> None:
+    """ValueError where a problem is beyond what kernels can address."""
     for name, width in (("q", problem.head_dim), ("v", problem.head_dim_v)):
         if width > MAX_HEAD_DIM:
             raise ValueError(f"{name}.shape[-1]={width}: the GPU families take head widths from 1 to {MAX_HEAD_DIM}")

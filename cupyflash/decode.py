@@ -58,8 +58,13 @@ def decode(
     rotary : Rotary, optional
         ``Rotary(cos, sin, interleaved=False)`` turns query t, and row t of k_new, at the row that it sits on, before
         all else, and rounds them once to q's dtype. Rows that the cache holds are turned already.
-    scale, softcap, alibi_slopes, sinks, precision, family, tile
+    scale, softcap, alibi_slopes, sinks, precision
         As for ``attention``.
+    family : str, optional
+        "simt" for CuPy arrays, "cpu" for NumPy arrays. None
+        lets the planner choose.
+    tile : Tile, optional
+        Block sizes, for NumPy arrays: on a GPU there is one tile for each width.
     window : pair of int or None, optional
         As for ``attention``; a query sees nothing to the right of the row that it sits on.
     score, score_args : optional

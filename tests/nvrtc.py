@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupyflash import _planner, _rows, _tiles, explain
+from cupyflash import Rotary, _planner, _rows, _tiles, explain, explain_decode
 from cupyflash._compile import OPTIONS, Spec, source
 from cupyflash._plan import DEVICES, Rows
 from cupyflash._problem import read_problem
@@ -187,6 +187,26 @@ def wide_specs() -> dict[str, tuple[Spec, int, str]]:
                 arch = f"{device}a" if step.name.endswith("_sm90") else device
                 found[f"{device}, {text_of(step.spec)}"] = step.spec, step.smem, arch
     return found
+
+
+def decode_specs(device: str) -> dict[str, list[tuple[Spec, int]]]:
+    """What decoding compiles for a card, and shared memory, by kernel."""
+    found: dict[str, dict[tuple[Spec, int], None]] = {}
+    for dtype, dim, paged, appends, rows in itertools.product(
+        (np.float16, ml_dtypes.bfloat16, np.float32, np.float64), _tiles.WIDTHS, (False, True), (False, True), (1, 16)
+    ):
+        q, new = (np.broadcast_to(np.zeros((), dtype), (2, heads, rows, dim)) for heads in (8, 2))
+        shape = (80, 16, 2, dim) if paged else (2, 2, 640, dim)
+        caches = [np.zeros(shape, dtype) for _ in range(2)]
+        options = {"page_table": np.arange(80, dtype=np.int32).reshape(2, 40)} if paged else {}
+        angles = np.zeros((640, dim // 2), np.float64 if dtype == np.float64 else np.float32)
+        if appends:
+            options |= {"k_new": new, "v_new": new, "rotary": Rotary(angles, angles, interleaved=paged)}
+        for splits in (1, 2):
+            plan = explain_decode(q, *caches, 1, num_splits=splits, device=device, **options)
+            for step in plan.kernels:
+                found.setdefault(step.name, {})[step.spec, step.smem] = None
+    return {kernel: list(specs) for kernel, specs in found.items()}
 
 
 def text_of(spec: Spec) -> str:

@@ -2,18 +2,23 @@
 """Decoding: against the dense specification, whatever the cache looks like; nothing outside it is read or written."""
 
 import dataclasses
+import functools
 import inspect
+import itertools
 
 import hypothesis
 import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import PROFILE
+from emulator import Device, Schedule, why_not
 
 import cupyflash
 from cupyflash import Rotary, Tile, attention, decode, explain_decode
+from cupyflash._plan import DEVICES
 from cupyflash.testing import data, decoding
-from cupyflash.testing.data import OUTPUT_STYLES, place, place_empty
+from cupyflash.testing.data import GPU_STYLES, OUTPUT_STYLES, place, place_empty
 from cupyflash.testing.functions import SCORES, Sizes
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
@@ -83,6 +88,9 @@ class Case:
         style = dict(zip(("q", "k_cache", "k_new"), self.styles, strict=True))
         style |= {"v_cache": style["k_cache"], "v_new": style["k_new"]}
         placed = {name: place(x.astype(self.dtype), style[name], xp) for name, x in arrays.items()}
+        if xp is not np:  # what is there is known to be, though a launch may write it
+            for name in ("k_cache", "v_cache"):
+                placed[name].array[...] = placed[name].array
         options = {"window": self.window, "softcap": self.softcap, "scale": self.scale}
         heads = self.heads_k * self.group
         if self.slopes:
@@ -116,10 +124,11 @@ class Made:
     def arguments(self):
         """Positional arguments and options of decode()."""
         on = self.xp.asarray
+        kv_lens = on(self.lens if self.case.seed % 2 else self.lens.astype(np.int32))
         found = {name: self.placed[name].array for name in ("q", "k_cache", "v_cache")}
         more = {name: self.placed[name].array for name in ("k_new", "v_new") if name in self.placed}
         given = {name: _on(x, on) for name, x in (self.cache | self.options).items()}
-        return (*found.values(), on(self.lens)), more | given
+        return (*found.values(), kv_lens), more | given
 
     def seen(self):
         """What the specification sees."""
@@ -144,9 +153,9 @@ class Made:
             by = decoding.turn_limit(self.before["q"], cos, sin)
             if case.append:
                 by = np.maximum(by, decoding.turn_limit(self.before["k_new"], cos, sin).max(initial=0))
-        merged = max((int(n) for _, n in getattr(plan, "splits", ())), default=1)
+        merged = 4 * getattr(plan, "num_splits", 1)  # and the warps of a block
         report = decoding.check(
-            this, out, lse, turned_by=by, merged=merged, p_dtype=out.dtype if plan.rounds_p else None,
+            this, out, lse, turned_by=by, merged=merged, p_dtype=self.before["q"].dtype if plan.rounds_p else None,
             **{name: x for name, x in self.options.items() if x is not None},
         )  # fmt: skip
         assert report.ok, f"{case}\n{report}"
@@ -413,3 +422,175 @@ def test_explain_takes_the_same_arguments():
     assert (plan.family, plan.block_n) == ("cpu", 64)
     with pytest.raises(ValueError, match="holds 4 to 21"):
         explain_decode(**good(kv_lens=np.array([4, 21])))
+
+
+# ---------------------------------------------------------------------------------------------------------------- plans
+
+
+def planned(batch=1, heads=32, heads_k=8, capacity=8192, dim=128, dtype=np.float32, page_size=0, rows=1, **options):
+    """The plan of a call on a card, without arrays of that size."""
+    q = np.broadcast_to(np.zeros((), dtype), (batch, heads, rows, dim))
+    shape = (batch, heads_k, capacity, dim)
+    if page_size:
+        shape = (batch * capacity // page_size, page_size, heads_k, dim)
+        options["page_table"] = np.zeros((batch, capacity // page_size), np.int32)
+    writeable = "k_new" in options
+    caches = [np.zeros(shape, dtype) if writeable else np.broadcast_to(np.zeros((), dtype), shape) for _ in range(2)]
+    return explain_decode(q, *caches, 1, **{"device": "sm_90"} | options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_splits_do_not_depend_on_the_batch(dtype):
+    for capacity in (1, 100, 256, 257, 8192, 131072, 2**20):
+        plans = [planned(batch, 8 * group, 8, capacity, dtype=dtype) for batch in (1, 7, 300) for group in (1, 4)]
+        assert len({(p.split_length, p.num_splits, p.block_m, p.block_n) for p in plans}) == 1
+        plan = plans[0]
+        assert (plan.num_splits - 1) * plan.split_length < capacity <= plan.num_splits * plan.split_length
+        assert (plan.num_splits > 1) == any(step.name == "combine" for step in plan.kernels)
+
+
+def test_the_caller_may_fix_splits_or_let_them_fill_a_card():
+    for splits in (1, 2, 3, 64):
+        assert planned(num_splits=splits).num_splits == splits
+    assert planned(capacity=100, num_splits=50).num_splits <= 100 // 32 + 1  # no split without keys
+    filled = [planned(batch, heads_k=1, capacity=16384, batch_invariant=False) for batch in (1, 4, 1000)]
+    assert filled[0].num_splits > filled[1].num_splits > filled[2].num_splits == 1
+    assert filled[0].kernels[0].grid >= 132
+
+
+@pytest.mark.parametrize("card", DEVICES)
+def test_every_width_fits_every_card(card):
+    for dtype, dim, rows, page_size in itertools.product(DTYPES, (1, 16, 100, 128, 130, 256), (1, 16), (0, 16)):
+        plan = planned(2, 4, 2, 320, dim, dtype, page_size, rows, device=card)
+        assert all(step.smem <= DEVICES[card].smem and step.threads <= 1024 for step in plan.kernels)
+        (step,) = (step for step in plan.kernels if step.name.startswith("decode"))
+        assert step.grid == 2 * 2 * -(-rows * 2 // step.spec.block_m) * plan.num_splits
+
+
+def test_a_plan_says_what_runs_and_why():
+    angles = np.zeros((8192, 8), np.float32)
+    new = np.broadcast_to(np.float32(0), (1, 8, 1, 128))
+    plan = planned(k_new=new, v_new=new, rotary=Rotary(angles, angles))
+    assert [step.name for step in plan.kernels] == ["decode_append", f"decode_{plan.family}", "combine"]
+    assert plan.kernels[0].writes == ("k", "v", "q_turned")
+    assert f"{plan.num_splits} of {plan.split_length} keys each" in str(plan)
+    assert plan.workspace == 4 * (32 * plan.num_splits * 129 + 32 * 128)
+    assert [step.name for step in planned(num_splits=1).kernels] == [f"decode_{plan.family}"]
+    assert "splits      none" in str(planned(num_splits=1))
+    for options, why in (
+        ({"family": "sm90"}, "family 'simt'"), ({"family": "cpu"}, "CuPy arrays"), ({"tile": Tile(64, 64)}, "one tile"),
+        ({"dim": 257}, "257"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=why):
+            planned(**options)
+
+
+# ------------------------------------------------------------------------------------------------ kernels, emulated
+
+ARCHS = {"simt": 70}
+KINDS = {"simt": DTYPES}
+FAMILIES = pytest.mark.parametrize("family", ARCHS)
+
+
+def emulated(family, seed=0, **more):
+    """Under the race checker, each launch under a schedule of its own."""
+    why_not()
+    draw = functools.partial(_schedule, seed)
+    return Device(draw, arch=ARCHS[family], undefined=PROFILE != "ci", **more)
+
+
+def _schedule(seed, launch):
+    return Schedule.draw(seed and 100 * seed + launch)
+
+
+@FAMILIES
+@hypothesis.settings(max_examples=12 if PROFILE == "ci" else 300)
+@hypothesis.given(choices=st.data(), seed=st.integers(0, 2**32))
+def test_any_case_of_kernels(family, choices, seed):
+    styles = tuple(style for style in OUTPUT_STYLES if style in GPU_STYLES)
+    case = choices.draw(cases(KINDS[family], styles, widths=(7, 16, 24), rows=5, most=70))
+    splits = choices.draw(st.sampled_from([None, 1, 2, 3]))
+    hypothesis.note(repr(case))
+    with emulated(family, seed) as xp:
+        case.make(xp).run(family=family, num_splits=splits)
+
+
+@pytest.mark.share(8)
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(("family", "dtype"), [(f, dtype) for f in ARCHS for dtype in KINDS[f]])
+def test_named_cases_of_kernels(family, dtype, name):
+    with emulated(family, 7) as xp:
+        dataclasses.replace(NAMED[name], dtype=dtype).make(xp).run(family=family)
+
+
+@FAMILIES
+def test_bits_of_kernels(family):
+    """An entry's bits are the same alone and in any batch, in line and in pages of any size, under any schedule."""
+    rng = np.random.default_rng(4)
+    q, k, v = (rng.standard_normal((3, heads, n, 24)).astype(np.float16) for heads, n in ((4, 2), (2, 600), (2, 600)))
+    lens = np.array([600, 3, 513])
+
+    def run(b, size=0, seed=0):
+        caches, table = [k[b], v[b]], None
+        if size:
+            table = rng.permutation(len(k[b]) * 600 // size).reshape(len(k[b]), -1).astype(np.int32)
+            for i, x in enumerate(caches):
+                caches[i] = np.empty((table.size, size, 2, 24), x.dtype)
+                caches[i][table] = x.reshape(len(x), 2, -1, size, 24).transpose(0, 2, 3, 1, 4)
+        with emulated(family, seed) as xp:
+            args = (xp.asarray(x) for x in (q[b], *caches, lens[b]))
+            return decode(*args, page_table=None if table is None else xp.asarray(table), family=family).get()
+
+    together = run(slice(None))
+    for b, size, seed in ((slice(0, 1), 0, 0), (slice(2, 3), 12, 5), (slice(None), 20, 7), (slice(1, 2), 600, 0)):
+        assert run(b, size, seed).tobytes() == together[b].tobytes(), (b, size)
+
+
+@FAMILIES
+def test_kernels_clamp_what_the_host_does_not_know(family):
+    """Lengths outside the cache count as the nearest inside, pages that do not exist as the nearest that do."""
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.standard_normal((3, 2, n, 16)).astype(np.float16) for n in (2, 40, 40))
+    k_new, v_new = rng.standard_normal((2, 3, 2, 2, 16)).astype(np.float16)
+    angles = rng.standard_normal((7, 3)).astype(np.float32)  # fewer positions than rows
+    table = rng.permutation(15).reshape(3, 5).astype(np.int32)
+    pages = [rng.standard_normal((15, 8, 2, 16)).astype(np.float16) for _ in range(2)]
+    wild = table.copy()
+    wild[0, 1], wild[0, 3] = -1, 2**31 - 1
+    tame = np.clip(wild, 0, 14)
+    for append, lens, near in ((False, [-5, 10**9, 41], [0, 40, 40]), (True, [2**31 - 1, -(2**31), 39], [38, 0, 38])):
+        for kind, caches, tables in ((np.int32, (k, v), None), (np.int64, pages, (wild, tame))):
+            results = []
+            for n, given in enumerate((lens, near)):
+                with emulated(family, 3) as xp:
+                    held = [xp.asarray(x) for x in caches]
+                    for x in held:
+                        x[...] = x  # what is there is known to be, though a launch may write it
+                    new = {"k_new": xp.asarray(k_new), "v_new": xp.asarray(v_new)} if append else {}
+                    if tables is not None and append:  # two entries that grow in one page
+                        tables = (table, table)
+                    out = decode(
+                        xp.asarray(q), *held, xp.asarray(np.array(given, kind)), family=family, return_lse=True,
+                        page_table=None if tables is None else xp.asarray(tables[n]),
+                        rotary=Rotary(*map(xp.asarray, (np.cos(angles), np.sin(angles)))), **new,
+                    )  # fmt: skip
+                    results.append([x.get().tobytes() for x in (*out, *held)])
+            assert results[0] == results[1], (append, kind)
+
+
+def test_devices_are_asked_where_the_environment_says_so(monkeypatch):
+    monkeypatch.setenv("CUPYFLASH_CHECK", "1")
+    with emulated("simt") as xp:
+        q, cache = xp.asarray(ones(2, 2, 1, 8)), xp.asarray(ones(2, 2, 20, 8))
+        with pytest.raises(ValueError, match="kv_lens holds 4 to 21"):
+            decode(q, cache, cache, xp.asarray(np.array([4, 21])))
+        pages = xp.asarray(ones(4, 5, 2, 8))
+        with pytest.raises(ValueError, match=r"page_table\[1, 0\]=4"):
+            decode(q, pages, pages, xp.asarray(np.array([4, 1])), page_table=xp.asarray(np.array([[0], [4]], np.int32)))
+
+
+def test_new_rows_need_room_whatever_the_lengths_are():
+    with emulated("simt") as xp:
+        q, new, cache = (xp.asarray(ones(1, 2, n, 8)) for n in (3, 3, 2))
+        with pytest.raises(ValueError, match="the cache has 2 rows: 3 new rows do not fit"):
+            decode(q, cache, cache, xp.asarray(np.array([0])), k_new=new, v_new=new)

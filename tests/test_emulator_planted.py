@@ -33,15 +33,19 @@ def test_planted_in_a_sample(bug: Planted):
 @pytest.mark.parametrize("bug", LIBRARY, ids=lambda bug: f"{bug.kernel}: {bug.name}")
 def test_planted_in_a_kernel(bug: Planted):
     _applies(bug, assembled_text(bug.kernel))
-    run = bug.problem.forward if bug.kernel.startswith("fwd") else bug.problem.backward
+    run = _run_of(bug)
     for seed in bug.seeds:
         _expect(bug, lambda seed=seed: run((bug.patch,), Schedule.draw(seed)))
 
 
 @pytest.mark.parametrize("bug", LIBRARY, ids=lambda bug: f"{bug.kernel}: {bug.name}")
 def test_its_problem_is_clean_without_it(bug: Planted):
-    run = bug.problem.forward if bug.kernel.startswith("fwd") else bug.problem.backward
+    run = _run_of(bug)
     run((), Schedule.draw(3))
+
+
+def _run_of(bug):
+    return bug.problem.forward if bug.kernel.startswith(("fwd", "decode", "combine")) else bug.problem.backward
 
 
 def _applies(bug, where):

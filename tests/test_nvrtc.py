@@ -18,6 +18,7 @@ from nvrtc import (
     TABLE,
     ampere_specs,
     compile_spec,
+    decode_specs,
     hopper_candidates,
     hopper_specs,
     two_part_specs,
@@ -70,6 +71,15 @@ def test_kernel_compiles_into_registers(device, kernel):
         assert compiled.spill_bytes <= room, f"{spec}\n{compiled.log}"
         if device in TUNED:  # a stack frame without spills is an array that is not in registers
             assert compiled.stack_bytes == 0, f"{spec}\n{compiled.log}"
+
+
+@pytest.mark.parametrize("device", ARCHS)
+def test_decoding_compiles_into_registers(device):
+    for kernel, every in decode_specs(device).items():
+        chosen = every if PROFILE == "nightly" else random.Random(f"{SEED} {device} {kernel}").sample(every, SHARE)
+        for spec, smem in chosen:
+            compiled = compile_spec(spec, smem, ARCHS[device])
+            assert compiled.spill_bytes == compiled.stack_bytes == 0, f"{spec}\n{compiled.log}"
 
 
 HOPPER = hopper_specs()

@@ -433,7 +433,7 @@ def _module(name: str, module: ModuleType) -> Iterator[None]:
 @contextlib.contextmanager
 def _watched_launches(device: Device) -> Iterator[None]:
     """Learn from the library which arrays a launch consists of, and which of them its plan says it writes."""
-    from cupyflash import _call, _compile, _launch, _launch_merge, _plan_sm90, _ready, _tma
+    from cupyflash import _call, _compile, _launch, _launch_decode, _launch_merge, _plan_sm90, _ready, _tma
 
     encoder, takes_lengths = _tma.encoder, _plan_sm90.TAKES_LENGTHS
     start = _launch.Launch.run
@@ -447,7 +447,7 @@ def _watched_launches(device: Device) -> Iterator[None]:
 
     def forget() -> None:  # kernels hold their device, and its patches
         _compile._loaded.clear()
-        for kept in (_launch._launch, _launch_merge._launch, _launch_merge.combine_launch):
+        for kept in (_launch._launch, _launch_decode._launch, _launch_merge._launch, _launch_merge.combine_launch):
             kept.cache_clear()
         _ready.forget()
         _call._device.cache_clear()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from .removals import (
     AMPERE_BACKWARD,
     AMPERE_FORWARD,
+    DECODE_SIMT,
     DOUBLE_BACKWARD,
     DOUBLE_FORWARD,
     HOPPER_FORWARD,
@@ -15,6 +16,7 @@ from .removals import (
     PACKED_BACKWARD,
     PACKED_FORWARD,
     PARTS_FORWARD,
+    DecodeProblem,
     PackedProblem,
     Problem,
     hopper_backward,
@@ -52,7 +54,7 @@ class Planted:
     new: str
     kinds: tuple[str, ...]
     says: str = ""
-    problem: Problem | PackedProblem = RAGGED
+    problem: Problem | PackedProblem | DecodeProblem = RAGGED
     seeds: tuple[int, ...] = (0, 1)
 
     def applies(self, text: str) -> bool:
@@ -738,5 +740,49 @@ LIBRARY = (
         "a sequence found that is too short", "bwd_sm90",
         r"blocks > rank \? blocks : 0x7fffffff", "blocks > rank ? 9 : 9",
         ("values", "deadlock", "out of bounds", "race between blocks", "undefined"), "", PACKED_BACKWARD,
+    ),
+    # ---- decoding
+    Planted(
+        "heads of another group", "decode_simt", r"head = head_k \* heads;", "head = head_k;",
+        ("values", "race between blocks", "uninitialised"), "", DECODE_SIMT[0],
+    ),
+    Planted(
+        "a row of the next page", "decode_simt", r"\(j - place \* page_size\)", "(j - place * page_size + 1)",
+        ("values", "out of bounds"), "", DECODE_SIMT[0],
+    ),
+    Planted(
+        "a page as the table has it", "decode_simt", r"clamped_index\((load_global<1>\(pages [^,]*), num_pages\)",
+        r"\1", ("out of bounds",), "", DecodeProblem("simt", "float32", wild=True),
+    ),
+    Planted(
+        "a length as it came", "decode_append", r"n < 0 \? 0 : smaller\(n, most\)", "n",
+        ("out of bounds",), "", DecodeProblem("simt", "float32", page_size=0, wild=True),
+    ),
+    Planted(
+        "splits that overlap", "decode_simt", r"begin = split \* blocks, end", "begin = split * (blocks - 1), end",
+        ("values",), "", DECODE_SIMT[0],
+    ),
+    Planted(
+        "a sink in every split", "decode_simt", r"SINKS && tile\.split == 0", "SINKS", ("values",), "",
+        DecodeProblem("simt", "float32", options=(("sinks", (1.0, 2.0, 0.5, 0.0, 3.0, -1.0)),)),
+    ),
+    Planted(
+        "a warp left out of the sum", "decode_simt", r"for \(int warp = 0; warp < NUM_WARPS; \+\+warp\) \{\n\s*if",
+        "for (int warp = 1; warp < NUM_WARPS; ++warp) {\n if", ("values",), "", DECODE_SIMT[0],
+    ),
+    Planted(
+        "P across lanes without a barrier", "decode_simt", r"sync_warp\(\);  // P is written", "",
+        ("race", "uninitialised"), "shared", DECODE_SIMT[0],
+    ),
+    Planted(
+        "new rows one too far", "decode_append", r"to = cache\.at\(position\)", "to = cache.at(position + 1)",
+        ("values", "out of bounds", "race between blocks", "race"), "", DECODE_SIMT[0],
+    ),
+    Planted(
+        "turned the other way", "decode_append", r"x \* c - y \* s", "x * c + y * s", ("values",), "", DECODE_SIMT[0],
+    ),
+    Planted(
+        "a split forgotten", "combine", r"n = own; n < params\.count; n", "n = own + 1; n < params.count; n",
+        ("values",), "", DECODE_SIMT[0],
     ),
 )  # fmt: skip

@@ -223,6 +223,60 @@ class PackedProblem:
         return [*packed, *(np.concatenate([[0], np.cumsum(own)]).astype(np.int32) for own in lengths[:2])]
 
 
+@dataclass(frozen=True)
+class DecodeProblem:
+    """A cache with more blocks of keys than a warp's ring holds, several splits; new rows that are turned."""
+
+    family: str
+    dtype: str
+    head_dim: int = 24
+    rows: int = 2
+    lens: tuple[int, ...] = (798, 0, 70)
+    page_size: int = 16  # 0: in line
+    gap: int = 0  # columns of the cache that are not the heads'
+    num_splits: int = 2
+    wild: bool = False  # lengths and a page number are outside, and count as the nearest inside
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def forward(self, patches: tuple[Patch, ...], schedule: Schedule) -> None:
+        from cupyflash import Rotary, decode
+        from cupyflash.testing import decoding, reference
+
+        r = np.random.default_rng(0)
+        batch, longest = len(self.lens), max(self.lens) + self.rows
+        lens, shape, table, named = np.array(self.lens), (batch, 2, longest), None, {}
+        given_lens = np.where(lens == 0, -5, lens + 10**6 * (lens == max(lens))) if self.wild else lens
+        if self.page_size:
+            columns = -(-longest // self.page_size)
+            pages = batch * columns
+            shape = (pages, self.page_size, 2)
+            table = r.permutation(pages).reshape(batch, columns).astype(np.int32)
+            table = (table - table[0, 0] - 1) % pages  # the first page is the last one of the cache
+            named["page_table"] = np.where(table == pages - 1, pages + 7, table) if self.wild else table
+        caches = [r.standard_normal((*shape, self.head_dim + self.gap)).astype(self.dtype) for _ in range(2)]
+        q = r.standard_normal((batch, 6, self.rows, self.head_dim)).astype(self.dtype)
+        new = [r.standard_normal((batch, 2, self.rows, self.head_dim)).astype(self.dtype) for _ in range(2)]
+        angles = r.uniform(0, 6, (longest, 4)).astype(np.float32)
+        turns = np.cos(angles), np.sin(angles)
+        options = {name: np.array(x) if isinstance(x, tuple) else x for name, x in self.options}
+        with Device(schedule, patches, arch=80, undefined=False) as xp:
+            held = [xp.asarray(x) for x in caches]
+            for x in held:
+                x[...] = x  # all of it is known, though a launch may write it
+            got = decode(
+                xp.asarray(q), *(x[..., : self.head_dim] for x in held), xp.asarray(given_lens),
+                k_new=xp.asarray(new[0]), v_new=xp.asarray(new[1]), rotary=Rotary(*map(xp.asarray, turns)),
+                family=self.family, num_splits=self.num_splits, return_lse=True,
+                **{name: xp.asarray(x) for name, x in (options | named).items()},
+            )  # fmt: skip
+            found = [x.get() for x in got]
+        ours = [x[..., : self.head_dim] for x in caches]
+        this = decoding.seen(q, *ours, lens, page_table=table, k_new=new[0], v_new=new[1], rotary=(*turns, False))
+        right = reference.forward(this.q, this.k, this.v, causal=True, kv_lens=this.kv_lens, **options)
+        for x, y in zip(found, right, strict=True):
+            _compare(x, y)
+
+
 def _compare(got: np.ndarray, right: np.ndarray) -> None:
     # Coarse: these problems find lost synchronisation and wrong indices, others find lost digits. In 16 bits P and dS
     # are rounded: errors of theirs are 1e-3.
@@ -380,6 +434,9 @@ PACKED_BACKWARD = PackedProblem(
 )  # fmt: skip
 
 
+DECODE_SIMT = (DecodeProblem("simt", "float32"), DecodeProblem("simt", "float32", num_splits=1))
+
+
 def runs_of(removal: Removal) -> list[Run]:
     """What a removal may break, likeliest first."""
     file = removal.file
@@ -399,6 +456,8 @@ def runs_of(removal: Removal) -> list[Run]:
         return [p.backward for p in DOUBLE_BACKWARD]
     if file.endswith(("_wide.cu", "_wide.cuh")):
         return [p.forward for p in DOUBLE_FORWARD]
+    if file.startswith(("decode", "combine", "cache")):
+        return [p.forward for p in DECODE_SIMT]
     if file in ("bwd_sm80.cu", "gradients.cuh"):
         return [p.backward for p in AMPERE_BACKWARD]
     if file.endswith(("_sm80.cu", "_sm80.cuh")):
