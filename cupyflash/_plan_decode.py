@@ -17,15 +17,17 @@ from ._compile import FLOAT32, Spec
 from ._decoding import Decoding
 from ._plan import Device, KernelPlan, Plan, Tile, feature_fields, grid, plan_of, sign
 from ._plan_merge import MOST_BLOCKS, merge_kernel
-from ._plan_merge import WARPS as COMBINE_WARPS
+from ._plan_tensor_cores import why_not_tensor_cores
 from ._problem import Problem
 from ._tiles import padded_widths
 
-# Keys of a split, and how many splits at most: then they are longer. Not measured yet: 256 keys of 8 kv heads make 256
-# blocks of an entry of 8192 rows, two for each multiprocessor of an H200.
-SPLIT_LENGTH, MOST_SPLITS = 256, 512
-FEWEST_KEYS = 64  # of a split that batch_invariant=False makes
+# Keys of a split, and how many splits at most: then they are longer. Reckoned, not measured: splits of 256 keys make
+# 256 thread blocks of one entry of 8192 rows and 8 kv heads, two for each multiprocessor of an H200; and of 128 parts
+# each warp of combine goes through 16, for a few microseconds after the tens that their keys take.
+SPLIT_LENGTH, MOST_SPLITS = 256, 128
+FEWEST_KEYS, MOST_TO_FILL = 64, 512  # of a split, and splits, where batch_invariant=False fills a card
 FILL = 2  # thread blocks for each multiprocessor that it wants
+COMBINE_WARPS = 8  # of a row
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,27 @@ class DecodeRow:
     warps: int
 
 
+def decode_row_sm80(head_dim: int, head_dim_v: int, rows: int, smem: int) -> DecodeRow:
+    """The largest of a few tiles that fits. None was measured; smaller rings let more thread blocks share a card."""
+    widest = max(head_dim, head_dim_v)
+    block_m = 32 if rows > 16 and widest <= 128 else 16
+    block_n = 32 if widest <= 64 else 16
+    for stages, warps in ((3, 4), (2, 4), (2, 2)):
+        row = DecodeRow(block_m, block_n, stages, warps)
+        if decode_smem_sm80(row, head_dim, head_dim_v) <= smem // 2 or (stages, warps) == (2, 2):
+            return row
+    raise AssertionError("the last one is taken")
+
+
+def decode_smem_sm80(row: DecodeRow, head_dim: int, head_dim_v: int) -> int:
+    """sizeof(Smem) of decode_sm80."""
+    ring = row.stages * row.block_n * (head_dim + head_dim_v) * 2
+    outputs = row.block_m * (head_dim_v + 4) * 4
+    warp = -(-max(ring, outputs) // 128) * 128
+    total = row.block_m * head_dim * 2 + row.warps * (warp + 2 * row.block_m * 4)
+    return -(-total // 128) * 128
+
+
 def decode_row_simt(accumulator: int) -> DecodeRow:
     """8 rows of float32, 4 of float64: what registers hold of the widest heads."""
     return DecodeRow(block_m=8 if accumulator == 4 else 4, block_n=32, stages=2, warps=4)
@@ -90,16 +113,24 @@ def plan_decode(
     """decode_append where rows are new or turned, decode_*, and combine where keys are split."""
     if tile != Tile():
         raise ValueError(f"{tile} with CuPy arrays: decode has one tile for each width on a GPU")
-    if family not in (None, "simt"):
-        raise ValueError(f"family={family!r}: decode has kernels of the family 'simt'")
+    why = _why_not_sm80(problem, device)
+    if family == "sm90":
+        raise ValueError("family='sm90': decode has kernels of the families 'sm80' and 'simt'")
+    if family == "sm80" and why is not None:
+        raise ValueError(f"family='sm80': {why}")
+    chosen = "simt" if family == "simt" or why is not None else "sm80"
     widths, heads_k = padded_widths(problem), problem.num_heads_k
     rows = problem.seqlen_q * (problem.num_heads // heads_k)
     accumulator = problem.accumulator.itemsize
-    row = decode_row_simt(accumulator)
-    smem = decode_smem_simt(row, *widths, accumulator)
+    if chosen == "sm80":
+        row = decode_row_sm80(*widths, rows, device.smem)
+        smem = decode_smem_sm80(row, *widths)
+    else:
+        row = decode_row_simt(accumulator)
+        smem = decode_smem_simt(row, *widths, accumulator)
     tiles = grid(rows, row.block_m, heads_k * problem.batch)
     length, count = split_keys(problem, decoding, device, row, tiles)
-    spec = _spec("decode_simt", problem, decoding, row, widths, count > 1)
+    spec = _spec(f"decode_{chosen}", problem, decoding, row, widths, count > 1)
     writes = ("partial", "partial_lse") if count > 1 else ("out", "lse")
     kernels = [KernelPlan(spec, grid(tiles, 1, count), 32 * row.warps, smem, writes)]
     if decoding.appends or decoding.rotary_dim:
@@ -108,11 +139,18 @@ def plan_decode(
         kernels.append(combine_of(problem, count))
     results = _temporaries(problem, decoding, count)
     base = plan_of(
-        "simt", device.name, problem, False, (row.block_m, row.block_n), kernels=tuple(kernels), copies=copies,
-        workspace=sum(map(_bytes, results)),
+        chosen, device.name, problem, False, (row.block_m, row.block_n), kernels=tuple(kernels), copies=copies,
+        declined=() if why is None else (("sm80", why),), workspace=sum(map(_bytes, results)),
+        rounds_p=chosen == "sm80",
     )  # fmt: skip
     given = {f.name: getattr(base, f.name) for f in fields(base)}
     return DecodePlan(**given, split_length=length, num_splits=count, results=results)
+
+
+def _why_not_sm80(problem: Problem, device: Device) -> str | None:
+    if device.arch < 80:
+        return f"{device.name} has compute capability {device.arch / 10}: mma.sync of these shapes came with 8.0"
+    return why_not_tensor_cores(problem, "mma.sync")
 
 
 def split_keys(
@@ -125,7 +163,7 @@ def split_keys(
     elif decoding.batch_invariant:
         length = max(SPLIT_LENGTH, -(-longest // MOST_SPLITS))
     else:
-        wanted = min(MOST_SPLITS, max(1, -(-FILL * device.sms // max(tiles, 1))))
+        wanted = min(MOST_TO_FILL, max(1, -(-FILL * device.sms // max(tiles, 1))))
         length = max(FEWEST_KEYS, -(-longest // wanted))
     length = -(-length // unit) * unit
     return length, -(-longest // length)
@@ -134,11 +172,12 @@ def split_keys(
 def _spec(
     kernel: str, problem: Problem, decoding: Decoding, row: DecodeRow, widths: tuple[int, int], splits: bool
 ) -> DecodeSpec:
+    held = widths[0] // 16 if kernel == "decode_sm80" and widths[0] <= 128 and row.block_m == 16 else 0
     options: dict[str, Any] = {"scale_sign": sign(problem.scale), **feature_fields(problem.options)}
     return DecodeSpec(
         kernel=kernel, element=problem.dtype, output=problem.out_dtype, accumulator=problem.accumulator,
         gradient=problem.dtype, head_dim=widths[0], head_dim_v=widths[1], dim_chunk=max(widths), block_m=row.block_m,
-        block_n=row.block_n, num_stages=row.stages, num_warps=row.warps, causal=True,
+        block_n=row.block_n, num_stages=row.stages, num_warps=row.warps, causal=True, q_held=held,
         paged=decoding.page_size > 0, appends=decoding.appends, splits=splits, **options,
     )  # fmt: skip
 

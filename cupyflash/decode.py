@@ -61,7 +61,7 @@ def decode(
     scale, softcap, alibi_slopes, sinks, precision
         As for ``attention``.
     family : str, optional
-        "simt" for CuPy arrays, "cpu" for NumPy arrays. None
+        "sm80" (16-bit types, since compute capability 8.0) or "simt" for CuPy arrays, "cpu" for NumPy arrays. None
         lets the planner choose.
     tile : Tile, optional
         Block sizes, for NumPy arrays: on a GPU there is one tile for each width.

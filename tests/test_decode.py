@@ -478,7 +478,7 @@ def test_a_plan_says_what_runs_and_why():
     assert [step.name for step in planned(num_splits=1).kernels] == [f"decode_{plan.family}"]
     assert "splits      none" in str(planned(num_splits=1))
     for options, why in (
-        ({"family": "sm90"}, "family 'simt'"), ({"family": "cpu"}, "CuPy arrays"), ({"tile": Tile(64, 64)}, "one tile"),
+        ({"family": "sm90"}, "'sm80' and 'simt'"), ({"family": "cpu"}, "CuPy arrays"), ({"tile": Tile(64, 64)}, "one tile"),
         ({"dim": 257}, "257"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=why):
@@ -487,8 +487,8 @@ def test_a_plan_says_what_runs_and_why():
 
 # ------------------------------------------------------------------------------------------------ kernels, emulated
 
-ARCHS = {"simt": 70}
-KINDS = {"simt": DTYPES}
+ARCHS = {"simt": 70, "sm80": 80}
+KINDS = {"simt": DTYPES, "sm80": (np.float16, ml_dtypes.bfloat16)}
 FAMILIES = pytest.mark.parametrize("family", ARCHS)
 
 
@@ -576,6 +576,23 @@ def test_kernels_clamp_what_the_host_does_not_know(family):
                     )  # fmt: skip
                     results.append([x.get().tobytes() for x in (*out, *held)])
             assert results[0] == results[1], (append, kind)
+
+
+@pytest.mark.parametrize("dim", [24, 40])
+def test_rows_of_any_alignment_give_the_same_bits(dim):
+    """16, 8, 4 or 2 bytes at a time, from rows that lie side by side, apart, and column by column."""
+    rng = np.random.default_rng(6)
+    q, k, v = (rng.standard_normal((2, heads, n, dim)).astype(np.float16) for heads, n in ((2, 1), (1, 200), (1, 200)))
+    results = set()
+    for gap, begin in ((0, 0), (4, 0), (2, 0), (1, 0), (8, 4), (8, 2), (8, 1), (None, 0)):
+        with emulated("sm80", 5) as xp:
+            if gap is None:
+                caches = [xp.asarray(np.ascontiguousarray(x.swapaxes(2, 3))).swapaxes(2, 3) for x in (k, v)]
+            else:
+                room = [np.pad(x, [(0, 0)] * 3 + [(begin, gap + 8)], constant_values=np.nan) for x in (k, v)]
+                caches = [xp.asarray(x)[..., begin : begin + dim] for x in room]
+            results.add(decode(xp.asarray(q), *caches, 150, family="sm80", num_splits=1).get().tobytes())
+    assert len(results) == 1
 
 
 def test_devices_are_asked_where_the_environment_says_so(monkeypatch):

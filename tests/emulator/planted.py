@@ -9,6 +9,7 @@ from .removals import (
     AMPERE_BACKWARD,
     AMPERE_FORWARD,
     DECODE_SIMT,
+    DECODE_SM80,
     DOUBLE_BACKWARD,
     DOUBLE_FORWARD,
     HOPPER_FORWARD,
@@ -769,6 +770,22 @@ LIBRARY = (
     Planted(
         "a warp left out of the sum", "decode_simt", r"for \(int warp = 0; warp < NUM_WARPS; \+\+warp\) \{\n\s*if",
         "for (int warp = 1; warp < NUM_WARPS; ++warp) {\n if", ("values",), "", DECODE_SIMT[0],
+    ),
+    Planted(
+        "keys beyond the last one", "decode_sm80", r"send\(own\.slot\[slot\]\.k, keys_end - n_block \* BLOCK_N\)",
+        "send(own.slot[slot].k, BLOCK_N)", ("out of bounds", "values", "uninitialised"), "", DECODE_SM80[0],
+    ),
+    Planted(
+        "rows of a block looked up too late", "decode_sm80", r"cp_async_commit\(\);\n\s*look\(n_block \+ NUM_WARPS\);",
+        "cp_async_commit();", ("values",), "", DECODE_SM80[0],
+    ),
+    Planted(
+        "the slot at hand refilled", "decode_sm80", r"slot == 0 \? AHEAD : slot - 1", "slot",
+        ("early use", "race", "early overwrite"), "", DECODE_SM80[0],
+    ),
+    Planted(
+        "a block too early", "decode_sm80", r"cp_async_wait<AHEAD>\(\);\n\s*sync_warp",
+        "cp_async_wait<AHEAD + 1>();\n sync_warp", ("early use",), "cp.async", DECODE_SM80[0],
     ),
     Planted(
         "P across lanes without a barrier", "decode_simt", r"sync_warp\(\);  // P is written", "",

@@ -434,6 +434,10 @@ PACKED_BACKWARD = PackedProblem(
 )  # fmt: skip
 
 
+DECODE_SM80 = (
+    DecodeProblem("sm80", "float16"), DecodeProblem("sm80", "float16", head_dim=72, gap=1),
+    DecodeProblem("sm80", "float16", rows=9, num_splits=1),
+)  # fmt: skip
 DECODE_SIMT = (DecodeProblem("simt", "float32"), DecodeProblem("simt", "float32", num_splits=1))
 
 
@@ -457,7 +461,7 @@ def runs_of(removal: Removal) -> list[Run]:
     if file.endswith(("_wide.cu", "_wide.cuh")):
         return [p.forward for p in DOUBLE_FORWARD]
     if file.startswith(("decode", "combine", "cache")):
-        return [p.forward for p in DECODE_SIMT]
+        return [p.forward for p in (DECODE_SM80 if "sm80" in file else DECODE_SIMT)]
     if file in ("bwd_sm80.cu", "gradients.cuh"):
         return [p.backward for p in AMPERE_BACKWARD]
     if file.endswith(("_sm80.cu", "_sm80.cuh")):
