@@ -36,7 +36,7 @@ class DecodeCall(Call):
 
     def __init__(
         self, q: Any, k_cache: Any, v_cache: Any, asked: Asked, extras: Extras, out: Array | None = None,
-        device: object = None,
+        device: object = None, functions: Functions | None = None,
     ) -> None:  # fmt: skip
         self._extras = extras
         beside: dict[str, Array] = {}
@@ -46,8 +46,9 @@ class DecodeCall(Call):
         if extras.rotary is not None:
             beside |= take_rotary(extras.rotary)
         super().__init__(
-            q, take("k_cache", k_cache), take("v_cache", v_cache), asked, beside=beside, out=out, device=device
-        )
+            q, take("k_cache", k_cache), take("v_cache", v_cache), asked,
+            beside=beside, out=out, device=device, functions=functions,
+        )  # fmt: skip
 
     def named(self) -> dict[str, Array]:
         """The inputs by the names of arguments."""
@@ -151,5 +152,4 @@ class DecodeCall(Call):
             cache = self.inputs[name]
             tensors[name] = cache.swapaxes(1, 2) if self.decoding.page_size else cache
         tensors |= {"out": out} | ({} if lse is None else {"lse": lse})
-        _launch_decode.decode(self.problem, self.decoding, plan, self.place, tensors)
-        return None
+        return _launch_decode.decode(self.problem, self.decoding, plan, self.place, tensors)

@@ -19,7 +19,7 @@ import numpy as np
 from . import _compile
 from ._arrays import Array, ArraySpec, address, import_cupy, misaligned, on_device
 from ._block_map import MAPS
-from ._params import BY_TILE, TAIL_AXES, element_strides, make_template, scalars
+from ._params import BY_TILE, TAIL_AXES, Layout, element_strides, make_template, scalars
 from ._plan import KernelPlan, Plan, tile_shift
 from ._problem import Problem
 from ._score_args import GRADIENT_ARGS, argument_name, argument_place
@@ -40,7 +40,6 @@ class LaunchTemplate(Protocol):
 
 
 Tensors = dict[str, Array | None]
-Layout = tuple[str, tuple[int, ...], tuple[int, ...], int]  # name, shape, strides in bytes, itemsize
 
 
 class Launch:
@@ -68,14 +67,19 @@ class Launch:
         template.begin(struct)
         self._words = struct.cast("Q")
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._memory) + start)
+        self._pointers_at = ctypes.addressof(self._pointers)
+        self._launch = import_cupy().cuda.driver.launchKernel
         self._shape = (grid, 1, 1, step.threads, 1, 1, step.smem)
 
-    def run(self, tensors: dict[str, Array]) -> None:
-        """Launch on the current stream: once, or once for each index of leading axes beyond the struct's."""
+    def run(self, tensors: dict[str, Array], stream: int | None = None) -> None:
+        """Launch on the current stream: once, or once for each index of leading axes beyond the struct's.
+
+        ``stream``: what the caller has asked for already.
+        """
         addresses = {name: tensors[name].data.ptr for name in self.names}
-        cuda = import_cupy().cuda
-        stream, launch = cuda.get_current_stream().ptr, cuda.driver.launchKernel
-        function, pointers = self._kernel.kernel.ptr, ctypes.addressof(self._pointers)
+        if stream is None:
+            stream = import_cupy().cuda.get_current_stream().ptr
+        function, pointers, launch = self._kernel.kernel.ptr, self._pointers_at, self._launch
         with self._lock:
             for i in range(len(self._template.offsets)):
                 self._template.fill(self._words, i, addresses)
@@ -98,16 +102,18 @@ class Ready:
     def run(self, tensors: dict[str, Array]) -> dict[str, Array]:
         """Run on the current stream; all tensors but the temporaries."""
         with on_device(self.device):
+            cupy = import_cupy()
+            stream = cupy.cuda.get_current_stream().ptr
             if self.results:
-                empty = import_cupy().empty
-                tensors |= {name: empty(shape, dtype) for name, shape, dtype in self.results}
+                tensors |= {name: cupy.empty(shape, dtype) for name, shape, dtype in self.results}
             held = dict(tensors)
-            for name, shape, dtype in self.temporaries:
-                held[name] = workspace(shape, dtype)
+            if self.temporaries:
+                capturing = cupy.cuda.runtime.streamIsCapturing(stream)
+                held |= {name: _memory(cupy, shape, dtype, capturing) for name, shape, dtype in self.temporaries}
             for name, shape, dtype in self.zeroed:
                 held[name] = zeroed_workspace(shape, dtype)
             for launch in self.launches:
-                launch.run(held)
+                launch.run(held, stream)
         return tensors
 
 
@@ -166,7 +172,7 @@ def _make_ready(
 ) -> Ready:
     made = []
     for name, shape, dtype in (*temporaries, *zeroed):
-        strides = _contiguous(shape, dtype)
+        strides = contiguous(shape, dtype)
         if problem.options.packed is not None and name in BY_TILE:  # tiles first, heads behind them
             shape, strides = ((x[1], x[0], *x[2:]) for x in (shape, strides))
         made.append((name, shape, _shared(shape, strides) if name in MAPS else strides, dtype.itemsize))
@@ -194,7 +200,7 @@ def _is_known(name: str, step: KernelPlan) -> bool:
     return name not in RESULTS if step.reads is None else name in step.reads
 
 
-def _contiguous(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+def contiguous(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
     """The strides of a new array, in bytes."""
     return tuple(dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
@@ -310,9 +316,12 @@ def workspace(shape: tuple[int, ...], dtype: np.dtype) -> Array:
     memory of CuPy's pool would go back to the pool, and to others, before the replay.
     """
     cupy = import_cupy()
-    size = math.prod(shape) * dtype.itemsize
-    stream = cupy.cuda.get_current_stream()
-    if size and cupy.cuda.runtime.streamIsCapturing(stream.ptr):
+    capturing = cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr)
+    return _memory(cupy, shape, dtype, capturing)
+
+
+def _memory(cupy: Any, shape: tuple[int, ...], dtype: np.dtype, capturing: bool) -> Array:
+    if capturing and (size := math.prod(shape) * dtype.itemsize):
         return cupy.ndarray(shape, dtype, cupy.cuda.malloc_async(size))
     return cupy.empty(shape, dtype)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 from ._arrays import Array, misaligned, on_device
 from ._decoding import Decoding
-from ._launch import Launch, copy_of, workspace
-from ._launch_merge import combine_launch
-from ._params_decode import Layout, make_decode_template
-from ._params_merge import Stack
+from ._launch import Launch, Ready, contiguous, copy_of
+from ._launch_merge import strided
+from ._params import Layout
+from ._params_decode import make_decode_template
+from ._params_merge import Stack, make_merge_template
 from ._plan import KernelPlan
 from ._plan_decode import DecodePlan
 from ._problem import Problem
@@ -22,59 +25,65 @@ _ATTEND = (
 )  # fmt: skip
 
 
-def decode(problem: Problem, decoding: Decoding, plan: DecodePlan, device: int, tensors: dict[str, Array]) -> None:
-    """Run a plan on canonical tensors; out and lse among them, lse only where it is wanted."""
+def decode(
+    problem: Problem, decoding: Decoding, plan: DecodePlan, device: int, tensors: dict[str, Array]
+) -> Ready | None:
+    """Run a plan on canonical tensors; out and lse among them, lse only where it is wanted.
+
+    Returns what later calls with tensors of the same layout can run; None where such a call needs copies.
+    """
     with on_device(device):
-        caches = {name: tensors[name] for name in ("k", "v")}
-        held = {name: copy_of(x, x.itemsize) if misaligned(x) else x for name, x in tensors.items()} | caches
-        held |= {name: workspace(shape, dtype) for name, shape, dtype in plan.results}
-        for step in plan.kernels:
-            if not step.grid:
-                continue
-            if step.name == "combine":
-                _combine(plan, step, device, held)
-                continue
-            named = _tensors_of(step, held, plan.num_splits > 1)
-            _launch(problem, decoding, step, device, _layouts(named), plan.split_length, plan.num_splits).run(named)
-
-
-def _tensors_of(step: KernelPlan, held: dict[str, Array], splits: bool) -> dict[str, Array]:
-    """What a kernel gets, by its name there."""
-    if step.name == "decode_append":
-        return {name: held[name] for name in _APPEND if name in held}
-    left_out = ("out", "lse") if splits else ()
-    found = {name: held[name] for name in _ATTEND if name in held and name not in left_out}
-    if "q_turned" in held:
-        found["q"] = held["q_turned"]
-    return found | {name: x for name, x in held.items() if argument_place(name)}
-
-
-def _layouts(tensors: dict[str, Array]) -> tuple[Layout, ...]:
-    return tuple((name, x.shape, x.strides, x.itemsize) for name, x in tensors.items())
+        if plan.copies:
+            tensors = {name: copy_of(x, x.itemsize) if misaligned(x) else x for name, x in tensors.items()}
+        layouts = {name: (name, x.shape, x.strides, x.itemsize) for name, x in tensors.items()}
+        for name, shape, dtype in plan.results:
+            layouts[name] = (name, shape, contiguous(shape, dtype), dtype.itemsize)
+        launches = tuple(
+            _launch(problem, decoding, plan, step, device, tuple(layouts.values()))
+            for step in plan.kernels
+            if step.grid
+        )
+        ready = Ready(device, launches, plan.results if launches else (), ())
+        ready.run(tensors)
+    return None if plan.copies else ready
 
 
 @lru_cache(maxsize=1024)
 def _launch(
-    problem: Problem, decoding: Decoding, step: KernelPlan, device: int, layouts: tuple[Layout, ...],
-    split_length: int, num_splits: int,
-) -> Launch:  # fmt: skip
+    problem: Problem, decoding: Decoding, plan: DecodePlan, step: KernelPlan, device: int, layouts: tuple[Layout, ...]
+) -> Launch:
+    if step.name == "combine":
+        return _combine_launch(plan, step, device, {layout[0]: layout for layout in layouts})
+    attends = step.name != "decode_append"
+    names = set(_ATTEND if attends else _APPEND) - ({"out", "lse"} if plan.num_splits > 1 else set())
+    called = {"q_turned": "q"} if attends and decoding.rotary_dim else {}  # outside, and in the struct
+    names = (names - set(called.values())) | set(called)
+    given = tuple((called.get(name, name), *rest) for name, *rest in layouts if name in names)
     arguments = tuple(
         (*place, shape, tuple(s // itemsize for s in strides))
         for name, shape, strides, itemsize in layouts
-        if (place := argument_place(name))
+        if attends and (place := argument_place(name))
     )
-    arrays = tuple(layout for layout in layouts if not argument_place(layout[0]))
-    template = make_decode_template(problem, decoding, arrays, split_length, num_splits, arguments)
-    return Launch(step, step.grid, device, template)
+    template = make_decode_template(problem, decoding, given, plan.split_length, plan.num_splits, arguments)
+    return Launch(step, step.grid, device, _renamed(template, {inside: name for name, inside in called.items()}))
 
 
-def _combine(plan: DecodePlan, step: KernelPlan, device: int, held: dict[str, Array]) -> None:
-    """The partial results of all splits, of which one array has all."""
-    partial, partial_lse = held["partial"], held["partial_lse"]
-    named = {"out": held["out"], "outs_0": partial[0], "lses_0": partial_lse[0]}
-    if "lse" in held:
-        named["lse"] = held["lse"]
-    stack = Stack(partial.strides[0] // partial.itemsize, partial_lse.strides[0] // partial_lse.itemsize)
-    # The kernel reads all parts: it gets the whole arrays, whose first parts begin where they do.
-    launch = combine_launch(step, device, _layouts(named), plan.num_splits, stack)
-    launch.run(named | {"outs_0": partial, "lses_0": partial_lse})
+def _combine_launch(plan: DecodePlan, step: KernelPlan, device: int, layouts: dict[str, Layout]) -> Launch:
+    """combine of the partial results of all splits, of which one array has all."""
+    names = {"outs_0": "partial", "lses_0": "partial_lse", "out": "out", "lse": "lse"}
+    parts, steps = [], []
+    for inside, name in names.items():
+        if name in layouts:
+            _, shape, strides, itemsize = layouts[name]
+            if inside[-2:] == "_0":  # the kernel reads all parts, which begin where the first one does
+                steps.append(strides[0] // itemsize)
+                shape, strides = shape[1:], strides[1:]
+            parts.append((inside, shape, strides, itemsize))
+    shape = layouts["out"][1]
+    template = make_merge_template(shape, strided(tuple(parts), len(shape) - 3), plan.num_splits, Stack(*steps))
+    return Launch(step, step.grid // len(template.offsets), device, _renamed(template, names))
+
+
+def _renamed(template: Any, names: dict[str, str]) -> Any:
+    """A template whose tensors are found by other names than the struct has for them."""
+    return replace(template, slots=tuple((names.get(name, name), slot) for name, slot in template.slots))

@@ -9,10 +9,9 @@ from functools import lru_cache
 import numpy as np
 
 from ._arrays import Array, misaligned, on_device
-from ._launch import Launch, Layout, copy_of, workspace
-from ._params import element_strides
-from ._params_merge import MOST_ARRAYS, TAIL_AXES, Stack, make_merge_template
-from ._plan import KernelPlan
+from ._launch import Launch, copy_of, workspace
+from ._params import Layout, element_strides
+from ._params_merge import MOST_ARRAYS, TAIL_AXES, make_merge_template
 from ._plan_merge import merge_kernel, part_names
 
 
@@ -80,13 +79,3 @@ def strided(layouts: tuple[Layout, ...], lead: int) -> tuple[tuple[str, tuple[in
         (name, element_strides(shape, strides, itemsize, lead, TAIL_AXES.get(name, 3)), itemsize)
         for name, shape, strides, itemsize in layouts
     )
-
-
-@lru_cache(maxsize=1024)
-def combine_launch(
-    step: KernelPlan, device: int, layouts: tuple[Layout, ...], count: int, stack: Stack
-) -> Launch:
-    """combine of parts that one array has: out and lse, outs_0 and lses_0 as their first part."""
-    shape = next(shape for name, shape, _, _ in layouts if name == "out")
-    template = make_merge_template(shape, strided(layouts, len(shape) - 3), count, stack)
-    return Launch(step, step.grid // len(template.offsets), device, template)

@@ -46,6 +46,7 @@ _FUNCTIONS = -(-(len(TENSORS) * _TENSOR.size + _SCALARS.size) // 8) * 8  # where
 PARAMS_BYTES = _FUNCTIONS + len(FUNCTIONS) * FUNCTION_ARGS_BYTES
 
 Strides = tuple[int, ...]  # one for each leading axis, then head, row, column
+Layout = tuple[str, tuple[int, ...], tuple[int, ...], int]  # name, shape, strides in bytes, itemsize
 Argument = tuple[str, int, tuple[int, ...], tuple[int, ...]]  # one of FUNCTIONS, place there, shape, element strides
 
 

@@ -8,15 +8,22 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ._decoding import Decoding
-from ._params import _TENSOR, BATCH_AXES, PARAMS_BYTES, TAIL_AXES, Template, element_strides, make_template, scalars
+from ._params import (
+    _TENSOR,
+    BATCH_AXES,
+    PARAMS_BYTES,
+    TAIL_AXES,
+    Layout,
+    Template,
+    element_strides,
+    make_template,
+    scalars,
+)
 from ._problem import Problem
 
 EXTRAS = ("page_table", "k_new", "v_new", "cos", "sin", "q_turned", "partial", "partial_lse")
 _NUMBERS = struct.Struct("<4q8i")
 DECODE_PARAMS_BYTES = PARAMS_BYTES + len(EXTRAS) * _TENSOR.size + _NUMBERS.size
-
-Layout = tuple[str, tuple[int, ...], tuple[int, ...], int]  # name, shape, strides in bytes, itemsize
-
 
 @dataclass(frozen=True)
 class DecodeTemplate:

@@ -149,17 +149,18 @@ def signature(
 
 
 def run(
-    key: Any, tensors: dict[str, Array], outputs: int, numbers: dict[str, np.ndarray]
+    key: Any, tensors: dict[str, Array], outputs: int, numbers: dict[str, np.ndarray], apart: int = 0
 ) -> dict[str, Array] | None:
     """Run a call that is known, and return all its tensors by name; None where it must be looked at.
 
-    ``tensors`` are those of the signature; the last ``outputs`` of them are written. ``numbers`` are those of `look`.
+    ``tensors`` are those of the signature; the last ``outputs`` of them are written, of which the first ``apart`` are
+    known to share no memory with each other. ``numbers`` are those of `look`.
     """
     try:
         kept = _calls.get(key)
     except TypeError:  # an option without a hash
         return None
-    if kept is None or (outputs and _touch(tuple(tensors.values()), kept[1], outputs)):
+    if kept is None or (outputs and _touch(tuple(tensors.values()), kept[1], outputs, apart)):
         return None
     ready = kept[0]
     if numbers and isinstance(ready, Ready):
@@ -168,14 +169,16 @@ def run(
     return ready.run(tensors)
 
 
-def _touch(arrays: tuple[Array, ...], extents: tuple[tuple[int, int], ...], outputs: int) -> bool:
+def _touch(arrays: tuple[Array, ...], extents: tuple[tuple[int, int], ...], outputs: int, apart: int) -> bool:
     """Whether the memory from an output's first to its last byte reaches into that of another array."""
     spans = [(x.data.ptr + low, x.data.ptr + high) for x, (low, high) in zip(arrays, extents, strict=True)]
-    return any(
-        spans[i][0] < high and low < spans[i][1]
-        for i in range(len(spans) - outputs, len(spans))
-        for low, high in spans[:i]
-    )
+    inputs = len(spans) - outputs
+    for i in range(inputs, len(spans)):
+        begin, end = spans[i]
+        for low, high in spans[: inputs if i < inputs + apart else i]:
+            if begin < high and low < end:
+                return True
+    return False
 
 
 def keep(key: Any, tensors: dict[str, Array], ready: Ready | Small | None, results: tuple[ArraySpec, ...]) -> None:
@@ -189,6 +192,11 @@ def keep(key: Any, tensors: dict[str, Array], ready: Ready | Small | None, resul
         _calls[key] = replace(ready, results=results), extents
     elif results and results[0][0] == "out":  # NumPy: outputs of the caller's are looked at each time
         _calls[key] = replace(ready, results=results), ()
+
+
+def specs(arrays: tuple[tuple[str, Array | None], ...]) -> tuple[ArraySpec, ...]:
+    """What makes arrays like these again."""
+    return tuple((name, x.shape, x.dtype) for name, x in arrays if x is not None)
 
 
 def forget() -> None:

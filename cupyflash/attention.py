@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from . import _ready
-from ._arrays import Array, ArraySpec, take
+from ._arrays import take
 from ._call import Call
 from ._options import Asked
 from ._plan import Plan, Tile
@@ -190,7 +190,7 @@ def attention(
     call = Call(q, k, v, asked, out=ours, functions=look.functions)
     ours, lse, ready = compute(call, family, tile, ours, lse, bool(return_lse))
     made = (("out", ours), ("lse", lse))[outputs:]
-    _ready.keep(key, tensors, ready, _specs(made))
+    _ready.keep(key, tensors, ready, _ready.specs(made))
     return as_given(out, ours, lse, return_lse)
 
 
@@ -295,7 +295,7 @@ def attention_backward(
     call = Call(q, k, v, asked, beside=beside, out=beside["out"], functions=look.functions)
     gradients, ready = differentiate(call, family, tile, names, given, deterministic)
     made = tuple((name, x) for name, x in gradients.items() if name not in given)
-    _ready.keep(key, tensors, ready, _specs(made))
+    _ready.keep(key, tensors, ready, _ready.specs(made))
     return gradients_of(gradients | given, score_args)
 
 
@@ -490,8 +490,3 @@ def prepare(
     )  # fmt: skip
     call = Call(q, k, v, asked, out=split_out(out)[0])
     prepare_call(call, out, family, tile, backward, wrt, deterministic, asked.differentiable)
-
-
-def _specs(arrays: tuple[tuple[str, Array | None], ...]) -> tuple[ArraySpec, ...]:
-    """What makes arrays like these again."""
-    return tuple((name, x.shape, x.dtype) for name, x in arrays if x is not None)

@@ -595,6 +595,64 @@ def test_rows_of_any_alignment_give_the_same_bits(dim):
     assert len(results) == 1
 
 
+@pytest.mark.parametrize("layout", ["apart", "interleaved", "in line"])
+def test_a_call_like_one_before_is_not_looked_at_again(layout, monkeypatch):
+    """Other numbers in other arrays of the same layout, new rows and turned queries among them; other options are."""
+    rng = np.random.default_rng(8)
+    angles = rng.standard_normal((80, 4)).astype(np.float32)
+    rotary = Rotary(np.cos(angles), np.sin(angles))
+    table = rng.permutation(10).reshape(2, 5).astype(np.int32)
+    sides = {"sinks": rng.standard_normal(4).astype(np.float32), "alibi_slopes": rng.random(4).astype(np.float32)}
+    with emulated("sm80") as xp:
+        on = {name: xp.asarray(x) for name, x in sides.items()} | {"rotary": Rotary(*map(xp.asarray, rotary[:2]))}
+
+        def run(lens, kind=np.int64, out=None, **more):
+            q, k_new, v_new = (rng.standard_normal((2, heads, 2, 16)).astype(np.float16) for heads in (4, 2, 2))
+            if layout == "in line":
+                both = rng.standard_normal((2, 2, 2, 80, 16)).astype(np.float16)
+                held, paged = xp.asarray(both), {}
+                caches, ours = (held[0], held[1]), both.copy()
+            else:
+                both = rng.standard_normal((10, 2, 16, 2, 16)).astype(np.float16)
+                both = both.swapaxes(0, 1).copy() if layout == "apart" else both
+                held, paged = xp.asarray(both), {"page_table": table}
+                halves = (0, 1) if layout == "apart" else ((slice(None), 0), (slice(None), 1))
+                caches, ours = [held[half] for half in halves], [both[half].copy() for half in halves]
+            held[...] = held
+            options = {"num_splits": 2, "return_lse": out is None} | more
+            got = decode(
+                xp.asarray(q), *caches, xp.asarray(np.array(lens, kind)), k_new=xp.asarray(k_new),
+                v_new=xp.asarray(v_new), out=out, **on, **{n: xp.asarray(x) for n, x in paged.items()}, **options,
+            )  # fmt: skip
+            want = decode(
+                q, *ours, np.array(lens), k_new=k_new, v_new=v_new, rotary=rotary, **sides, **paged, **options
+            )
+            for x, y in zip(got, want, strict=True):
+                np.testing.assert_allclose(data.to_numpy(x).astype(float), y.astype(float), rtol=0, atol=2e-3)
+            for x, y in zip(caches, ours, strict=True):
+                np.testing.assert_allclose(x.get().astype(float), y.astype(float), rtol=0, atol=2e-3)
+
+        run([70, 5])
+        monkeypatch.setattr(cupyflash._launch_decode, "decode", lambda *_: pytest.fail("looked at again"))
+        run([3, 78])
+        run([0, 1])
+        for more in ({"num_splits": 1}, {"batch_invariant": False}, {"window": (3, 0)}, {"kind": np.int32}):
+            with pytest.raises(pytest.fail.Exception):
+                run([0, 1], **more)
+
+
+def test_a_call_like_one_before_still_has_its_memory_checked():
+    with emulated("simt") as xp:
+        held = xp.asarray(np.zeros((4, 1, 2, 20, 8), np.float32))
+        held[...] = held
+        new, lens = held[2][:, :, :1], xp.asarray(np.array([3]))
+        decode(new, held[0], held[1], lens, k_new=new, v_new=new)
+        with pytest.raises(ValueError, match="k_cache shares memory with q"):
+            decode(held[0][:, :, :1], held[0], held[1], lens, k_new=new, v_new=new)
+        with pytest.raises(ValueError, match="shares memory"):
+            decode(new, held[0], held[0], lens, k_new=new, v_new=new)
+
+
 def test_devices_are_asked_where_the_environment_says_so(monkeypatch):
     monkeypatch.setenv("CUPYFLASH_CHECK", "1")
     with emulated("simt") as xp:

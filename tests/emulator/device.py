@@ -438,16 +438,16 @@ def _watched_launches(device: Device) -> Iterator[None]:
     encoder, takes_lengths = _tma.encoder, _plan_sm90.TAKES_LENGTHS
     start = _launch.Launch.run
 
-    def watched_start(self: Any, tensors: Mapping[str, Any]) -> None:
+    def watched_start(self: Any, tensors: Mapping[str, Any], *stream: int) -> None:
         device.arrays, device.writes = {name: tensors[name] for name in self.names}, self.writes
         try:
-            start(self, tensors)
+            start(self, tensors, *stream)
         finally:
             device.arrays, device.writes = None, frozenset()
 
     def forget() -> None:  # kernels hold their device, and its patches
         _compile._loaded.clear()
-        for kept in (_launch._launch, _launch_decode._launch, _launch_merge._launch, _launch_merge.combine_launch):
+        for kept in (_launch._launch, _launch_decode._launch, _launch_merge._launch):
             kept.cache_clear()
         _ready.forget()
         _call._device.cache_clear()
