@@ -75,6 +75,27 @@ class Decoding:
     batch_invariant: bool = True
 
 
+class Splits(NamedTuple):
+    """How a GPU cuts the keys that an entry's queries see.
+
+    Attributes
+    ----------
+    length : int
+        Keys of a split at least: of a long entry they are as many as ``number`` splits need.
+    number : int
+        Splits at most, each with a partial result; 1: no such results.
+    blocks : int
+        Thread blocks that take the splits in turn: the batch decides, and no bit depends on it.
+    """
+
+    length: int = 0
+    number: int = 1
+    blocks: int = 1
+
+
+ONE_SPLIT = Splits()
+
+
 class Extras(NamedTuple):
     """The arguments of a decoding call that others don't have, as they came."""
 

@@ -55,7 +55,7 @@ def _launch(
     if step.name == "combine":
         return _combine_launch(plan, step, device, {layout[0]: layout for layout in layouts})
     attends = step.name != "decode_append"
-    names = set(_ATTEND if attends else _APPEND) - ({"out", "lse"} if plan.num_splits > 1 else set())
+    names = set(_ATTEND if attends else _APPEND) - ({"out", "lse"} if plan.splits.number > 1 else set())
     called = {"q_turned": "q"} if attends and decoding.rotary_dim else {}  # outside, and in the struct
     names = (names - set(called.values())) | set(called)
     given = tuple((called.get(name, name), *rest) for name, *rest in layouts if name in names)
@@ -64,7 +64,7 @@ def _launch(
         for name, shape, strides, itemsize in layouts
         if attends and (place := argument_place(name))
     )
-    template = make_decode_template(problem, decoding, given, plan.split_length, plan.num_splits, arguments)
+    template = make_decode_template(problem, decoding, given, plan.splits, arguments)
     return Launch(step, step.grid, device, _renamed(template, {inside: name for name, inside in called.items()}))
 
 
@@ -76,11 +76,12 @@ def _combine_launch(plan: DecodePlan, step: KernelPlan, device: int, layouts: di
         if name in layouts:
             _, shape, strides, itemsize = layouts[name]
             if inside[-2:] == "_0":  # the kernel reads all parts, which begin where the first one does
-                steps.append(strides[0] // itemsize)
-                shape, strides = shape[1:], strides[1:]
+                along, rest = (0, slice(1, None)) if name == "partial" else (-1, slice(-1))
+                steps.append(strides[along] // itemsize)
+                shape, strides = shape[rest], strides[rest]
             parts.append((inside, shape, strides, itemsize))
     shape = layouts["out"][1]
-    template = make_merge_template(shape, strided(tuple(parts), len(shape) - 3), plan.num_splits, Stack(*steps))
+    template = make_merge_template(shape, strided(tuple(parts), len(shape) - 3), plan.splits.number, Stack(*steps))
     return Launch(step, step.grid // len(template.offsets), device, _renamed(template, names))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ._decoding import Decoding
+from ._decoding import Decoding, Splits
 from ._params import (
     _TENSOR,
     BATCH_AXES,
@@ -48,13 +48,13 @@ class DecodeTemplate:
 
 @lru_cache(maxsize=1024)
 def make_decode_template(
-    problem: Problem, decoding: Decoding, layouts: tuple[Layout, ...], split_length: int, num_splits: int,
+    problem: Problem, decoding: Decoding, layouts: tuple[Layout, ...], splits: Splits,
     arguments: tuple[tuple[str, int, tuple[int, ...], tuple[int, ...]], ...] = (),
 ) -> DecodeTemplate:  # fmt: skip
     """Pack everything but addresses.
 
     ``layouts`` are canonical: caches (batch, Hk, capacity, D), or (pages, Hk, page_size, D); partial results
-    (splits, batch, Hq, T[, Dv]).
+    (splits, batch, Hq, T, Dv), and their lse (batch, Hq, T, splits).
     """
     given, packed = [], bytearray(DECODE_PARAMS_BYTES - PARAMS_BYTES)
     slots, page_strides, split_strides = [], {"k": 0, "v": 0}, {"partial": 0, "partial_lse": 0}
@@ -62,7 +62,9 @@ def make_decode_template(
         steps = tuple(s // itemsize for s in strides)
         if name in EXTRAS:
             if name in split_strides:
-                split_strides[name], steps = steps[0], steps[1:]
+                along = 0 if name == "partial" else -1
+                split_strides[name] = steps[along]
+                steps = steps[1:] if along == 0 else steps[:-1]
             _TENSOR.pack_into(packed, EXTRAS.index(name) * _TENSOR.size, 0, *_four_axes(name, steps))
             slots.append((name, (PARAMS_BYTES + EXTRAS.index(name) * _TENSOR.size) // 8))
             continue
@@ -72,8 +74,7 @@ def make_decode_template(
     template = make_template(scalars(problem), problem.batch_shape, tuple(given), arguments=arguments)
     _NUMBERS.pack_into(
         packed, len(EXTRAS) * _TENSOR.size, *page_strides.values(), *split_strides.values(), decoding.page_size,
-        decoding.pages, decoding.table_columns, split_length, num_splits, decoding.rotary_dim // 2,
-        decoding.positions, 0,
+        decoding.pages, decoding.table_columns, *splits, decoding.rotary_dim // 2, decoding.positions,
     )  # fmt: skip
     return DecodeTemplate(template, bytes(packed), (*template.slots, *slots))
 

@@ -1,7 +1,8 @@
 """Plans of decoding: which kernel, which tile, how keys are split. Pure: nothing runs.
 
-How long a split is depends on dtype, widths and how many rows an entry may have, never on the batch, so that an entry's
-bits do not either; unless the caller wants a GPU filled whatever its batch.
+How long a split is depends on dtype, widths, how many rows an entry may have and how many it has, never on the batch,
+so that an entry's bits do not either; unless the caller wants a GPU filled whatever its batch. The batch decides only
+how many thread blocks share the work.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ import numpy as np
 
 from ._arrays import ArraySpec
 from ._compile import FLOAT32, Spec
-from ._decoding import Decoding
+from ._decoding import ONE_SPLIT, Decoding, Splits
 from ._plan import Device, KernelPlan, Plan, Tile, feature_fields, grid, plan_of, sign
 from ._plan_merge import MOST_BLOCKS, merge_kernel
 from ._plan_tensor_cores import why_not_tensor_cores
 from ._problem import Problem
 from ._tiles import padded_widths
 
-# Keys of a split, and how many splits at most: then they are longer. Reckoned, not measured: splits of 256 keys make
-# 256 thread blocks of one entry of 8192 rows and 8 kv heads, two for each multiprocessor of an H200; and of 128 parts
-# each warp of combine goes through 16, for a few microseconds after the tens that their keys take.
+# Keys of a split at least, and how many splits at most. Reckoned, not measured: 256 keys make 256 thread blocks of one
+# entry of 8192 rows and 8 kv heads, two for each multiprocessor of an H200; and of 128 parts each warp of combine goes
+# through 16, for a few microseconds after the tens that their keys take.
 SPLIT_LENGTH, MOST_SPLITS = 256, 128
 FEWEST_KEYS, MOST_TO_FILL = 64, 512  # of a split, and splits, where batch_invariant=False fills a card
-FILL = 2  # thread blocks for each multiprocessor that it wants
+FILL, WAVES = 2, 4  # thread blocks that a multiprocessor runs side by side, and one after another where there are many
 COMBINE_WARPS = 8  # of a row
 
 
@@ -48,19 +49,18 @@ class DecodePlan(Plan):
 
     Attributes
     ----------
-    split_length, num_splits : int
-        Keys of a split, and splits of an entry that has all the rows it may have.
+    splits : Splits
     results : tuple of ArraySpec
         Temporary arrays: partial results, turned queries.
     """
 
-    split_length: int = 0
-    num_splits: int = 1
+    splits: Splits = ONE_SPLIT
     results: tuple[ArraySpec, ...] = ()
 
     def __str__(self) -> str:
         lines = super().__str__().splitlines()
-        text = f"{self.num_splits} of {self.split_length} keys each" if self.num_splits > 1 else "none"
+        length, count, blocks = self.splits
+        text = f"{count}, of at least {length} keys, by {blocks} thread blocks" if count > 1 else "none"
         lines.insert(2, f"  splits      {text}")
         return "\n".join(lines)
 
@@ -129,10 +129,11 @@ def plan_decode(
         row = decode_row_simt(accumulator)
         smem = decode_smem_simt(row, *widths, accumulator)
     tiles = grid(rows, row.block_m, heads_k * problem.batch)
-    length, count = split_keys(problem, decoding, device, row, tiles)
+    splits = split_keys(problem, decoding, device, row, tiles)
+    count = splits.number
     spec = _spec(f"decode_{chosen}", problem, decoding, row, widths, count > 1)
     writes = ("partial", "partial_lse") if count > 1 else ("out", "lse")
-    kernels = [KernelPlan(spec, grid(tiles, 1, count), 32 * row.warps, smem, writes)]
+    kernels = [KernelPlan(spec, grid(tiles, 1, splits.blocks), 32 * row.warps, smem, writes)]
     if decoding.appends or decoding.rotary_dim:
         kernels.insert(0, _append(problem, decoding))
     if count > 1:
@@ -144,7 +145,7 @@ def plan_decode(
         rounds_p=chosen == "sm80",
     )  # fmt: skip
     given = {f.name: getattr(base, f.name) for f in fields(base)}
-    return DecodePlan(**given, split_length=length, num_splits=count, results=results)
+    return DecodePlan(**given, splits=splits, results=results)
 
 
 def _why_not_sm80(problem: Problem, device: Device) -> str | None:
@@ -153,20 +154,20 @@ def _why_not_sm80(problem: Problem, device: Device) -> str | None:
     return why_not_tensor_cores(problem, "mma.sync")
 
 
-def split_keys(
-    problem: Problem, decoding: Decoding, device: Device, row: DecodeRow, tiles: int
-) -> tuple[int, int]:
-    """Keys of a split, and how many splits an entry has that is as long as it may be."""
+def split_keys(problem: Problem, decoding: Decoding, device: Device, row: DecodeRow, tiles: int) -> Splits:
+    """Splits of keys, for an entry that is as long as it may be; how many thread blocks share those of a tile."""
     longest, unit = max(problem.seqlen_k, 1), row.block_n * row.warps  # a block of keys for each warp
+    fill = FILL * device.sms
     if decoding.num_splits is not None:
-        length = -(-longest // decoding.num_splits)
+        least, most = unit, decoding.num_splits
     elif decoding.batch_invariant:
-        length = max(SPLIT_LENGTH, -(-longest // MOST_SPLITS))
+        least, most = SPLIT_LENGTH, MOST_SPLITS
     else:
-        wanted = min(MOST_TO_FILL, max(1, -(-FILL * device.sms // max(tiles, 1))))
-        length = max(FEWEST_KEYS, -(-longest // wanted))
-    length = -(-length // unit) * unit
-    return length, -(-longest // length)
+        least, most = FEWEST_KEYS, min(MOST_TO_FILL, max(1, -(-fill // max(tiles, 1))))
+    length = -(-least // unit) * unit
+    count = min(most, -(-longest // length))
+    turns = max(1, count * tiles // (WAVES * fill))  # splits of a thread block
+    return Splits(length, count, -(-count // turns))
 
 
 def _spec(
@@ -212,7 +213,7 @@ def _temporaries(problem: Problem, decoding: Decoding, count: int) -> tuple[Arra
     found: list[ArraySpec] = []
     if count > 1:
         found.append(("partial", (count, *shape, problem.head_dim_v), problem.accumulator))
-        found.append(("partial_lse", (count, *shape), problem.accumulator))
+        found.append(("partial_lse", (*shape, count), problem.accumulator))
     if decoding.rotary_dim:
         found.append(("q_turned", (*shape, problem.head_dim), problem.dtype))
     return tuple(found)

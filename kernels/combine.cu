@@ -8,7 +8,8 @@
 //
 //     shared memory, ROW_WARPS > 1: sums (NUM_WARPS, MOST_COLUMNS)
 //
-// A part of weight 0 is discarded by selection: 0 times an infinite out would be NaN.
+// A part of weight 0 is passed over: 0 times an infinite out would be NaN, and decoding writes no out of a split without
+// keys.
 #include "basics.cuh"
 #include "types.cuh"
 #include "memory.cuh"
@@ -71,10 +72,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) combine(const Merge
 #pragma unroll 4
     for (int n = own; n < params.count; n += ROW_WARPS) {
       const Accumulator weight = total.weight(Total::lse_of(params, at, n));
+      if (weight == 0) continue;
       Accumulator part[RUN];
       load_columns(at.part<const Element>(params, params.outs, params.out_step, n), at.row, col, params.columns, part);
 #pragma unroll
-      for (int i = 0; i < RUN; ++i) acc[i] = weight == 0 ? acc[i] : math::fma(weight, part[i], acc[i]);
+      for (int i = 0; i < RUN; ++i) acc[i] = math::fma(weight, part[i], acc[i]);
     }
     if constexpr (ROW_WARPS > 1) {
 #pragma unroll

@@ -1,6 +1,6 @@
 // Decoding by FMA on any GPU since sm_60, for every type.
 //
-// A thread block has a tile of (query, head) pairs and a split of the keys (decode_tile.cuh). Its warps share Q and
+// A thread block has a tile of (query, head) pairs and some splits of the keys (decode_tile.cuh). Its warps share Q and
 // nothing else. BLOCK_N is 32: in the first product a lane has one key and all rows, in the second one all keys and
 // every 32nd column.
 //
@@ -10,7 +10,7 @@
 //                                    acc_o += P V(n)       lane c: its columns of each key from global memory
 //
 //     shared memory:   q (BLOCK_M, HEAD_DIM)  |  p (NUM_WARPS, BLOCK_M, 32)  |  states  |
-//                      acc_o of each warp (BLOCK_M, HEAD_DIM_V), at the end
+//                      acc_o of each warp (BLOCK_M, HEAD_DIM_V), at the end of a split
 #include "basics.cuh"
 #include "params_decode.cuh"
 #include "types.cuh"
@@ -63,14 +63,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) decode_simt(const D
   const DecodeTile tile(decode);
   const Mask mask = mask_of(params, tile.seq);
   const Score score = score_of(params);
-  const BlockRange blocks = tile.key_blocks(decode, mask);
   const int warp = thread_index() / 32, lane = thread_index() % 32, keys_end = tile.seq.seqlen_k;
   const auto keys = keys_of<const Element>(decode, tile.batch, tile.head_k);
   const auto values = values_of<const Element>(decode, tile.batch, tile.head_k);
-
-  Accumulator acc_o[BLOCK_M][COLS_V] = {};  // columns lane, lane + 32, ...
-  Softmax<BLOCK_M> softmax;
-  softmax.clear();
 
   for (int i = thread_index(); i < BLOCK_M * HEAD_DIM; i += NUM_THREADS) {
     const int row = i / HEAD_DIM, col = i % HEAD_DIM;
@@ -84,66 +79,79 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) decode_simt(const D
   sync_block();  // Q is written, by all threads
 
 #pragma unroll 1
-  for (int n_block = blocks.begin + warp; n_block < blocks.end; n_block += NUM_WARPS) {
-    const int key = n_block * BLOCK_N + lane, here = smaller(keys_end - n_block * BLOCK_N, BLOCK_N);
-    LaneScores acc_s = {};
-    // Lanes beyond the end read the last key, which counts for nobody.
-    const Rows<const Element> k = keys.row(smaller(key, keys_end - 1));
+  for (int split = tile.first_split; split < (SPLITS ? decode.num_splits : 1); split += decode.blocks_of_tile) {
+    const BlockRange blocks = tile.blocks_of(decode, split);
+    if (SPLITS && blocks.begin >= blocks.end && !has_sink(split)) {
+      store_nothing(decode, tile, split);
+      continue;
+    }
+    Accumulator acc_o[BLOCK_M][COLS_V] = {};  // columns lane, lane + 32, ...
+    Softmax<BLOCK_M> softmax;
+    softmax.clear();
+
+#pragma unroll 1
+    for (int n_block = blocks.begin + warp; n_block < blocks.end; n_block += NUM_WARPS) {
+      const int key = n_block * BLOCK_N + lane, here = smaller(keys_end - n_block * BLOCK_N, BLOCK_N);
+      LaneScores acc_s = {};
+      // Lanes beyond the end read the last key, which counts for nobody.
+      const Rows<const Element> k = keys.row(smaller(key, keys_end - 1));
 #pragma unroll 2
-    for (int col = 0; col < params.head_dim; col += RUN) {
-      Accumulator k_part[RUN];
-      load_columns(k, 0, col, params.head_dim, k_part);
-#pragma unroll
-      for (int r = 0; r < BLOCK_M; ++r) {
-        const Vector<Accumulator, RUN> q_part = load_shared<RUN>(&smem.q[r][col]);
-#pragma unroll
-        for (int e = 0; e < RUN; ++e) acc_s.at[r] = math::fma(q_part.at[e], k_part[e], acc_s.at[r]);
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < BLOCK_M; ++r) {
-      const int query = tile.query(r);
-      const Features features(params, tile.seq, tile.head_of(r));
-      const Accumulator logit = features.logit(score, score.scaled(acc_s.at[r]), Pair{query, key});
-      acc_s.at[r] = mask.visible(query, key) ? logit : -math::infinity<Accumulator>();
-      softmax.raise(acc_s, r, score);
-      softmax.weigh(acc_s, r, score);
-#pragma unroll
-      for (int c = 0; c < COLS_V; ++c) acc_o[r][c] *= softmax.shrink[r];
-      smem.p[warp][r][lane] = acc_s.at[r];
-    }
-    sync_warp();  // P is written
-#pragma unroll 4
-    for (int j = 0; j < here; ++j) {
-      const Element* v = values.at(n_block * BLOCK_N + j);
-#pragma unroll
-      for (int c = 0; c < COLS_V; ++c) {
-        const int col = lane + 32 * c;
-        if (col >= params.head_dim_v) continue;
-        const Accumulator number = to_accumulator(load_global<1>(v + col * values.col_stride).at[0]);
+      for (int col = 0; col < params.head_dim; col += RUN) {
+        Accumulator k_part[RUN];
+        load_columns(k, 0, col, params.head_dim, k_part);
 #pragma unroll
         for (int r = 0; r < BLOCK_M; ++r) {
-          acc_o[r][c] = math::fma(load_shared<1>(&smem.p[warp][r][j]).at[0], number, acc_o[r][c]);
+          const Vector<Accumulator, RUN> q_part = load_shared<RUN>(&smem.q[r][col]);
+#pragma unroll
+          for (int e = 0; e < RUN; ++e) acc_s.at[r] = math::fma(q_part.at[e], k_part[e], acc_s.at[r]);
         }
       }
+#pragma unroll
+      for (int r = 0; r < BLOCK_M; ++r) {
+        const int query = tile.query(r);
+        const Features features(params, tile.seq, tile.head_of(r));
+        const Accumulator logit = features.logit(score, score.scaled(acc_s.at[r]), Pair{query, key});
+        acc_s.at[r] = mask.visible(query, key) ? logit : -math::infinity<Accumulator>();
+        softmax.raise(acc_s, r, score);
+        softmax.weigh(acc_s, r, score);
+#pragma unroll
+        for (int c = 0; c < COLS_V; ++c) acc_o[r][c] *= softmax.shrink[r];
+        smem.p[warp][r][lane] = acc_s.at[r];
+      }
+      sync_warp();  // P is written
+#pragma unroll 4
+      for (int j = 0; j < here; ++j) {
+        const Element* v = values.at(n_block * BLOCK_N + j);
+#pragma unroll
+        for (int c = 0; c < COLS_V; ++c) {
+          const int col = lane + 32 * c;
+          if (col >= params.head_dim_v) continue;
+          const Accumulator number = to_accumulator(load_global<1>(v + col * values.col_stride).at[0]);
+#pragma unroll
+          for (int r = 0; r < BLOCK_M; ++r) {
+            acc_o[r][c] = math::fma(load_shared<1>(&smem.p[warp][r][j]).at[0], number, acc_o[r][c]);
+          }
+        }
+      }
+      sync_warp();  // P is read: the next block's may be written
     }
-    sync_warp();  // P is read: the next block's may be written
-  }
 
 #pragma unroll
-  for (int r = 0; r < BLOCK_M; ++r) {
-    const Accumulator sum = row_sum_of(softmax.row_sum[r]);
-    if (lane == 0) {
-      smem.states.row_max[warp][r] = softmax.row_max[r];
-      smem.states.row_sum[warp][r] = sum;
-    }
+    for (int r = 0; r < BLOCK_M; ++r) {
+      const Accumulator sum = row_sum_of(softmax.row_sum[r]);
+      if (lane == 0) {
+        smem.states.row_max[warp][r] = softmax.row_max[r];
+        smem.states.row_sum[warp][r] = sum;
+      }
 #pragma unroll
-    for (int c = 0; c < COLS_V; ++c) {
-      if (lane + 32 * c < HEAD_DIM_V) smem.out[warp].at[r][lane + 32 * c] = acc_o[r][c];
+      for (int c = 0; c < COLS_V; ++c) {
+        if (lane + 32 * c < HEAD_DIM_V) smem.out[warp].at[r][lane + 32 * c] = acc_o[r][c];
+      }
     }
+    sync_block();  // states and outputs of all warps are written
+    store_decoded(decode, tile, split, smem.states, [&](int from, int row, int col) {
+      return load_shared<1>(&smem.out[from].at[row][col]).at[0];
+    });
+    if constexpr (SPLITS) sync_block();  // states and outputs are read: the next split's may be written
   }
-  sync_block();  // states and outputs of all warps are written
-  store_decoded(decode, tile, smem.states, [&](int from, int row, int col) {
-    return load_shared<1>(&smem.out[from].at[row][col]).at[0];
-  });
 }

@@ -1,16 +1,16 @@
 // Decoding on tensor cores since Ampere, 16-bit: few queries, many keys, at the speed of memory.
 //
-// A thread block has a tile of (query, head) pairs and a split of the keys (decode_tile.cuh). Its warps share Q and
-// nothing else: each takes every NUM_WARPS-th block of keys, and sends for them itself.
+// A thread block has a tile of (query, head) pairs and some splits of the keys (decode_tile.cuh). Its warps share Q and
+// nothing else: each takes every NUM_WARPS-th block of keys of a split, and sends for them itself.
 //
 //     one turn of a warp, block n:   sends for K and V of block n + NUM_WARPS AHEAD     global -> its ring
 //                                    K(n) and V(n) have come
 //                                    acc_s = Q K(n)^T;  logits, hidden pairs, softmax  (BLOCK_M, BLOCK_N), registers
 //                                    acc_o += P V(n)                                   (BLOCK_M, HEAD_DIM_V), registers
-//     at the end:                    row_max and row_sum of every warp, then its acc_o, meet in shared memory
+//     at the end of a split:         row_max and row_sum of every warp, and its acc_o, meet in shared memory
 //
 //     shared memory:   q (BLOCK_M, HEAD_DIM)  |  states  |  for each warp: NUM_STAGES slots of K (BLOCK_N, HEAD_DIM)
-//                      and V (BLOCK_N, HEAD_DIM_V), or at the end its acc_o
+//                      and V (BLOCK_N, HEAD_DIM_V), or at the end of a split its acc_o
 //
 // A lane knows where one row of a block lies, in line or in a page, and tells the others. It looks it up a turn before
 // they need it, so that nobody waits for the page table.
@@ -147,134 +147,164 @@ struct Stream {
   }
 };
 
+// What a warp has under way: a block of keys and values in each slot of its ring.
+struct Ring {
+  Stream keys, values;
+  Slot (&slots)[NUM_STAGES];
+  int end, keys_end;  // of the split, in blocks; of the entry
+
+  __device__ __forceinline__ Ring(
+      const DecodeParams& decode, const DecodeTile& tile, const BlockRange& blocks, WarpMemory& own)
+      : keys(keys_of<const Element>(decode, tile.batch, tile.head_k), decode.params.head_dim),
+        values(values_of<const Element>(decode, tile.batch, tile.head_k), decode.params.head_dim_v),
+        slots(own.slot),
+        end(blocks.end),
+        keys_end(tile.seq.seqlen_k) {}
+  __device__ __forceinline__ void look(int n_block) {
+    if (n_block >= end) return;
+    keys.look(n_block, keys_end);
+    values.look(n_block, keys_end);
+  }
+  // Sends for a block that was looked up, or for nothing: either way a group of copies, so that waits can count. Then
+  // looks up the next one.
+  __device__ __forceinline__ void send(int n_block, int slot) {
+    if (n_block < end) {
+      keys.send(slots[slot].k, keys_end - n_block * BLOCK_N);
+      values.send(slots[slot].v, keys_end - n_block * BLOCK_N);
+    }
+    cp_async_commit();
+    look(n_block + NUM_WARPS);
+  }
+};
+
 __device__ __forceinline__ void load_q(const Params& params, Smem& smem, const DecodeTile& tile) {
   const auto rows = rows_of<const Element>(params.q, tile.seq.batch_index, tile.head);  // (seqlen_q, head_dim)
   const PackedRows<const Element> packed = {rows, params.q.head_stride, tile.heads};
   load_tile(smem.q, packed, bytes_at_a_time(packed), tile.row0, tile.row_end, params.head_dim);
 }
 
+// Fragment f of acc_s = Q K(n_block)^T becomes P; acc_o and row_sum shrink where row_max rises.
+__device__ __forceinline__ void to_weights(
+    const DecodeParams& decode, const DecodeTile& tile, const Mask& mask, int n_block, bool masked, int f,
+    Fragment<BLOCK_N>& acc_s, Softmax<2>& softmax, Fragment<HEAD_DIM_V>& acc_o) {
+  const Score score = score_of(decode.params);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = 16 * f + acc_s.warp_row(r), query = tile.query(row);
+    const int origin = n_block * BLOCK_N + acc_s.first_col();
+    const Features features(decode.params, tile.seq, tile.head_of(row));
+#pragma unroll
+    for (int c = 0; c < acc_s.COLS; ++c) {
+      acc_s(r, c) = features.logit(score, score.scaled(acc_s(r, c)), Pair{query, origin + acc_s.ahead(c)});
+    }
+    if (masked) {
+      const MaskRow seen = mask.row(query, origin);
+#pragma unroll
+      for (int c = 0; c < acc_s.COLS; ++c) {
+        acc_s(r, c) = seen.visible(acc_s.ahead(c)) ? acc_s(r, c) : -math::infinity<float>();
+      }
+    }
+    softmax.raise(acc_s, r, score);
+    softmax.weigh(acc_s, r, score);
+  }
+  if (warp_any(softmax.rose())) {  // mostly none did
+    multiply_row(acc_o, 0, softmax.shrink[0]);
+    multiply_row(acc_o, 1, softmax.shrink[1]);
+  }
+}
+
+// What a warp has found goes to shared memory.
+__device__ __forceinline__ void put_down(
+    Smem& smem, int warp, int f, const Softmax<2>& softmax, const Fragment<HEAD_DIM_V>& acc_o) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = 16 * f + acc_o.warp_row(r);
+    const float sum = row_sum_of(softmax.row_sum[r]);
+    if (lane_index() % 4 == 0) {
+      smem.states.row_max[warp][row] = softmax.row_max[r];
+      smem.states.row_sum[warp][row] = sum;
+    }
+#pragma unroll
+    for (int c = 0; c < acc_o.COLS; c += 2) {
+      float* to = &smem.warp[warp].out.at[row][acc_o.first_col() + acc_o.ahead(c)];
+      store_shared(to, Vector<float, 2>{{acc_o(r, c), acc_o(r, c + 1)}});
+    }
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) decode_sm80(const DecodeParams decode) {
   DYNAMIC_SHARED(Smem, smem);
-  const Params& params = decode.params;
   const DecodeTile tile(decode);
-  const Mask mask = mask_of(params, tile.seq);
-  const Score score = score_of(params);
-  const BlockRange blocks = tile.key_blocks(decode, mask);
-  const int warp = thread_index() / 32, keys_end = tile.seq.seqlen_k;
-  WarpMemory& own = smem.warp[warp];
+  const Mask mask = mask_of(decode.params, tile.seq);
+  const int warp = thread_index() / 32;
 
-  Fragment<HEAD_DIM_V> acc_o[FRAGMENTS];  // (16 FRAGMENTS, HEAD_DIM_V)
-  Softmax<2> softmax[FRAGMENTS];
-  clear(acc_o);
-#pragma unroll
-  for (int f = 0; f < FRAGMENTS; ++f) softmax[f].clear();
-
-  if (blocks.begin < blocks.end) {
-    Stream keys(keys_of<const Element>(decode, tile.batch, tile.head_k), params.head_dim);
-    Stream values(values_of<const Element>(decode, tile.batch, tile.head_k), params.head_dim_v);
-    const auto look = [&](int n_block) ALWAYS_INLINE {
-      if (n_block >= blocks.end) return;
-      keys.look(n_block, keys_end);
-      values.look(n_block, keys_end);
-    };
-    // Sends for a block that was looked up, or for nothing: either way a group of copies, so that waits can count. Then
-    // looks up the next one.
-    const auto send = [&](int n_block, int slot) ALWAYS_INLINE {
-      if (n_block < blocks.end) {
-        keys.send(own.slot[slot].k, keys_end - n_block * BLOCK_N);
-        values.send(own.slot[slot].v, keys_end - n_block * BLOCK_N);
-      }
-      cp_async_commit();
-      look(n_block + NUM_WARPS);
-    };
-    load_q(params, smem, tile);
-    cp_async_commit();
-    int n_block = blocks.begin + warp;
-    look(n_block);
-#pragma unroll 1  // once more in the loop below; the text is long enough
-    for (int i = 0; i < AHEAD; ++i) send(n_block + i * NUM_WARPS, i);
-    cp_async_wait<AHEAD>();
-    sync_block();  // Q is written, by all threads
-
-    const auto q = operand<Side::LEFT, Major::K>(smem.q);
-    unsigned q_held[FRAGMENTS][HELD][4];
-    if constexpr (Q_HELD > 0) {
-#pragma unroll
-      for (int f = 0; f < FRAGMENTS; ++f) {
-#pragma unroll
-        for (int i = 0; i < Q_HELD; ++i) q.load(q_held[f][i], f, i);
-      }
-    }
-    int slot = 0;  // of the block at hand
+  const BlockRange first = tile.blocks_of(decode, tile.first_split);
+  if (first.begin < first.end) load_q(decode.params, smem, tile);  // without keys here there are none behind either
+  cp_async_commit();
 #pragma unroll 1
-    for (; n_block < blocks.end; n_block += NUM_WARPS) {
-      send(n_block + AHEAD * NUM_WARPS, slot == 0 ? AHEAD : slot - 1);
+  for (int split = tile.first_split; split < (SPLITS ? decode.num_splits : 1); split += decode.blocks_of_tile) {
+    const BlockRange blocks = tile.blocks_of(decode, split);
+    if (SPLITS && blocks.begin >= blocks.end && !has_sink(split)) {
+      store_nothing(decode, tile, split);
+      continue;
+    }
+    Fragment<HEAD_DIM_V> acc_o[FRAGMENTS];  // (16 FRAGMENTS, HEAD_DIM_V)
+    Softmax<2> softmax[FRAGMENTS];
+    clear(acc_o);
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f) softmax[f].clear();
+
+    if (blocks.begin < blocks.end) {
+      Ring ring(decode, tile, blocks, smem.warp[warp]);
+      int n_block = blocks.begin + warp;
+      ring.look(n_block);
+#pragma unroll 1  // once more in the loop below; the text is long enough
+      for (int i = 0; i < AHEAD; ++i) ring.send(n_block + i * NUM_WARPS, i);
       cp_async_wait<AHEAD>();
-      sync_warp();  // the block has come, to all lanes
-      Fragment<BLOCK_N> acc_s[FRAGMENTS];  // (16 FRAGMENTS, BLOCK_N)
-      clear(acc_s);
-      const auto k = operand<Side::RIGHT, Major::K>(own.slot[slot].k);
+      sync_block();  // Q is written, by all threads
+
+      const auto q = operand<Side::LEFT, Major::K>(smem.q);
+      unsigned q_held[FRAGMENTS][HELD][4];
       if constexpr (Q_HELD > 0) {
-        add_product<STEPS>(acc_s, HeldOperand<FRAGMENTS, HELD, decltype(q)>{q_held, q}, k);
-      } else {
-        add_product<STEPS>(acc_s, q, k);
-      }
-      const bool masked = n_block < blocks.full_begin || n_block >= blocks.full_end;
-      unsigned p[FRAGMENTS][STEPS_V][4];  // P, rounded
 #pragma unroll
-      for (int f = 0; f < FRAGMENTS; ++f) {
+        for (int f = 0; f < FRAGMENTS; ++f) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int row = 16 * f + acc_s[f].warp_row(r), query = tile.query(row);
-          const int origin = n_block * BLOCK_N + acc_s[f].first_col();
-          const Features features(params, tile.seq, tile.head_of(row));
-#pragma unroll
-          for (int c = 0; c < acc_s[f].COLS; ++c) {
-            const Pair pair = {query, origin + acc_s[f].ahead(c)};
-            acc_s[f](r, c) = features.logit(score, score.scaled(acc_s[f](r, c)), pair);
-          }
-          if (masked) {
-            const MaskRow seen = mask.row(query, origin);
-#pragma unroll
-            for (int c = 0; c < acc_s[f].COLS; ++c) {
-              acc_s[f](r, c) = seen.visible(acc_s[f].ahead(c)) ? acc_s[f](r, c) : -math::infinity<float>();
-            }
-          }
-          softmax[f].raise(acc_s[f], r, score);
-          softmax[f].weigh(acc_s[f], r, score);
+          for (int i = 0; i < Q_HELD; ++i) q.load(q_held[f][i], f, i);
         }
-        if (warp_any(softmax[f].rose())) {  // mostly none did
-          multiply_row(acc_o[f], 0, softmax[f].shrink[0]);
-          multiply_row(acc_o[f], 1, softmax[f].shrink[1]);
-        }
-        round_to(p[f], acc_s[f]);
       }
-      add_product<STEPS_V>(acc_o, in_registers(p), operand<Side::RIGHT, Major::MN>(own.slot[slot].v));
-      sync_warp();  // the block is read: refill its slot
-      slot = slot == AHEAD ? 0 : slot + 1;
+      int slot = 0;  // of the block at hand
+#pragma unroll 1
+      for (; n_block < blocks.end; n_block += NUM_WARPS) {
+        ring.send(n_block + AHEAD * NUM_WARPS, slot == 0 ? AHEAD : slot - 1);
+        cp_async_wait<AHEAD>();
+        sync_warp();  // the block has come, to all lanes
+        Fragment<BLOCK_N> acc_s[FRAGMENTS];  // (16 FRAGMENTS, BLOCK_N)
+        clear(acc_s);
+        const auto k = operand<Side::RIGHT, Major::K>(ring.slots[slot].k);
+        if constexpr (Q_HELD > 0) {
+          add_product<STEPS>(acc_s, HeldOperand<FRAGMENTS, HELD, decltype(q)>{q_held, q}, k);
+        } else {
+          add_product<STEPS>(acc_s, q, k);
+        }
+        const bool masked = n_block < blocks.full_begin || n_block >= blocks.full_end;
+        unsigned p[FRAGMENTS][STEPS_V][4];  // P, rounded
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; ++f) {
+          to_weights(decode, tile, mask, n_block, masked, f, acc_s[f], softmax[f], acc_o[f]);
+          round_to(p[f], acc_s[f]);
+        }
+        add_product<STEPS_V>(acc_o, in_registers(p), operand<Side::RIGHT, Major::MN>(ring.slots[slot].v));
+        sync_warp();  // the block is read: refill its slot
+        slot = slot == AHEAD ? 0 : slot + 1;
+      }
     }
     // What is under way are empty groups, and the last turn's barrier ended all reads: acc_o may take the ring's place.
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f) put_down(smem, warp, f, softmax[f], acc_o[f]);
+    sync_block();  // states and outputs of all warps are written
+    store_decoded(decode, tile, split, smem.states, [&](int from, int row, int col) {
+      return load_shared<1>(&smem.warp[from].out.at[row][col]).at[0];
+    });
+    if constexpr (SPLITS) sync_block();  // states and outputs are read: rings and the next split's may be written
   }
-
-#pragma unroll
-  for (int f = 0; f < FRAGMENTS; ++f) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = 16 * f + acc_o[f].warp_row(r);
-      const float sum = row_sum_of(softmax[f].row_sum[r]);
-      if (lane_index() % 4 == 0) {
-        smem.states.row_max[warp][row] = softmax[f].row_max[r];
-        smem.states.row_sum[warp][row] = sum;
-      }
-#pragma unroll
-      for (int c = 0; c < acc_o[f].COLS; c += 2) {
-        float* to = &own.out.at[row][acc_o[f].first_col() + acc_o[f].ahead(c)];
-        store_shared(to, Vector<float, 2>{{acc_o[f](r, c), acc_o[f](r, c + 1)}});
-      }
-    }
-  }
-  sync_block();  // states and outputs of all warps are written
-  store_decoded(decode, tile, smem.states, [&](int from, int row, int col) {
-    return load_shared<1>(&smem.warp[from].out.at[row][col]).at[0];
-  });
 }

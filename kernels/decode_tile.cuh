@@ -1,8 +1,9 @@
 // What decoding kernels share: which rows and keys a thread block has, and how its warps' sums become a result.
 //
 // A tile is BLOCK_M (query, head) pairs of the heads that share a kv head: row p is query p / heads of head p % heads,
-// so that K and V are read once for all of them. Its keys are those of one split; each warp takes every NUM_WARPS-th
-// block of them, has a softmax and an acc_o of its own, and nothing to tell the others until the end.
+// so that K and V are read once for all of them. The keys that it sees are cut into splits, each of which has a partial
+// result; a thread block has some of them. Of a split each warp takes every NUM_WARPS-th block of keys, has a softmax
+// and an acc_o of its own, and nothing to tell the others until the end.
 #pragma once
 #include "basics.cuh"
 #include "types.cuh"
@@ -18,42 +19,49 @@ struct DecodeTile {
   int batch, head_k, head;  // its kv head, and the first of its heads
   int heads;                // that share the kv head
   int row0, row_end;
-  int split;
+  int first_split;  // of the thread block
+  BlockRange seen;  // the blocks of keys that some row sees
 
-  // Tiles of one split follow one another: they read the same keys.
+  // Tiles that read the same keys follow one another.
   __device__ __forceinline__ explicit DecodeTile(const DecodeParams& decode) {
     const Params& params = decode.params;
     heads = params.num_heads / params.num_heads_k;
     row_end = params.seqlen_q * heads;
-    const int tiles = ceil_div(row_end, BLOCK_M), splits = SPLITS ? decode.num_splits : 1;
+    const int tiles = ceil_div(row_end, BLOCK_M), blocks = SPLITS ? decode.blocks_of_tile : 1;
     int index = block_index();
     row0 = index % tiles * BLOCK_M;
     index /= tiles;
-    split = index % splits;
-    index /= splits;
+    first_split = index % blocks;
+    index /= blocks;
     head_k = index % params.num_heads_k;
     batch = index / params.num_heads_k;
     head = head_k * heads;
     seq = cached_sequence(decode, batch);
+    const int first = query(0), last = query(BLOCK_M - 1);
+    seen = mask_of(params, seq).key_blocks(first, last - first + 1);
   }
   // Rows beyond the end are the last one, which is not stored for them.
   __device__ __forceinline__ int inside(int row) const { return smaller(row0 + row, row_end - 1); }
   __device__ __forceinline__ int query(int row) const { return inside(row) / heads; }
   __device__ __forceinline__ int head_of(int row) const { return head + inside(row) % heads; }
 
-  // Of the split, the blocks that some row sees.
-  __device__ __forceinline__ BlockRange key_blocks(const DecodeParams& decode, const Mask& mask) const {
-    const int first = query(0), last = query(BLOCK_M - 1);
-    BlockRange range = mask.key_blocks(first, last - first + 1);
+  // The blocks of a split. Splits are as long as the entry needs, not as the cache has room for: the last ones may have
+  // none. Nobody else's length matters, so an entry's bits depend on no other.
+  __device__ __forceinline__ BlockRange blocks_of(const DecodeParams& decode, int split) const {
+    BlockRange range = seen;
     if constexpr (SPLITS) {
-      const int blocks = decode.split_length / BLOCK_N;
-      const int begin = split * blocks, end = begin + blocks;
-      range.begin = range.begin > begin ? range.begin : begin;
-      range.end = smaller(range.end, end);
+      const int least = decode.split_length / BLOCK_N;
+      const int even = ceil_div(ceil_div(seen.end - seen.begin, decode.num_splits), NUM_WARPS) * NUM_WARPS;
+      const int length = even > least ? even : least;
+      range.begin = smaller(seen.begin + split * length, seen.end);
+      range.end = smaller(range.begin + length, seen.end);
     }
     return range;
   }
 };
+
+// A sink belongs to one split.
+__device__ __forceinline__ bool has_sink(int split) { return SINKS && split == 0; }
 
 // The largest logits and the sums of each warp's keys, by row.
 struct WarpStates {
@@ -101,11 +109,10 @@ struct RowTotal {
 };
 
 __device__ __forceinline__ RowTotal total_of(
-    const DecodeParams& decode, const DecodeTile& tile, const WarpStates& states, int row) {
-  // A sink belongs to one split.
-  const bool has_sink = SINKS && tile.split == 0;
-  const Accumulator sink = has_sink ? lse_of_nothing(decode.params, tile.seq, tile.head_of(row)) : Accumulator(0);
-  return RowTotal(states, row, score_of(decode.params), has_sink, sink);
+    const DecodeParams& decode, const DecodeTile& tile, int split, const WarpStates& states, int row) {
+  const bool sinks = has_sink(split);
+  const Accumulator sink = sinks ? lse_of_nothing(decode.params, tile.seq, tile.head_of(row)) : Accumulator(0);
+  return RowTotal(states, row, score_of(decode.params), sinks, sink);
 }
 
 // Each warp's acc_o, unscaled, by row; what a warp has not seen is never read.
@@ -114,19 +121,60 @@ struct WarpOutputs {
   Accumulator at[BLOCK_M][COLUMNS + 16 / sizeof(Accumulator)];
 };
 
-// The result of the tile's rows, from what all warps have put down: states and outputs(warp, row, col).
+// A partial result is not rounded.
+template <bool PARTIAL>
+struct ResultOf {
+  using Type = Output;
+};
+template <>
+struct ResultOf<true> {
+  using Type = Accumulator;
+};
+
+// Where a split's results go: to out and lse where it is the only one.
+struct DecodeResults {
+  using Number = ResultOf<SPLITS>::Type;
+  const Tensor &out, &lse;
+  long long out_ahead, lse_ahead;
+
+  __device__ __forceinline__ DecodeResults(const DecodeParams& decode, int split)
+      : out(SPLITS ? decode.partial : decode.params.out),
+        lse(SPLITS ? decode.partial_lse : decode.params.lse),
+        out_ahead(SPLITS ? split * decode.split_stride : 0),
+        lse_ahead(SPLITS ? split * decode.split_lse_stride : 0) {}
+  __device__ __forceinline__ Rows<Number> out_of(const DecodeTile& tile, int head) const {
+    Rows<Number> rows = rows_of<Number>(out, tile.seq.batch_index, head);  // (seqlen_q, head_dim_v)
+    rows.data += out_ahead;
+    rows.vectors = rows.vectors && is_aligned(rows.data, 16);
+    return rows;
+  }
+  // Nothing where the call does without.
+  __device__ __forceinline__ void store_lse(const DecodeTile& tile, int row, Accumulator number) const {
+    Rows<Accumulator> rows = rows_of<Accumulator>(lse, tile.seq.batch_index, tile.head_of(row));  // (seqlen_q)
+    if (rows.data != nullptr) rows.data += lse_ahead;
+    store_number(rows, tile.query(row), number);
+  }
+};
+
+// A split without keys, of several: combine reads of it that its lse is -inf, and nothing else.
+__device__ __forceinline__ void store_nothing(const DecodeParams& decode, const DecodeTile& tile, int split) {
+  for (int row = thread_index(); row < BLOCK_M && tile.row0 + row < tile.row_end; row += NUM_THREADS) {
+    DecodeResults(decode, split).store_lse(tile, row, -math::infinity<Accumulator>());
+  }
+}
+
+// The result of the tile's rows over a split, from what all warps have put down: states and outputs(warp, row, col).
 // By the whole block.
-template <typename Out, typename Outputs>
+template <typename Outputs>
 __device__ __forceinline__ void store_decoded(
-    const DecodeParams& decode, const DecodeTile& tile, const WarpStates& states, const Tensor& out_tensor,
-    const Tensor& lse_tensor, long long out_ahead, long long lse_ahead, const Outputs& outputs) {
+    const DecodeParams& decode, const DecodeTile& tile, int split, const WarpStates& states, const Outputs& outputs) {
   constexpr int RUN = 16 / sizeof(Accumulator), GROUPS = HEAD_DIM_V / RUN;
-  const Params& params = decode.params;
-  const Score score = score_of(params);
+  const DecodeResults results(decode, split);
+  const Score score = score_of(decode.params);
   for (int i = thread_index(); i < BLOCK_M * GROUPS; i += NUM_THREADS) {
     const int row = i / GROUPS, col = i % GROUPS * RUN;
     if (tile.row0 + row >= tile.row_end) continue;
-    const RowTotal total = total_of(decode, tile, states, row);
+    const RowTotal total = total_of(decode, tile, split, states, row);
     const Accumulator share = total.sum == 0 ? Accumulator(1) : 1 / total.sum;
     Accumulator numbers[RUN] = {};
 #pragma unroll
@@ -138,25 +186,7 @@ __device__ __forceinline__ void store_decoded(
     }
 #pragma unroll
     for (int e = 0; e < RUN; ++e) numbers[e] *= share;
-    const int query = tile.query(row), head = tile.head_of(row);
-    Rows<Out> out = rows_of<Out>(out_tensor, tile.seq.batch_index, head);  // (seqlen_q, head_dim_v)
-    out.data += out_ahead;
-    out.vectors = out.vectors && is_aligned(out.data, 16);
-    store_columns(out, query, col, params.head_dim_v, numbers);
-    if (col == 0) {
-      Rows<Accumulator> lse = rows_of<Accumulator>(lse_tensor, tile.seq.batch_index, head);  // (seqlen_q)
-      if (lse.data != nullptr) lse.data += lse_ahead;
-      store_number(lse, query, total.lse());
-    }
-  }
-}
-template <typename Outputs>
-__device__ __forceinline__ void store_decoded(
-    const DecodeParams& decode, const DecodeTile& tile, const WarpStates& states, const Outputs& outputs) {
-  if constexpr (SPLITS) {
-    const long long out = tile.split * decode.split_stride, lse = tile.split * decode.split_lse_stride;
-    store_decoded<Accumulator>(decode, tile, states, decode.partial, decode.partial_lse, out, lse, outputs);
-  } else {
-    store_decoded<Output>(decode, tile, states, decode.params.out, decode.params.lse, 0, 0, outputs);
+    store_columns(results.out_of(tile, tile.head_of(row)), tile.query(row), col, decode.params.head_dim_v, numbers);
+    if (col == 0) results.store_lse(tile, row, total.lse());
   }
 }

@@ -12,11 +12,11 @@ struct DecodeParams {
   Tensor q_turned;              // as q: what decode_append writes, and the others read in its place
   Tensor partial, partial_lse;  // as out and lse, in Accumulator: those of the first split
   long long page_stride_k, page_stride_v;  // PAGED: elements from page to page
-  long long split_stride, split_lse_stride;  // SPLITS: from one split's partial results to the next one's
+  long long split_stride, split_lse_stride;  // SPLITS: from one split's results to the next one's
   int page_size, num_pages, table_columns;
-  int split_length, num_splits;  // keys of a split, a multiple of BLOCK_N
+  int split_length, num_splits;  // SPLITS: keys of a split at least, a multiple of NUM_WARPS BLOCK_N
+  int blocks_of_tile;            // SPLITS: thread blocks of a tile, which take its splits in turn
   int rotary_pairs, positions;
-  int unused;
 };
 
 static_assert(sizeof(DecodeParams) == DECODE_PARAMS_BYTES, "params_decode.cuh, _params_decode.py: drifted apart");

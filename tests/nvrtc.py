@@ -18,6 +18,7 @@ import pytest
 from cupyflash import Rotary, _planner, _rows, _tiles, explain, explain_decode
 from cupyflash._compile import OPTIONS, Spec, source
 from cupyflash._plan import DEVICES, Rows
+from cupyflash._plan_decode import DecodeSpec
 from cupyflash._problem import read_problem
 
 
@@ -209,6 +210,16 @@ def decode_specs(device: str) -> dict[str, list[tuple[Spec, int]]]:
     return {kernel: list(specs) for kernel, specs in found.items()}
 
 
+def decode_rows() -> dict[str, tuple[Spec, int, str]]:
+    """What decoding compiles for tensor cores of a card, shared memory, and the card, by a short text."""
+    return {
+        f"{device}, {text_of(spec)}": (spec, smem, device)
+        for device in ("sm_80", "sm_86", "sm_90")
+        for spec, smem in decode_specs(device)["decode_sm80"]
+        if spec.element == ml_dtypes.bfloat16 and spec.splits and spec.appends
+    }
+
+
 def text_of(spec: Spec) -> str:
     """What differs between two Specs of a tensor-core family."""
     words = [spec.kernel, spec.element.name, f"{spec.head_dim}/{spec.head_dim_v}", "causal" if spec.causal else "full"]
@@ -221,6 +232,8 @@ def text_of(spec: Spec) -> str:
         words += [w for w in ("overlap", "pack_heads") if getattr(spec, w)]
     elif spec.kernel in ("bwd_sm80", "fwd_wide", "bwd_wide"):
         words += [f"{spec.num_warps} warps"]
+    elif isinstance(spec, DecodeSpec):
+        words += [f"{spec.num_warps} warps", f"{spec.q_held} steps of q held", "paged" if spec.paged else "in line"]
     elif spec.kernel == "bwd_sm90":
         words += ["fixed order" if spec.deterministic else "order of arrival"]
     return ", ".join([*words, "two parts"] if spec.split_p else words)
@@ -229,7 +242,7 @@ def text_of(spec: Spec) -> str:
 def main() -> None:
     """Write the table anew: ``python tests/nvrtc.py``."""
     specs = {text: (*spec, "sm_90a") for text, spec in hopper_specs().items()}
-    specs |= ampere_specs() | two_part_specs() | wide_specs()
+    specs |= ampere_specs() | two_part_specs() | wide_specs() | decode_rows()
     with ThreadPoolExecutor() as pool:
         made = pool.map(lambda item: compile_spec(*item), specs.values())
         rows = {text: compiled.row() for text, compiled in zip(specs, made, strict=True)}

@@ -153,7 +153,7 @@ class Made:
             by = decoding.turn_limit(self.before["q"], cos, sin)
             if case.append:
                 by = np.maximum(by, decoding.turn_limit(self.before["k_new"], cos, sin).max(initial=0))
-        merged = 4 * getattr(plan, "num_splits", 1)  # and the warps of a block
+        merged = 4 * (plan.splits.number if self.xp is not np else 1)  # and the warps of a block
         report = decoding.check(
             this, out, lse, turned_by=by, merged=merged, p_dtype=self.before["q"].dtype if plan.rounds_p else None,
             **{name: x for name, x in self.options.items() if x is not None},
@@ -443,19 +443,31 @@ def planned(batch=1, heads=32, heads_k=8, capacity=8192, dim=128, dtype=np.float
 def test_splits_do_not_depend_on_the_batch(dtype):
     for capacity in (1, 100, 256, 257, 8192, 131072, 2**20):
         plans = [planned(batch, 8 * group, 8, capacity, dtype=dtype) for batch in (1, 7, 300) for group in (1, 4)]
-        assert len({(p.split_length, p.num_splits, p.block_m, p.block_n) for p in plans}) == 1
-        plan = plans[0]
-        assert (plan.num_splits - 1) * plan.split_length < capacity <= plan.num_splits * plan.split_length
-        assert (plan.num_splits > 1) == any(step.name == "combine" for step in plan.kernels)
+        assert len({(p.splits[:2], p.block_m, p.block_n) for p in plans}) == 1
+        for plan in plans:
+            length, count, blocks = plan.splits
+            assert (count - 1) * length < capacity
+            assert count == 128 or capacity <= count * length
+            assert 1 <= blocks <= count
+            assert (count > 1) == any(step.name == "combine" for step in plan.kernels)
 
 
 def test_the_caller_may_fix_splits_or_let_them_fill_a_card():
     for splits in (1, 2, 3, 64):
-        assert planned(num_splits=splits).num_splits == splits
-    assert planned(capacity=100, num_splits=50).num_splits <= 100 // 32 + 1  # no split without keys
+        assert planned(num_splits=splits).splits.number == splits
+    assert planned(capacity=100, num_splits=50).splits.number <= 100 // 32 + 1  # no split without keys
     filled = [planned(batch, heads_k=1, capacity=16384, batch_invariant=False) for batch in (1, 4, 1000)]
-    assert filled[0].num_splits > filled[1].num_splits > filled[2].num_splits == 1
+    assert filled[0].splits.number > filled[1].splits.number > filled[2].splits.number == 1
     assert filled[0].kernels[0].grid >= 132
+
+
+def test_few_thread_blocks_have_no_splits_to_share_and_many_have_several_each():
+    """The grid grows with the batch, but not without bound, where entries may be much longer than they are."""
+    one, many = planned(1, capacity=2**17), planned(64, capacity=2**17)
+    assert one.splits == (256, 128, 128)
+    assert many.splits[:2] == one.splits[:2]
+    assert one.kernels[0].grid == 8 * 128
+    assert 8 * 132 <= many.kernels[0].grid <= 2 * 8 * 132
 
 
 @pytest.mark.parametrize("card", DEVICES)
@@ -464,7 +476,7 @@ def test_every_width_fits_every_card(card):
         plan = planned(2, 4, 2, 320, dim, dtype, page_size, rows, device=card)
         assert all(step.smem <= DEVICES[card].smem and step.threads <= 1024 for step in plan.kernels)
         (step,) = (step for step in plan.kernels if step.name.startswith("decode"))
-        assert step.grid == 2 * 2 * -(-rows * 2 // step.spec.block_m) * plan.num_splits
+        assert step.grid == 2 * 2 * -(-rows * 2 // step.spec.block_m) * plan.splits.blocks
 
 
 def test_a_plan_says_what_runs_and_why():
@@ -473,8 +485,8 @@ def test_a_plan_says_what_runs_and_why():
     plan = planned(k_new=new, v_new=new, rotary=Rotary(angles, angles))
     assert [step.name for step in plan.kernels] == ["decode_append", f"decode_{plan.family}", "combine"]
     assert plan.kernels[0].writes == ("k", "v", "q_turned")
-    assert f"{plan.num_splits} of {plan.split_length} keys each" in str(plan)
-    assert plan.workspace == 4 * (32 * plan.num_splits * 129 + 32 * 128)
+    assert "splits      32, of at least 256 keys, by 32 thread blocks" in str(plan)
+    assert plan.workspace == 4 * (32 * 32 * 129 + 32 * 128)
     assert [step.name for step in planned(num_splits=1).kernels] == [f"decode_{plan.family}"]
     assert "splits      none" in str(planned(num_splits=1))
     for options, why in (

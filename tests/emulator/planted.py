@@ -760,11 +760,11 @@ LIBRARY = (
         ("out of bounds",), "", DecodeProblem("simt", "float32", page_size=0, wild=True),
     ),
     Planted(
-        "splits that overlap", "decode_simt", r"begin = split \* blocks, end", "begin = split * (blocks - 1), end",
+        "splits that overlap", "decode_simt", r"begin \+ split \* length", "begin + split * (length - 1)",
         ("values",), "", DECODE_SIMT[0],
     ),
     Planted(
-        "a sink in every split", "decode_simt", r"SINKS && tile\.split == 0", "SINKS", ("values",), "",
+        "a sink in every split", "decode_simt", r"SINKS && split == 0", "SINKS", ("values",), "",
         DecodeProblem("simt", "float32", options=(("sinks", (1.0, 2.0, 0.5, 0.0, 3.0, -1.0)),)),
     ),
     Planted(
@@ -772,8 +772,8 @@ LIBRARY = (
         "for (int warp = 1; warp < NUM_WARPS; ++warp) {\n if", ("values",), "", DECODE_SIMT[0],
     ),
     Planted(
-        "keys beyond the last one", "decode_sm80", r"send\(own\.slot\[slot\]\.k, keys_end - n_block \* BLOCK_N\)",
-        "send(own.slot[slot].k, BLOCK_N)", ("out of bounds", "values", "uninitialised"), "", DECODE_SM80[0],
+        "keys beyond the last one", "decode_sm80", r"send\(slots\[slot\]\.k, keys_end - n_block \* BLOCK_N\)",
+        "send(slots[slot].k, BLOCK_N)", ("out of bounds", "values", "uninitialised"), "", DECODE_SM80[0],
     ),
     Planted(
         "rows of a block looked up too late", "decode_sm80", r"cp_async_commit\(\);\n\s*look\(n_block \+ NUM_WARPS\);",

@@ -434,11 +434,12 @@ PACKED_BACKWARD = PackedProblem(
 )  # fmt: skip
 
 
+# Of 8 splits thread blocks take several, one after another.
 DECODE_SM80 = (
-    DecodeProblem("sm80", "float16"), DecodeProblem("sm80", "float16", head_dim=72, gap=1),
-    DecodeProblem("sm80", "float16", rows=9, num_splits=1),
+    DecodeProblem("sm80", "float16"), DecodeProblem("sm80", "float16", num_splits=8),
+    DecodeProblem("sm80", "float16", head_dim=72, gap=1), DecodeProblem("sm80", "float16", rows=9, num_splits=1),
 )  # fmt: skip
-DECODE_SIMT = (DecodeProblem("simt", "float32"), DecodeProblem("simt", "float32", num_splits=1))
+DECODE_SIMT = (DecodeProblem("simt", "float32"), DecodeProblem("simt", "float32", num_splits=8))
 
 
 def runs_of(removal: Removal) -> list[Run]:
