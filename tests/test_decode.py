@@ -293,6 +293,17 @@ def test_steps_are_one_attention():
         assert (cache == np.stack([k, v])).all()
 
 
+def test_chunks_of_a_prefill_through_q_offset(backend):
+    """attention() against what a cache holds so far: each chunk's rows are those of one call over all."""
+    rng = np.random.default_rng(9)
+    q, k, v = (backend.array(rng.standard_normal((2, heads, 100, 16)), np.float32) for heads in (4, 2, 2))
+    for window in (None, (20, 0)):
+        want = backend.numpy(attention(q, k, v, causal=True, window=window))
+        for begin, end in ((0, 37), (37, 38), (38, 100)):
+            got = attention(q[:, :, begin:end], k, v, causal=True, q_offset=begin, kv_lens=end, window=window)
+            np.testing.assert_allclose(backend.numpy(got), want[:, :, begin:end], rtol=0, atol=2e-6)
+
+
 def test_entries_may_share_pages():
     """A common beginning, read by both; each grows in pages of its own."""
     rng = np.random.default_rng(3)
@@ -681,3 +692,121 @@ def test_new_rows_need_room_whatever_the_lengths_are():
         q, new, cache = (xp.asarray(ones(1, 2, n, 8)) for n in (3, 3, 2))
         with pytest.raises(ValueError, match="the cache has 2 rows: 3 new rows do not fit"):
             decode(q, cache, cache, xp.asarray(np.array([0])), k_new=new, v_new=new)
+
+
+# ------------------------------------------------------------------------------------------------------------ a GPU
+
+
+def families_of(gpu, dtype):
+    """The kernel families that decode a dtype on this card."""
+    arch = int(gpu.xp.cuda.Device().compute_capability)
+    return ("sm80", "simt") if np.dtype(dtype).itemsize == 2 and arch >= 80 else ("simt",)
+
+
+@pytest.mark.gpu
+@hypothesis.settings(max_examples=30 if PROFILE == "ci" else 1000)
+@hypothesis.given(
+    case=cases(styles=tuple(style for style in OUTPUT_STYLES if style in GPU_STYLES), most=700),
+    splits=st.sampled_from([None, None, 1, 3]),
+)
+def test_any_case_on_a_gpu(gpu, case, splits):
+    for family in families_of(gpu, case.dtype):
+        case.make(gpu.xp).run(family=family, num_splits=splits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMED)
+def test_named_cases_on_a_gpu(gpu, name, dtype):
+    for family in families_of(gpu, dtype):
+        dataclasses.replace(NAMED[name], dtype=dtype, head_dim=128, head_dim_v=128, capacity=600).make(gpu.xp).run(
+            family=family
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [0, 16, 100])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_long_caches_on_a_gpu(gpu, dtype, page_size):
+    """Many splits, some without keys; the same as attention of each entry, and the same bits alone."""
+    xp, rng = gpu.xp, gpu.xp.random.default_rng(0)
+    lens = np.array([70000, 1, 0, 33333])
+    q, k, v = (rng.standard_normal((4, heads, n, 64)).astype(dtype) for heads, n in ((8, 2), (2, 70000), (2, 70000)))
+    caches, options = [k, v], {}
+    if page_size:
+        table = np.random.default_rng(0).permutation(4 * 70000 // page_size).reshape(4, -1).astype(np.int32)
+        options["page_table"] = xp.asarray(table)
+        for i, x in enumerate((k, v)):
+            caches[i] = xp.empty((table.size, page_size, 2, 64), dtype)
+            caches[i][options["page_table"]] = x.reshape(4, 2, -1, page_size, 64).transpose(0, 2, 3, 1, 4)
+    want = attention(q, k, v, causal=True, kv_lens=xp.asarray(lens), return_lse=True)
+    bound = 2e-3 if dtype == np.float16 else 1e-5
+    for family in families_of(gpu, dtype):
+        got = decode(q, *caches, xp.asarray(lens), family=family, return_lse=True, **options)
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_allclose(gpu.numpy(x).astype(float), gpu.numpy(y).astype(float), rtol=bound, atol=bound)
+        if page_size == 0:
+            for b in range(4):
+                rows = slice(b, b + 1)
+                alone = decode(q[rows], k[rows], v[rows], xp.asarray(lens[rows]), family=family)
+                assert gpu.numpy(alone).tobytes() == gpu.numpy(got.out[rows]).tobytes()
+
+
+@pytest.mark.gpu
+def test_lengths_and_pages_that_are_not_there_on_a_gpu(gpu):
+    """Nothing outside the cache is read or written, whatever lengths and page tables hold."""
+    xp, rng = gpu.xp, np.random.default_rng(0)
+    for seed in range(10):
+        case = Case(
+            seed=seed, dtype=np.float16, batch=1, rows=3, append=True, rotary=8, page_size=(0, 16)[seed % 2],
+            capacity=200, head_dim=64, head_dim_v=64, styles=("shifted",) * 3,
+        )  # fmt: skip
+        made = case.make(xp)
+        (q, k, v, _), options = made.arguments()
+        if "page_table" in options:
+            options["page_table"] = xp.asarray(rng.integers(-(2**31), 2**31, (1, case.columns)).astype(np.int32))
+        for family in families_of(gpu, case.dtype):
+            for n in (-1, 10**6, 2**31 - 1, -(2**31)):
+                decode(q, k, v, xp.asarray(np.array([n], np.int32)), family=family, out=made.out.array, **options)
+        for placed in (*made.placed.values(), made.out):
+            assert placed.guards_intact()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_graph_decodes_step_after_step(gpu, dtype):
+    """One captured step, with new rows, pages, rotary and lengths that the graph itself counts up, replayed."""
+    xp, rng = gpu.xp, np.random.default_rng(0)
+    steps, angles = 40, rng.uniform(0, 6, (700, 32)).astype(np.float32)
+    rows = [rng.standard_normal((2, heads, steps, 64)).astype(dtype) for heads in (8, 2, 2)]
+    begin = [rng.standard_normal((160, 16, 2, 64)).astype(dtype) for _ in range(2)]
+    table = rng.permutation(160)[:80].reshape(2, 40).astype(np.int32)
+    rotary = Rotary(np.cos(angles), np.sin(angles))
+    caches, wanted, lens = [x.copy() for x in begin], [], np.array([500, 13])
+    for t in range(steps):
+        q, k_new, v_new = (x[:, :, t : t + 1] for x in rows)
+        wanted.append(decode(q, *caches, lens + t, page_table=table, k_new=k_new, v_new=v_new, rotary=rotary))
+    on = xp.asarray
+    held, out = [on(x) for x in begin], xp.empty((2, 8, 1, 64), dtype)
+    now, kv_lens = [on(np.ascontiguousarray(x[:, :, :1])) for x in rows], on(lens.astype(np.int32))
+    more = {"page_table": on(table), "k_new": now[1], "v_new": now[2], "rotary": Rotary(*map(on, rotary[:2]))}
+    decode(now[0], *held, kv_lens, out=out, **more)
+    kv_lens += 1  # both are compiled now
+    stream = xp.cuda.Stream(non_blocking=True)
+    xp.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        decode(now[0], *held, kv_lens, out=out, **more)
+        kv_lens += 1
+        graph = stream.end_capture()
+    for x, y in zip(held, begin, strict=True):
+        x[...] = on(y)
+    kv_lens[...] = on(lens.astype(np.int32))
+    bound = 5e-3 if dtype == np.float16 else 1e-5
+    for t in range(steps):
+        for x, y in zip(now, rows, strict=True):
+            x[...] = on(y[:, :, t : t + 1])
+        xp.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        np.testing.assert_allclose(gpu.numpy(out).astype(float), wanted[t].astype(float), rtol=bound, atol=bound)
