@@ -735,6 +735,29 @@ def small_benchmark(gpu_benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) 
 SMALL = ["--dtypes", "float32", "float64", "--head-dims", "8", "--seqlens", "16", "32", "--rounds", "2"]
 
 
+def test_decode_benchmark(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It lists its cells, and measures small ones on NumPy."""
+    decode = benchmark("decode")
+    assert decode.main(["--dry-run"]) == 0
+    assert "128 x 32/8 heads x   4096 rows: 2.147 GB beside copy, torch cuDNN" in capsys.readouterr().out
+    changes = {"WARM_UP": 0, "LEAST": 1e-4, "BEYOND_CACHE": 10**5, "DTYPE": "float32", "HOST_CALLS": 1}
+    for name, value in (changes | {"CELLS": ((2, 4, 2, 32),)}).items():
+        monkeypatch.setattr(decode, name, value)
+    backend = backends.Backend("numpy", np, machine.read_machine())
+    monkeypatch.setattr(decode.backends, "choose", lambda name: backend)
+    assert decode.main(["--out", str(tmp_path / "x.json"), "--rounds", "2", "--peers"]) == 0
+    (cell,) = json.loads((tmp_path / "x.json").read_text())["cells"]
+    assert [one["name"] for one in cell["contenders"]] == [
+        "cupyflash", "cupyflash, pages of 16", "cupyflash, 4 queries", "cupyflash, a step", "copy"
+    ]  # fmt: skip
+    assert all(len(one["samples"]) == 2 for one in cell["contenders"])
+    assert cell["error"] < 1e-5
+    assert set(cell["host"]) == {"cupyflash", "cupyflash, a step"}
+    assert "host time of" in capsys.readouterr().out
+
+
 def test_gpu_benchmark_lists_its_cells(gpu_benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_benchmark.main(["--dry-run"]) == 0
     *lines, count = capsys.readouterr().out.splitlines()
