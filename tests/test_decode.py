@@ -2,9 +2,12 @@
 """Decoding: against the dense specification, whatever the cache looks like; nothing outside it is read or written."""
 
 import dataclasses
+import doctest
 import functools
 import inspect
 import itertools
+import re
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -302,6 +305,17 @@ def test_chunks_of_a_prefill_through_q_offset(backend):
         for begin, end in ((0, 37), (37, 38), (38, 100)):
             got = attention(q[:, :, begin:end], k, v, causal=True, q_offset=begin, kv_lens=end, window=window)
             np.testing.assert_allclose(backend.numpy(got), want[:, :, begin:end], rtol=0, atol=2e-6)
+
+
+def test_the_page_on_decoding_is_true():
+    """docs/decoding.md: its examples run, one after the other."""
+    page = Path(__file__).resolve().parent.parent / "docs" / "decoding.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    test = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, page.name, str(page), 0)
+    assert len(test.examples) > 20
+    report = []
+    doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+    assert "".join(report) == ""
 
 
 def test_entries_may_share_pages():
