@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,7 @@ def decode_smem_simt(row: DecodeRow, head_dim: int, head_dim_v: int, accumulator
     return (row.block_m * head_dim + row.warps * own) * accumulator
 
 
+@lru_cache(maxsize=4096)
 def plan_decode(
     problem: Problem, decoding: Decoding, device: Device, family: object, tile: Tile, copies: tuple[str, ...]
 ) -> DecodePlan:
@@ -141,11 +143,20 @@ def plan_decode(
     results = _temporaries(problem, decoding, count)
     base = plan_of(
         chosen, device.name, problem, False, (row.block_m, row.block_n), kernels=tuple(kernels), copies=copies,
-        declined=() if why is None else (("sm80", why),), workspace=sum(map(_bytes, results)),
+        declined=_declined(device, why), workspace=sum(map(_bytes, results)),
         rounds_p=chosen == "sm80",
     )  # fmt: skip
     given = {f.name: getattr(base, f.name) for f in fields(base)}
     return DecodePlan(**given, splits=splits, results=results)
+
+
+def _declined(device: Device, why_not_sm80: str | None) -> tuple[tuple[str, str], ...]:
+    """Families that were passed over, and why."""
+    if why_not_sm80 is not None:
+        return (("sm80", why_not_sm80),)
+    if device.arch == 90:
+        return (("sm90", "wgmma multiplies 64 rows at a time, decoding has few; memory is what it waits for"),)
+    return ()
 
 
 def _why_not_sm80(problem: Problem, device: Device) -> str | None:

@@ -38,7 +38,9 @@ constexpr int NUM_THREADS = 32 * NUM_WARPS;
 
 static_assert(BLOCK_N == 32, "a lane has one key of a block");
 constexpr int COLS_V = ceil_div(HEAD_DIM_V, 32);  // columns of a lane
-constexpr int RUN = 16 / sizeof(Accumulator);
+constexpr int RUN = 16 / sizeof(Accumulator), PART = 4 * RUN;  // columns of a key that are loaded before any is used
+constexpr int PARTS_AHEAD = sizeof(Accumulator) == 4 ? 2 : 1;  // registers hold no more of float64
+static_assert(HEAD_DIM % PART == 0, "q is padded with zeros to whole parts");
 
 // A lane's part of (BLOCK_M, 32) scores: one column of every row.
 struct LaneScores {
@@ -95,15 +97,18 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) decode_simt(const D
       LaneScores acc_s = {};
       // Lanes beyond the end read the last key, which counts for nobody.
       const Rows<const Element> k = keys.row(smaller(key, keys_end - 1));
-#pragma unroll 2
-      for (int col = 0; col < params.head_dim; col += RUN) {
-        Accumulator k_part[RUN];
+#pragma unroll PARTS_AHEAD
+      for (int col = 0; col < params.head_dim; col += PART) {
+        Accumulator k_part[PART];
         load_columns(k, 0, col, params.head_dim, k_part);
 #pragma unroll
-        for (int r = 0; r < BLOCK_M; ++r) {
-          const Vector<Accumulator, RUN> q_part = load_shared<RUN>(&smem.q[r][col]);
+        for (int run = 0; run < PART; run += RUN) {
 #pragma unroll
-          for (int e = 0; e < RUN; ++e) acc_s.at[r] = math::fma(q_part.at[e], k_part[e], acc_s.at[r]);
+          for (int r = 0; r < BLOCK_M; ++r) {
+            const Vector<Accumulator, RUN> q_part = load_shared<RUN>(&smem.q[r][col + run]);
+#pragma unroll
+            for (int e = 0; e < RUN; ++e) acc_s.at[r] = math::fma(q_part.at[e], k_part[run + e], acc_s.at[r]);
+          }
         }
       }
 #pragma unroll

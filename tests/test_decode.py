@@ -514,6 +514,14 @@ def test_a_plan_says_what_runs_and_why():
     assert plan.workspace == 4 * (32 * 32 * 129 + 32 * 128)
     assert [step.name for step in planned(num_splits=1).kernels] == [f"decode_{plan.family}"]
     assert "splits      none" in str(planned(num_splits=1))
+    for options, family, why in (
+        ({}, "simt", "not sm80    float32"), ({"dtype": np.float16}, "sm80", "not sm90    wgmma"),
+        ({"dtype": np.float16, "device": "sm_75"}, "simt", "not sm80    sm_75 has compute capability 7.5"),
+        ({"dtype": np.float16, "precision": "highest"}, "simt", "not sm80    precision='highest'"),
+    ):  # fmt: skip
+        plan = planned(**options)
+        assert plan.family == family
+        assert why in str(plan)
     for options, why in (
         ({"family": "sm90"}, "'sm80' and 'simt'"), ({"family": "cpu"}, "CuPy arrays"), ({"tile": Tile(64, 64)}, "one tile"),
         ({"dim": 257}, "257"),

@@ -74,6 +74,7 @@ def test_kernel_compiles_into_registers(device, kernel):
             assert compiled.stack_bytes == 0, f"{spec}\n{compiled.log}"
 
 
+@pytest.mark.share(5)
 @pytest.mark.parametrize("device", ARCHS)
 def test_decoding_compiles_into_registers(device):
     for kernel, every in decode_specs(device).items():
