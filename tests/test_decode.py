@@ -101,7 +101,8 @@ class Case:
         if self.sinks:
             options["sinks"] = rng.standard_normal(heads)
         if self.score:
-            sizes = Sizes(self.batch, heads, max(self.rows, 1), self.capacity)
+            room = self.columns * self.page_size if self.page_size else self.capacity
+            sizes = Sizes(self.batch, heads, max(self.rows, 1), room)
             options |= {"score": SCORES[self.score].function, "score_args": SCORES[self.score].args(rng, sizes)}
         cache = {"page_table": table, "rotary": None}
         if self.rotary:
