@@ -76,8 +76,9 @@ def decode(
         Into how many parts a GPU splits an entry's rows at most. None: the planner chooses. NumPy arrays take all rows
         in one order, whatever it says.
     batch_invariant : bool
-        True: parts depend on dtype, widths and the longest entry that the cache has room for, so that an entry's bits
-        do not depend on its batch. False lets the planner split further to fill a GPU; NumPy arrays: no difference.
+        True: parts depend on dtype, widths, the longest entry that the cache has room for and how long the entry is,
+        so that an entry's bits do not depend on its batch. False lets the planner split as a GPU and the batch want
+        it; NumPy arrays: no difference.
     out : array or pair of arrays, optional
         Where to write: out, or (out, lse), which implies ``return_lse``.
     return_lse : bool
