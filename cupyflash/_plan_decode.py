@@ -23,10 +23,12 @@ from ._plan_tensor_cores import why_not_tensor_cores
 from ._problem import Problem
 from ._tiles import padded_widths
 
-# Keys of a split at least, and how many splits at most. Reckoned, not measured: 256 keys make 256 thread blocks of one
-# entry of 8192 rows and 8 kv heads, two for each multiprocessor of an H200; and of 128 parts each warp of combine goes
+# Keys of a split at least, and how many splits at most. Reckoned, not measured. A thread block of decode_sm80 has 64 KB
+# under way at width 128: one for each multiprocessor keeps an H200's memory busy, and 512 keys make 128 of one entry of
+# 8192 rows and 8 kv heads. Partial results are written and read again: for 4 heads that share a kv head, 1.6% of the
+# bytes of 512 keys; for 4 queries of each, 6%. decode_simt has less under way. Of 128 parts each warp of combine goes
 # through 16, for a few microseconds after the tens that their keys take.
-SPLIT_LENGTH, MOST_SPLITS = 256, 128
+SPLIT_LENGTH, MOST_SPLITS = {"sm80": 512, "simt": 256}, 128
 FEWEST_KEYS, MOST_TO_FILL = 64, 512  # of a split, and splits, where batch_invariant=False fills a card
 FILL, WAVES = 2, 4  # thread blocks that a multiprocessor runs side by side, and one after another where there are many
 COMBINE_WARPS = 8  # of a row
@@ -131,7 +133,7 @@ def plan_decode(
         row = decode_row_simt(accumulator)
         smem = decode_smem_simt(row, *widths, accumulator)
     tiles = grid(rows, row.block_m, heads_k * problem.batch)
-    splits = split_keys(problem, decoding, device, row, tiles)
+    splits = split_keys(problem, decoding, device, row, tiles, SPLIT_LENGTH[chosen])
     count = splits.number
     spec = _spec(f"decode_{chosen}", problem, decoding, row, widths, count > 1)
     writes = ("partial", "partial_lse") if count > 1 else ("out", "lse")
@@ -165,14 +167,16 @@ def _why_not_sm80(problem: Problem, device: Device) -> str | None:
     return why_not_tensor_cores(problem, "mma.sync")
 
 
-def split_keys(problem: Problem, decoding: Decoding, device: Device, row: DecodeRow, tiles: int) -> Splits:
+def split_keys(
+    problem: Problem, decoding: Decoding, device: Device, row: DecodeRow, tiles: int, split_length: int
+) -> Splits:
     """Splits of keys, for an entry that is as long as it may be; how many thread blocks share those of a tile."""
     longest, unit = max(problem.seqlen_k, 1), row.block_n * row.warps  # a block of keys for each warp
     fill = FILL * device.sms
     if decoding.num_splits is not None:
         least, most = unit, decoding.num_splits
     elif decoding.batch_invariant:
-        least, most = SPLIT_LENGTH, MOST_SPLITS
+        least, most = split_length, MOST_SPLITS
     else:
         least, most = FEWEST_KEYS, min(MOST_TO_FILL, max(1, -(-fill // max(tiles, 1))))
     length = -(-least // unit) * unit

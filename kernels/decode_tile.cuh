@@ -22,7 +22,7 @@ struct DecodeTile {
   int first_split;  // of the thread block
   BlockRange seen;  // the blocks of keys that some row sees
 
-  // Tiles that read the same keys follow one another.
+  // Tiles that read the same keys follow one another; then heads, whose rows lie side by side in a page.
   __device__ __forceinline__ explicit DecodeTile(const DecodeParams& decode) {
     const Params& params = decode.params;
     heads = params.num_heads / params.num_heads_k;
@@ -31,10 +31,10 @@ struct DecodeTile {
     int index = block_index();
     row0 = index % tiles * BLOCK_M;
     index /= tiles;
-    first_split = index % blocks;
-    index /= blocks;
     head_k = index % params.num_heads_k;
-    batch = index / params.num_heads_k;
+    index /= params.num_heads_k;
+    first_split = index % blocks;
+    batch = index / blocks;
     head = head_k * heads;
     seq = cached_sequence(decode, batch);
     const int first = query(0), last = query(BLOCK_M - 1);

@@ -489,6 +489,7 @@ def test_the_caller_may_fix_splits_or_let_them_fill_a_card():
 
 def test_few_thread_blocks_have_no_splits_to_share_and_many_have_several_each():
     """The grid grows with the batch, but not without bound, where entries may be much longer than they are."""
+    assert planned(dtype=np.float16).splits == (512, 16, 16)
     one, many = planned(1, capacity=2**17), planned(64, capacity=2**17)
     assert one.splits == (256, 128, 128)
     assert many.splits[:2] == one.splits[:2]
