@@ -35,6 +35,8 @@ class LaunchTemplate(Protocol):
     def slots(self) -> tuple[tuple[str, int], ...]: ...
     @property
     def offsets(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def holds_addresses(self) -> bool: ...
     def begin(self, struct: memoryview) -> None: ...
     def fill(self, words: memoryview, launch: int, addresses: Mapping[str, int]) -> None: ...
 
@@ -70,16 +72,24 @@ class Launch:
         self._pointers_at = ctypes.addressof(self._pointers)
         self._launch = import_cupy().cuda.driver.launchKernel
         self._shape = (grid, 1, 1, step.threads, 1, 1, step.smem)
+        self._slots = template.slots if template.holds_addresses else None
 
     def run(self, tensors: dict[str, Array], stream: int | None = None) -> None:
         """Launch on the current stream: once, or once for each index of leading axes beyond the struct's.
 
         ``stream``: what the caller has asked for already.
         """
-        addresses = {name: tensors[name].data.ptr for name in self.names}
         if stream is None:
             stream = import_cupy().cuda.get_current_stream().ptr
         function, pointers, launch = self._kernel.kernel.ptr, self._pointers_at, self._launch
+        if self._slots is not None:
+            words = self._words
+            with self._lock:
+                for name, slot in self._slots:
+                    words[slot] = tensors[name].data.ptr
+                launch(function, *self._shape, stream, pointers, 0)
+            return
+        addresses = {name: tensors[name].data.ptr for name in self.names}
         with self._lock:
             for i in range(len(self._template.offsets)):
                 self._template.fill(self._words, i, addresses)

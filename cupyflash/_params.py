@@ -121,6 +121,11 @@ class Template:
 
     nbytes = PARAMS_BYTES
 
+    @property
+    def holds_addresses(self) -> bool:
+        """Whether a call makes one launch, whose struct holds the tensors' own addresses and nothing made of them."""
+        return len(self.offsets) == 1 and not any(self.offsets[0])
+
     def begin(self, struct: memoryview) -> None:
         """Write all that no launch changes, once, to where launches will read it."""
         struct[:] = self.packed

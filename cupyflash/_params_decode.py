@@ -34,6 +34,7 @@ class DecodeTemplate:
     slots: tuple[tuple[str, int], ...]
     offsets: tuple[tuple[int, ...], ...] = ((),)
     nbytes = DECODE_PARAMS_BYTES
+    holds_addresses = True
 
     def begin(self, struct: memoryview) -> None:
         """Write all that no launch changes, once, to where launches will read it."""

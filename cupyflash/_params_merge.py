@@ -35,6 +35,11 @@ class MergeTemplate:
     offsets: tuple[tuple[int, ...], ...]  # for each launch: bytes to add to each tensor's address
     nbytes = MERGE_PARAMS_BYTES
 
+    @property
+    def holds_addresses(self) -> bool:
+        """As in `Template`."""
+        return len(self.offsets) == 1 and not any(self.offsets[0])
+
     def begin(self, struct: memoryview) -> None:
         """Write all that no launch changes, once, to where launches will read it."""
         struct[:] = self.packed

@@ -72,6 +72,7 @@ class MappedTemplate:
     maps: tuple[tuple[str, int, MapLayout], ...]  # tensor, place among the maps, layout
     _made: dict[tuple[int, int], memoryview] = field(default_factory=dict, compare=False)
     nbytes = MAPPED_PARAMS_BYTES
+    holds_addresses = False  # maps are made of them
 
     @property
     def offsets(self) -> tuple[tuple[int, ...], ...]:
