@@ -164,6 +164,8 @@ def _declined(device: Device, why_not_sm80: str | None) -> tuple[tuple[str, str]
 def _why_not_sm80(problem: Problem, device: Device) -> str | None:
     if device.arch < 80:
         return f"{device.name} has compute capability {device.arch / 10}: mma.sync of these shapes came with 8.0"
+    if problem.precision == "highest":
+        return "precision='highest': decode_sm80 rounds P once"
     return why_not_tensor_cores(problem, "mma.sync")
 
 
