@@ -58,7 +58,7 @@ AMPERE_TABLE: dict[str, tuple[tuple[int, int, AmpereRow], ...]] = {
         (128, 128, AmpereRow(128, 64, 4, 4, 2, 2, False, "3 steps held: 1.09, causal 1.22, but some spill", card=227)),
         (128, 128, AmpereRow(128, 64, 4, 3, 2, 2, False, "not measured", card=163)),
         (128, 128, AmpereRow(64, 64, 4, 2, 2, 8, False, "not measured; two blocks just fit")),
-        (192, 128, AmpereRow(128, 64, 4, 2, 2, 1, False, "not measured", card=227, split=False)),
+        (192, 128, AmpereRow(128, 32, 4, 3, 2, 2, False, "not measured; 64 keys spill", card=227)),
         (192, 192, AmpereRow(64, 64, 4, 2, 2, 4, False, "not measured")),
         (256, 256, AmpereRow(64, 64, 4, 2, 2, 4, False, "not measured; 8 steps held spill", split=True)),
         (256, 256, AmpereRow(64, 64, 4, 2, 2, 12, False, "not measured; none held, on an H100: 0.89, causal 1.00")),
