@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from emulator import Device, why_not
 
-from cupyflash import AttentionGradients, _call, attention, attention_backward
+from cupyflash import AttentionGradients, _call, attention, attention_backward, decode
 
 HEADS, ROWS, KEYS = 2, 20, 30
 RNG = np.random.default_rng(12)
@@ -214,3 +214,23 @@ def test_functions_are_checked_each_time(xp):
         attention(*x, score=lambda s, b, h, i, j: s > 0)
     with pytest.raises(TypeError, match="score function"):
         attention(*x, score=lambda s, b, h, i, j, x: s + x[j])
+
+
+def test_decoding_with_a_score_is_found_again(xp, found):
+    """With other arrays, and with other numbers that are copied to the device."""
+    q = RNG.standard_normal((2, 4, 1, 8), np.float32)
+    k, v = (RNG.standard_normal((2, 2, 40, 8), np.float32) for _ in range(2))
+    lens = np.array([33, 7])
+
+    def both(factor, x):
+        options = {"score": slopes, "score_args": (x, factor)}
+        want = decode(q, k, v, lens, **options)
+        got = decode(*map(xp.asarray, (q, k, v, lens)), **up(xp, options)).get()
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
+        return got
+
+    x = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
+    first = both(0.5, x)
+    with found():
+        assert differ(first, both(-0.7, x))
+        assert differ(first, both(0.5, 3 * x))
