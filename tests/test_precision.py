@@ -6,11 +6,11 @@ The emulator's tensor cores round as an H200's do, bit by bit (docs/emulator.md)
 from __future__ import annotations
 
 import numpy as np
-import precision
 import pytest
 from emulator import Device, Schedule, why_not
 
 from cupyflash import attention, attention_backward
+from cupyflash.testing import precision
 
 AT_MOST = 1.25  # times the error of IEEE float32, in both measures
 KERNELS = {"mma.sync": "sm80", "wgmma": "sm90"}
@@ -18,7 +18,7 @@ KERNELS = {"mma.sync": "sm80", "wgmma": "sm90"}
 
 def computed(xp, x, causal, family, kind):
     """Out and the gradients; the backward of sm90's float32 is that of sm80."""
-    q, k, v, dout = map(xp.asarray, x)
+    q, k, v, dout = map(xp.asarray, x)  # no copy where it is there
     options = {"causal": causal, "precision": kind}
     out, lse = attention(q, k, v, family=family, return_lse=True, **options)
     found = {"out": out}
@@ -30,8 +30,10 @@ def computed(xp, x, causal, family, kind):
 
 def check(xp, name, seed, sizes, family, host=np):
     """Against the FMA kernels with the same algorithm; the forward also against an unfused computation on the host."""
-    x, causal = precision.draw(name, seed, *sizes), precision.DATA_SETS[name].causal
-    right, size = precision.truth(x, causal, host)
+    *lead, rows, keys, head_dim = sizes
+    x = precision.draw(name, seed, tuple(lead), rows, keys, head_dim, np.float32, host)
+    causal = precision.DATA_SETS[name].causal
+    _, right, size = precision.truth(x, causal, xp=host)
     plain = computed(xp, x, causal, "simt", "ieee")
     for result, got in computed(xp, x, causal, family, "highest").items():
         rivals = [plain[result], *([precision.unfused_out(x, causal, host)] if result == "out" else [])]

@@ -735,6 +735,39 @@ def small_benchmark(gpu_benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) 
 SMALL = ["--dtypes", "float32", "float64", "--head-dims", "8", "--seqlens", "16", "32", "--rounds", "2"]
 
 
+def test_errors_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On NumPy arrays; a result that is wrong in one element of one entry shows, and where."""
+    errors = benchmark("errors")
+    monkeypatch.setattr(errors, "PEER_ROWS", 512)
+    monkeypatch.setattr(errors, "LEAD", (2, 2))
+    out = tmp_path / "x.json"
+    args = ["--numpy", "--out", str(out), "--seed", "3", "--entries", "300"]
+    assert errors.main([*args, "--dtypes", "float32", "float16"]) == 0
+    found = json.loads(out.read_text())
+    assert [row["of"] for row in found["worst"]][-1] == "float32 highest, width 128"
+    for row in found["worst"]:
+        assert row["entries"] >= row["wanted"]
+        assert 0 < row["worst"]["out"]["norm"]["error"] < (1e-2 if "float16" in row["of"] else 1e-4)
+    assert {cell["data"] for cell in found["data_sets"]} == set(errors.DATA_SETS)
+    assert "unfused" in found["data_sets"][0]["errors"]
+    right = errors.attention
+
+    def wrong(*arrays: Any, **options: Any) -> Any:
+        result = right(*arrays, **options)
+        result.out[0, 0, -1, -1] += 0.5 * abs(result.out).max()
+        return result
+
+    monkeypatch.setattr(errors, "attention", wrong)
+    assert errors.main([*args, "--dtypes", "float32", "--skip-peers"]) == 0
+    worst = json.loads(out.read_text())["worst"][0]["worst"]["out"]["element"]
+    assert worst["error"] > 1e5
+    assert worst["data"] in errors.DATA_SETS
+    assert errors.main([*args, "--budget", "0", "--skip-peers"]) == 0
+    assert "NOT ALL ENTRIES" in capsys.readouterr().out
+
+
 def test_decode_benchmark(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
