@@ -146,7 +146,7 @@ def plan_decode(
     base = plan_of(
         chosen, device.name, problem, False, (row.block_m, row.block_n), kernels=tuple(kernels), copies=copies,
         declined=_declined(device, why), workspace=sum(map(_bytes, results)),
-        rounds_p=chosen == "sm80",
+        rounds_p=chosen == "sm80", p_parts=2 if chosen == "sm80" and problem.splits_p else 1,
     )  # fmt: skip
     given = {f.name: getattr(base, f.name) for f in fields(base)}
     return DecodePlan(**given, splits=splits, results=results)
@@ -164,8 +164,6 @@ def _declined(device: Device, why_not_sm80: str | None) -> tuple[tuple[str, str]
 def _why_not_sm80(problem: Problem, device: Device) -> str | None:
     if device.arch < 80:
         return f"{device.name} has compute capability {device.arch / 10}: mma.sync of these shapes came with 8.0"
-    if problem.precision == "highest":
-        return "precision='highest': decode_sm80 rounds P once"
     return why_not_tensor_cores(problem, "mma.sync")
 
 
@@ -196,7 +194,8 @@ def _spec(
         kernel=kernel, element=problem.dtype, output=problem.out_dtype, accumulator=problem.accumulator,
         gradient=problem.dtype, head_dim=widths[0], head_dim_v=widths[1], dim_chunk=max(widths), block_m=row.block_m,
         block_n=row.block_n, num_stages=row.stages, num_warps=row.warps, causal=True, q_held=held,
-        paged=decoding.page_size > 0, appends=decoding.appends, splits=splits, **options,
+        paged=decoding.page_size > 0, appends=decoding.appends, splits=splits,
+        split_p=problem.splits_p and kernel == "decode_sm80", **options,
     )  # fmt: skip
 
 

@@ -287,13 +287,15 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS) decode_sm8
           add_product<STEPS>(acc_s, q, k);
         }
         const bool masked = n_block < blocks.full_begin || n_block >= blocks.full_end;
-        unsigned p[FRAGMENTS][STEPS_V][4];  // P, rounded
+        unsigned p[FRAGMENTS][STEPS_V][4], p_low[FRAGMENTS][STEPS_V][4];  // P, rounded; SPLIT_P: its second part
 #pragma unroll
         for (int f = 0; f < FRAGMENTS; ++f) {
           to_weights(decode, tile, mask, n_block, masked, f, acc_s[f], softmax[f], acc_o[f]);
-          round_to(p[f], acc_s[f]);
+          if constexpr (SPLIT_P) multiply_all(acc_s[f], P_FACTOR);
+          round_to(p[f], p_low[f], acc_s[f]);
         }
-        add_product<STEPS_V>(acc_o, in_registers(p), operand<Side::RIGHT, Major::MN>(ring.slots[slot].v));
+        const auto left = with_low_part<FRAGMENTS>(in_registers(p), in_registers(p_low));
+        add_product<STEPS_V>(acc_o, left, operand<Side::RIGHT, Major::MN>(ring.slots[slot].v));
         sync_warp();  // the block is read: refill its slot
         slot = slot == AHEAD ? 0 : slot + 1;
       }

@@ -175,7 +175,7 @@ __device__ __forceinline__ void store_decoded(
     const int row = i / GROUPS, col = i % GROUPS * RUN;
     if (tile.row0 + row >= tile.row_end) continue;
     const RowTotal total = total_of(decode, tile, split, states, row);
-    const Accumulator share = total.sum == 0 ? Accumulator(1) : 1 / total.sum;
+    const Accumulator share = (total.sum == 0 ? Accumulator(1) : 1 / total.sum) / Accumulator(P_FACTOR);
     Accumulator numbers[RUN] = {};
 #pragma unroll
     for (int warp = 0; warp < NUM_WARPS; ++warp) {

@@ -20,7 +20,7 @@ from emulator import Device, Schedule, why_not
 import cupyflash
 from cupyflash import Rotary, Tile, attention, decode, explain_decode
 from cupyflash._plan import DEVICES
-from cupyflash.testing import data, decoding
+from cupyflash.testing import data, decoding, reference
 from cupyflash.testing.data import GPU_STYLES, OUTPUT_STYLES, place, place_empty
 from cupyflash.testing.functions import SCORES, Sizes
 
@@ -160,6 +160,7 @@ class Made:
         merged = 4 * (plan.splits.number if self.xp is not np else 1)  # and the warps of a block
         report = decoding.check(
             this, out, lse, turned_by=by, merged=merged, p_dtype=self.before["q"].dtype if plan.rounds_p else None,
+            p_parts=plan.p_parts,
             **{name: x for name, x in self.options.items() if x is not None},
         )  # fmt: skip
         assert report.ok, f"{case}\n{report}"
@@ -519,7 +520,7 @@ def test_a_plan_says_what_runs_and_why():
     for options, family, why in (
         ({}, "simt", "not sm80    float32"), ({"dtype": np.float16}, "sm80", "not sm90    wgmma"),
         ({"dtype": np.float16, "device": "sm_75"}, "simt", "not sm80    sm_75 has compute capability 7.5"),
-        ({"dtype": np.float16, "precision": "highest"}, "simt", "not sm80    precision='highest'"),
+        ({"dtype": np.float16, "precision": "highest"}, "sm80", "not sm90    wgmma"),
     ):  # fmt: skip
         plan = planned(**options)
         assert plan.family == family
@@ -581,6 +582,25 @@ def test_wide_heads_of_kernels(family, widths):
     )  # fmt: skip
     with emulated(family, 7) as xp:
         case.make(xp).run(family=family)
+
+
+@pytest.mark.parametrize("dtype", KINDS["sm80"])
+@pytest.mark.parametrize("group", [2, 8])
+def test_two_parts_of_p(dtype, group):
+    """precision="highest": out in float32 within the bound of P in two parts, and far below what a rounded P gives."""
+    case = Case(
+        seed=6, dtype=dtype, heads_k=1, head_dim=40, head_dim_v=48, capacity=300, rows=3, group=group, out32=True
+    )  # fmt: skip
+    for splits in (1, 3):
+        worst = []
+        for precision in (None, "highest"):
+            with emulated("sm80", 4) as xp:
+                made = case.make(xp)
+                out, _ = made.run(family="sm80", num_splits=splits, precision=precision)
+            q, k, v, lens = made.seen()
+            right = reference.forward(q, k, v, causal=True, kv_lens=lens).out
+            worst.append(abs(out - right).max())
+        assert worst[0] > 50 * worst[1], worst
 
 
 @FAMILIES

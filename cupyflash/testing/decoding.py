@@ -92,7 +92,7 @@ def seen(
 
 def check(
     this: Seen, out: Array, lse: Array | None, *, turned_by: Array | float = 0.0, merged: int = 1,
-    p_dtype: npt.DTypeLike | None = None, block_n: int = bounds.SMALLEST_BLOCK, **options: Any,
+    p_dtype: npt.DTypeLike | None = None, p_parts: int = 1, block_n: int = bounds.SMALLEST_BLOCK, **options: Any,
 ) -> bounds.Report:  # fmt: skip
     """Compare results with the specification's, which sees what is in ``this``.
 
@@ -107,7 +107,9 @@ def check(
     q, k, v, lens = this
     meaning = {"causal": True, "kv_lens": lens, **options}
     chains = bounds.longest_chains(q, k, v, block_n=block_n)
-    want, limit = bounds.forward_limits(q, k, v, out_dtype=out.dtype, chains=chains, p_dtype=p_dtype, **meaning)
+    want, limit = bounds.forward_limits(
+        q, k, v, out_dtype=out.dtype, chains=chains, p_dtype=p_dtype, p_parts=p_parts, **meaning
+    )
     pairs = reference.pairs(q, k, v, **meaning)
     a = bounds.arithmetic(q.dtype)
     off = np.zeros(want.lse.shape, want.lse.dtype)
