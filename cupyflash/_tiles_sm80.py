@@ -55,7 +55,7 @@ AMPERE_TABLE: dict[str, tuple[tuple[int, int, AmpereRow], ...]] = {
         (64, 128, AmpereRow(128, 64, 4, 3, 2, 1, False, "not measured", card=163)),
         (128, 128, AmpereRow(128, 64, 4, 4, 2, 1, False, "not measured; 2 steps held spill", card=227, split=True)),
         (128, 128, AmpereRow(128, 32, 4, 4, 2, 2, False, "not measured; 64 keys spill on sm_80", card=163, split=True)),
-        (128, 128, AmpereRow(128, 64, 4, 4, 2, 2, False, "3 steps held: 1.09, causal 1.22, but some spill", card=227)),
+        (128, 128, AmpereRow(128, 64, 4, 4, 2, 3, False, "1.09, causal 1.22; 2 steps held spill more", card=227)),
         (128, 128, AmpereRow(128, 64, 4, 3, 2, 2, False, "not measured", card=163)),
         (128, 128, AmpereRow(64, 64, 4, 2, 2, 8, False, "not measured; two blocks just fit")),
         (192, 128, AmpereRow(128, 32, 4, 3, 2, 2, False, "not measured; 64 keys spill", card=227)),

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import struct
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,17 +240,26 @@ def text_of(spec: Spec) -> str:
     return ", ".join([*words, "two parts"] if spec.split_p else words)
 
 
-def main() -> None:
-    """Write the table anew: ``python tests/nvrtc.py``."""
+def main(parts: list[str]) -> None:
+    """Write the table anew: ``python tests/nvrtc.py``, 40 minutes of one core.
+
+    ``python tests/nvrtc.py decode_sm80 float32`` compiles rows that have one of these in their text, and rows that are
+    new; the others stay.
+    """
     specs = {text: (*spec, "sm_90a") for text, spec in hopper_specs().items()}
     specs |= ampere_specs() | two_part_specs() | wide_specs() | decode_rows()
+    known = json.loads(TABLE.read_text())
+    rows = known[COLUMNS] if parts and known["nvrtc"] == version() else {}
+    rows = {text: rows[text] for text in specs if text in rows and not any(part in text for part in parts)}
+    todo = [text for text in specs if text not in rows]
     with ThreadPoolExecutor() as pool:
-        made = pool.map(lambda item: compile_spec(*item), specs.values())
-        rows = {text: compiled.row() for text, compiled in zip(specs, made, strict=True)}
+        made = pool.map(lambda text: compile_spec(*specs[text]), todo)
+        rows |= {text: compiled.row() for text, compiled in zip(todo, made, strict=True)}
+    print(f"{len(todo)} of {len(rows)} rows compiled")
     lines = ",\n".join(f"    {json.dumps(text)}: {json.dumps(row)}" for text, row in sorted(rows.items()))
     kernels = f'  "{COLUMNS}": {{\n{lines}\n  }}\n'
     TABLE.write_text(f'{{\n  "nvrtc": {json.dumps(version())},\n{kernels}}}\n')
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
