@@ -150,15 +150,15 @@ def _watch_maps(monkeypatch):
 
     def watching(ready, tensors):
         names = iter([name for name, _, _ in ready.temporaries])
-        workspace = _launch.workspace
+        memory = _launch._memory
 
-        def kept(shape, dtype):
-            x = workspace(shape, dtype)
+        def kept(*of):
+            x = memory(*of)
             found[next(names)] = x
             return x
 
         with monkeypatch.context() as patch:
-            patch.setattr(_launch, "workspace", kept)
+            patch.setattr(_launch, "_memory", kept)
             return run(ready, tensors)
 
     monkeypatch.setattr(_launch.Ready, "run", watching)
