@@ -19,8 +19,8 @@
 // takes a ticket before it begins, and waits only for blocks of the same head with lower tickets, which have begun too:
 // whoever holds the lowest unfinished ticket waits for nobody, whichever blocks are resident.
 //
-//     shared memory:   k (BLOCK_N, HEAD_DIM)   v (BLOCK_N, HEAD_DIM_V)   scores (BLOCK_N, BLOCK_M)   powers of 2 in float64
-//                      q, dout  2 x (BLOCK_M, width), and lse, delta of their rows
+//     shared memory:   k (BLOCK_N, HEAD_DIM)   v (BLOCK_N, HEAD_DIM_V)   scores (BLOCK_N, BLOCK_M)
+//                      q, dout  2 x (BLOCK_M, width), and lse, delta of their rows;  float64: powers of 2
 //     who waits:       all, once a turn: the next tiles have come, the last ones are read
 //                      a keys warp for P of its group; all for dS
 #include "basics.cuh"
@@ -102,48 +102,7 @@ struct Job : FullEndOf<CUT_AT_BEGIN> {
   }
 };
 
-// One turn: a query tile of one head. From the last tile of the first head on.
-struct TurnOf {
-  int head, m_block, slot;  // head: behind the first
-
-  __device__ __forceinline__ TurnOf(const Params& params, const Job& job)
-      : head(job.begin < job.end ? 0 : job.heads), m_block(job.end - 1), slot(0) {
-    if constexpr (HIDES_PAIRS) find(params, job);
-  }
-  __device__ __forceinline__ bool exists(const Job& job) const { return head < job.heads; }
-  __device__ __forceinline__ void advance(const Params& params, const Job& job) {
-    slot ^= 1;
-    if (--m_block < job.begin) {
-      m_block = job.end - 1;
-      ++head;
-    }
-    if constexpr (HIDES_PAIRS) find(params, job);
-  }
-  __device__ __forceinline__ BlockWalk walk(const Params& params, const Job& job) const {
-    return query_walk(params, job.seq, job.first_head + head, job.n_block);
-  }
-
- private:
-  // From here on, the first tile that sees the keys.
-  __device__ __forceinline__ void find(const Params& params, const Job& job) {
-    for (; exists(job); ++head) {
-      m_block = walk(params, job).down(m_block, job.begin);
-      if (m_block >= job.begin) return;
-      m_block = job.end - 1;
-    }
-  }
-};
-
-// The key blocks that a turn's tile sees, of which its dQ is the sum.
-struct Adders {
-  BlockWalk walk;
-  BlockRange range;
-
-  __device__ __forceinline__ Adders(const Params& params, const Job& job, const TurnOf& turn)
-      : walk(key_walk(params, job.seq, job.first_head + turn.head, turn.m_block)),
-        range(walk.within(mask_of(params, job.seq).key_blocks(turn.m_block * BLOCK_M, BLOCK_M))) {}
-  __device__ __forceinline__ int below(int n_block) const { return walk.count(range.begin, n_block); }
-};
+#include "job_turns.cuh"
 
 struct Smem {
   SwizzledTile<BLOCK_N, HEAD_DIM> k;
@@ -308,7 +267,7 @@ __device__ __forceinline__ Element* scores_at(Smem& smem, int fragment, int r, i
   return smem.scores.pair(fragment_key(fragment) + lane_index() / 4 + 8 * r, 2 * c + lane_index() % 4);
 }
 
-// The weight of a pair, of float64 with the power taken from the table; what a score's slope is part of takes CUDA's own.
+// The weight of a pair. float64 takes the power from the table; what a score's slope is part of takes CUDA's own.
 template <typename Powers>
 __device__ __forceinline__ Weight weight_by(
     const Powers& exp2, const Score& score, const Features& features, Element product, Element lse, bool visible,
