@@ -8,8 +8,8 @@
 //
 //     shared memory, ROW_WARPS > 1: sums (NUM_WARPS, MOST_COLUMNS)
 //
-// A part of weight 0 is passed over: 0 times an infinite out would be NaN, and decoding writes no out of a split without
-// keys.
+// A part of weight 0 is passed over: 0 times an infinite out would be NaN, and decoding writes no out of a split
+// without keys.
 #include "basics.cuh"
 #include "types.cuh"
 #include "memory.cuh"

@@ -68,7 +68,8 @@ __device__ __forceinline__ void store_parts(Parts<ROWS, COLS>& tile, int row, in
 #pragma unroll
   for (int p = 0; p < 3; ++p) {
     Bfloat16* to = &tile.part[p].at[col / 64][row][(col % 64 / 8 ^ row % 8) * 8];  // as a tensor copy swizzles
-    store_shared(reinterpret_cast<unsigned*>(to), Vector<unsigned, 4>{{part[p][0], part[p][1], part[p][2], part[p][3]}});
+    const Vector<unsigned, 4> words = {{part[p][0], part[p][1], part[p][2], part[p][3]}};
+    store_shared(reinterpret_cast<unsigned*>(to), words);
   }
 }
 
