@@ -358,9 +358,16 @@ def _readable(plan: Plan, tensors: Tensors) -> Tensors:
             continue
         if name in mapped and unreadable(x.shape, x.strides, address(x), x.itemsize):
             readable[name] = copy_of(x, ALIGNMENT)
-        elif misaligned(x):
-            readable[name] = copy_of(x, x.itemsize) if x.ndim else copy_of(x[None], x.itemsize)[0]
+        else:
+            readable[name] = in_whole_elements(x)
     return readable
+
+
+def in_whole_elements(x: Array) -> Array:
+    """The array, or a copy of one whose elements the GPU does not load."""
+    if not misaligned(x):
+        return x
+    return copy_of(x, x.itemsize) if x.ndim else copy_of(x[None], x.itemsize)[0]
 
 
 def copy_of(x: Array, alignment: int) -> Array:

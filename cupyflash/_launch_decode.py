@@ -6,9 +6,9 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from ._arrays import Array, misaligned, on_device
+from ._arrays import Array, on_device
 from ._decoding import Decoding
-from ._launch import Launch, Ready, contiguous, copy_of
+from ._launch import Launch, Ready, contiguous, in_whole_elements
 from ._launch_merge import strided
 from ._params import Layout
 from ._params_decode import make_decode_template
@@ -34,7 +34,7 @@ def decode(
     """
     with on_device(device):
         if plan.copies:
-            tensors = {name: copy_of(x, x.itemsize) if misaligned(x) else x for name, x in tensors.items()}
+            tensors = {name: in_whole_elements(x) for name, x in tensors.items()}
         layouts = {name: (name, x.shape, x.strides, x.itemsize) for name, x in tensors.items()}
         for name, shape, dtype in plan.results:
             layouts[name] = (name, shape, contiguous(shape, dtype), dtype.itemsize)

@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from ._arrays import Array, misaligned, on_device
-from ._launch import Launch, copy_of, workspace
+from ._arrays import Array, on_device
+from ._launch import Launch, in_whole_elements, workspace
 from ._params import Layout, element_strides
 from ._params_merge import MOST_ARRAYS, TAIL_AXES, make_merge_template
 from ._plan_merge import merge_kernel, part_names
@@ -18,7 +18,7 @@ from ._plan_merge import merge_kernel, part_names
 def merge(device: int, outs: Sequence[Array], lses: Sequence[Array], out: Array, lse: Array) -> None:
     """Write out (..., rows, columns) and lse: in levels, where there are more parts than a launch takes."""
     with on_device(device):
-        outs, lses = _readable(outs), _readable(lses)
+        outs, lses = ([in_whole_elements(x) for x in arrays] for arrays in (outs, lses))
         while len(outs) > MOST_ARRAYS:
             groups = range(0, len(outs), MOST_ARRAYS)
             made = [(workspace(out.shape, lse.dtype), workspace(lse.shape, lse.dtype)) for _ in groups]
@@ -36,17 +36,12 @@ def merge_backward(
     """Write the gradients of the parts."""
     with on_device(device):
         given = {"out": out, "lse": lse, "dout": dout} | ({} if dlse is None else {"dlse": dlse})
-        tensors = dict(zip(given, _readable(tuple(given.values())), strict=True))
-        outs, lses = _readable(outs), _readable(lses)
+        tensors = {name: in_whole_elements(x) for name, x in given.items()}
+        outs, lses = ([in_whole_elements(x) for x in arrays] for arrays in (outs, lses))
         for begin in range(0, len(outs), MOST_ARRAYS):
             here = slice(begin, begin + MOST_ARRAYS)
             parts = {"outs": outs[here], "lses": lses[here], "douts": douts[here], "dlses": dlses[here]}
             _run("combine_backward", device, tensors, parts)
-
-
-def _readable(arrays: Sequence[Array]) -> Sequence[Array]:
-    """The same, with copies of what does not consist of whole elements."""
-    return [copy_of(x, x.itemsize) if misaligned(x) else x for x in arrays]
 
 
 def _run(kernel: str, device: int, tensors: dict[str, Array], parts: dict[str, Sequence[Array]]) -> None:

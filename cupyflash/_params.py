@@ -109,17 +109,17 @@ def element_strides(shape: tuple[int, ...], strides: Strides, itemsize: int, bat
 
 
 @dataclass(frozen=True)
-class Template:
-    """A Params struct without its addresses, for every launch that one call makes."""
+class Packed:
+    """A struct without its addresses, for every launch that one call makes."""
 
     packed: bytes
     slots: tuple[tuple[str, int], ...]  # each tensor's name, and where its address goes, in units of 8 bytes
     offsets: tuple[tuple[int, ...], ...]  # for each launch: bytes to add to each tensor's address
-    batch_shape: tuple[int, ...]  # of one launch, collapsed
-    strides: tuple[tuple[str, Strides], ...]  # of each tensor, along these axes, heads, rows and columns
-    entries: int  # of one launch, those that it sums over among them
 
-    nbytes = PARAMS_BYTES
+    @property
+    def nbytes(self) -> int:
+        """Of the struct."""
+        return len(self.packed)
 
     @property
     def holds_addresses(self) -> bool:
@@ -134,6 +134,19 @@ class Template:
         """Write the addresses of one launch into the struct, as words of 8 bytes."""
         for (name, slot), offset in zip(self.slots, self.offsets[launch], strict=True):
             words[slot] = addresses[name] + offset
+
+
+@dataclass(frozen=True)
+class Template(Packed):
+    """A Params struct without its addresses."""
+
+    batch_shape: tuple[int, ...]  # of one launch, collapsed
+    strides: tuple[tuple[str, Strides], ...]  # of each tensor, along these axes, heads, rows and columns
+    entries: int  # of one launch, those that it sums over among them
+
+    def fill(self, words: memoryview, launch: int, addresses: Mapping[str, int]) -> None:
+        """Write the addresses of one launch, and its first entry where there are several launches."""
+        super().fill(words, launch, addresses)
         if len(self.offsets) > 1:
             words[_FIRST_BATCH] = launch * self.entries
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import operator
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ._params import _TENSOR, BATCH_AXES, Strides, collapse
+from ._params import _TENSOR, BATCH_AXES, Packed, Strides, collapse
 
 MOST_ARRAYS = 8
 SIDES = ("outs", "lses", "douts", "dlses")
@@ -26,34 +25,10 @@ class Stack:
     lse_step: int
 
 
-@dataclass(frozen=True)
-class MergeTemplate:
-    """A MergeParams struct without its addresses, for every launch that one call makes."""
-
-    packed: bytes
-    slots: tuple[tuple[str, int], ...]  # each tensor's name, and where its address goes, in units of 8 bytes
-    offsets: tuple[tuple[int, ...], ...]  # for each launch: bytes to add to each tensor's address
-    nbytes = MERGE_PARAMS_BYTES
-
-    @property
-    def holds_addresses(self) -> bool:
-        """As in `Template`."""
-        return len(self.offsets) == 1 and not any(self.offsets[0])
-
-    def begin(self, struct: memoryview) -> None:
-        """Write all that no launch changes, once, to where launches will read it."""
-        struct[:] = self.packed
-
-    def fill(self, words: memoryview, launch: int, addresses: Mapping[str, int]) -> None:
-        """Write the addresses of one launch into the struct, as words of 8 bytes."""
-        for (name, slot), offset in zip(self.slots, self.offsets[launch], strict=True):
-            words[slot] = addresses[name] + offset
-
-
 def make_merge_template(
     shape: tuple[int, ...], tensors: tuple[tuple[str, Strides, int], ...], count: int, stack: Stack | None = None
-) -> MergeTemplate:
-    """Pack everything but addresses.
+) -> Packed:
+    """Pack everything but addresses, for every launch that one call makes.
 
     Parameters
     ----------
@@ -80,4 +55,4 @@ def make_merge_template(
         for index in itertools.product(*(range(n) for n in batch[:outer]))
     )
     slots = tuple((name, TENSORS.index(name) * _TENSOR.size // 8) for name, _, _ in tensors)
-    return MergeTemplate(bytes(packed), slots, offsets)
+    return Packed(bytes(packed), slots, offsets)

@@ -47,6 +47,11 @@ class Tile:
             if value < 1:
                 raise ValueError(f"Tile({name}={value}): {name} is at least 1")
 
+    def given(self, *names: str) -> dict[str, Any]:
+        """The fields that are not left to the planner, by name; of those named, or of all."""
+        wanted = names or ("block_m", "block_n", "stages", "warps")
+        return {name: n for name in wanted if (n := getattr(self, name)) is not None}
+
     def row(self, kernel: str) -> Any:
         """The whole row of the tile table for a kernel: a Tile has none, Rows may."""
         return None

@@ -109,7 +109,7 @@ def _choose_row(
     """The first row of the table that fits, with the caller's tile in its place; and the padded widths."""
     accumulator = problem.accumulator.itemsize
     width = max(problem.head_dim, problem.head_dim_v)
-    wanted = {name: n for name in ("block_m", "block_n", "stages", "warps") if (n := getattr(tile, name)) is not None}
+    wanted = tile.given()
     refused = ""
     if (own := tile.row(kernel)) is not None:
         return own, *(_tiles.padded_width(d, own.dim_chunk) for d in (problem.head_dim, problem.head_dim_v))

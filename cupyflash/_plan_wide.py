@@ -8,6 +8,7 @@ from . import _tiles_wide as _tiles
 from ._arrays import ArraySpec
 from ._block_map import KEY_MAP, map_arrays, map_bytes, mapped
 from ._plan import (
+    Blocks,
     Device,
     KernelPlan,
     Plan,
@@ -38,13 +39,17 @@ def is_wide(problem: Problem) -> bool:
     return problem.dtype in (FLOAT32, FLOAT64)
 
 
+def _not_asked(problem: Problem) -> str:
+    return f'float32, precision={problem.precision!r}: tensor cores multiply its parts with precision="highest"'
+
+
 def why_not_wide(problem: Problem, device: Device, backward: bool) -> str | None:
     """Why float64, or float32, does not run on a card's tensor cores, or None."""
     if problem.dtype == FLOAT64 and device.arch not in WITH_FLOAT64_CORES:
         those = ", ".join(f"{arch / 10}" for arch in sorted(WITH_FLOAT64_CORES))
         return f"float64 on compute capability {device.arch / 10}: tensor cores for it are those of {those}"
     if problem.dtype == FLOAT32 and problem.precision != "highest":
-        return f'float32, precision={problem.precision!r}: tensor cores multiply its parts with precision="highest"'
+        return _not_asked(problem)
     width = max(problem.head_dim, problem.head_dim_v)
     widest = _tiles.widest_backward(problem.dtype.itemsize, device.smem)
     if backward and width > widest:
@@ -54,6 +59,17 @@ def why_not_wide(problem: Problem, device: Device, backward: bool) -> str | None
 
 def _shortest(problem: Problem) -> int:
     return STEP if problem.dtype == FLOAT32 else 0
+
+
+def _forward_plan(
+    family: str, problem: Problem, device: Device, row: Blocks, kernel: KernelPlan, copies: tuple[str, ...]
+) -> Plan:
+    kernels = mapped(problem, kernel, (KEY_MAP,))
+    maps = map_arrays(problem, kernels)
+    return plan_of(
+        family, device.name, problem, False, (row.block_m, row.block_n), _shortest(problem),
+        kernels=kernels, copies=copies, maps=maps, workspace=map_bytes(maps),
+    )  # fmt: skip
 
 
 def plan_wide(problem: Problem, device: Device, tile: Tile, copies: tuple[str, ...]) -> Plan:
@@ -67,18 +83,13 @@ def plan_wide(problem: Problem, device: Device, tile: Tile, copies: tuple[str, .
         smem=_tiles.wide_smem_bytes(row, problem),
         writes=("out", "lse"),
     )
-    kernels = mapped(problem, kernel, (KEY_MAP,))
-    maps = map_arrays(problem, kernels)
-    return plan_of(
-        "sm80", device.name, problem, False, (row.block_m, row.block_n), _shortest(problem),
-        kernels=kernels, copies=copies, maps=maps, workspace=map_bytes(maps),
-    )  # fmt: skip
+    return _forward_plan("sm80", problem, device, row, kernel, copies)
 
 
 def why_not_parts(problem: Problem, backward: bool) -> str | None:
     """Why wgmma does not multiply the parts of float32 numbers, or None."""
     if problem.precision != "highest":
-        return f'float32, precision={problem.precision!r}: tensor cores multiply its parts with precision="highest"'
+        return _not_asked(problem)
     width = max(problem.head_dim, problem.head_dim_v)
     if backward:
         return "float32, backward: it is made of mma.sync"
@@ -98,12 +109,7 @@ def plan_parts(problem: Problem, device: Device, tile: Tile, copies: tuple[str, 
         smem=_tiles.parts_smem_bytes(row, problem),
         writes=("out", "lse"),
     )
-    kernels = mapped(problem, kernel, (KEY_MAP,))
-    maps = map_arrays(problem, kernels)
-    return plan_of(
-        "sm90", device.name, problem, False, (row.block_m, row.block_n), _shortest(problem),
-        kernels=kernels, copies=copies, maps=maps, workspace=map_bytes(maps),
-    )  # fmt: skip
+    return _forward_plan("sm90", problem, device, row, kernel, copies)
 
 
 def plan_wide_backward(

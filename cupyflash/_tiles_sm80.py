@@ -75,8 +75,7 @@ def choose_ampere(kernel: str, problem: Problem, tile: Tile, smem: int) -> Amper
         return own
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
     row = _fitted(first_row(_rows_for(AMPERE_TABLE[kernel], problem, smem), problem, problem.seqlen_k), head_dim)
-    names = ("block_m", "block_n", "stages", "warps")
-    wanted = {name: n for name in names if (n := getattr(tile, name)) is not None}
+    wanted = tile.given()
     if wanted:  # what is left of the row must not stand in the way: the plain form, one block
         row = replace(row, **wanted, min_blocks=1, q_held=0, overlap=False)
         if "warps" not in wanted:  # 16 or 32 queries each, the table's number of warps if it can be
@@ -215,8 +214,7 @@ def choose_ampere_backward(problem: Problem, tile: Tile, smem: int) -> AmpereBac
         return own
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
     row = first_row(_rows_for(AMPERE_BACKWARD_TABLE, problem, smem), problem, problem.seqlen_q)
-    names = ("block_m", "block_n", "stages", "warps")
-    row = replace(row, **{name: n for name in names if (n := getattr(tile, name)) is not None})
+    row = replace(row, **tile.given())
     why = check_ampere_backward(row, head_dim, head_dim_v, smem, part_bytes(problem, row))
     if why is not None:
         raise ValueError(f"{tile} does not fit bwd_sm80 (head widths {head_dim}, {head_dim_v}): {why}")

@@ -92,7 +92,7 @@ def choose_hopper(kernel: str, problem: Problem, tile: Tile, smem: int) -> Hoppe
     if own is not None:
         return own
     row = first_row(_rows_for(kernel, problem), problem, problem.seqlen_k)
-    wanted = {name: n for name in ("block_m", "block_n", "stages") if (n := getattr(tile, name)) is not None}
+    wanted = tile.given("block_m", "block_n", "stages")
     if wanted:
         row = replace(row, **wanted)
         row = replace(row, overlap=row.block_m < 192, take_turns=row.take_turns and row.block_m == 128, min_blocks=1)
@@ -233,7 +233,7 @@ def choose_hopper_backward(problem: Problem, tile: Tile, smem: int) -> HopperBac
     own: HopperBackwardRow | None = tile.row("bwd_sm90")
     if own is not None:
         return own
-    wanted = {name: n for name in ("block_m", "block_n", "stages") if (n := getattr(tile, name)) is not None}
+    wanted = tile.given("block_m", "block_n", "stages")
     row = replace(first_row(HOPPER_BACKWARD_TABLE, problem, problem.seqlen_q), **wanted)
     why = check_hopper_backward(row, head_dim, head_dim_v, smem)
     if why is None and tile.warps not in (None, row.warps):

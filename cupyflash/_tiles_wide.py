@@ -89,8 +89,7 @@ def choose_wide(problem: Problem, tile: Tile, smem: int) -> WideRow:
     if own is not None:
         return own
     row = first_row(_for_card(WIDE_TABLE[problem.dtype.itemsize], smem), problem, problem.seqlen_k)
-    names = ("block_m", "block_n", "stages", "warps")
-    wanted = {name: n for name in names if (n := getattr(tile, name)) is not None}
+    wanted = tile.given()
     row = replace(row, **wanted, min_blocks=1) if wanted else row
     if "block_m" in wanted and "warps" not in wanted:
         # The table's number if it can be, else one for 16 queries, or two.
@@ -209,8 +208,7 @@ def choose_parts(problem: Problem, tile: Tile, smem: int) -> PartsRow:
     if own is not None:
         return own
     row = first_row(PARTS_TABLE, problem, problem.seqlen_k)
-    names = ("block_m", "block_n", "stages", "warps")
-    row = replace(row, **{name: n for name in names if (n := getattr(tile, name)) is not None})
+    row = replace(row, **tile.given())
     why = check_parts(row, problem, smem)
     if why is not None:
         widths = f"{problem.head_dim}, {problem.head_dim_v}"
@@ -229,7 +227,7 @@ def check_parts(row: PartsRow, problem: Problem, smem: int) -> str | None:
     needed = parts_smem_bytes(row, problem)
     if needed > smem:
         return f"it needs {needed} bytes of shared memory: a thread block has at most {smem}"
-    words = padded(problem.head_dim_v) + max(row.block_n // 2, row.block_n * 3 // 4)  # acc_o and acc_pv; acc_s or P
+    words = padded(problem.head_dim_v) + row.block_n * 3 // 4  # acc_o and acc_pv; the parts of P
     if words > 208 - 24:
         return f"its accumulators need {words} registers a thread: there is room for {208 - 24}"
     return None
@@ -282,8 +280,7 @@ def choose_wide_backward(problem: Problem, tile: Tile, smem: int) -> WideBackwar
     if own is not None:
         return own
     row = first_row(_for_card(WIDE_BACKWARD_TABLE[problem.dtype.itemsize], smem), problem, problem.seqlen_q)
-    names = ("block_m", "block_n", "stages", "warps")
-    wanted = {name: n for name in names if (n := getattr(tile, name)) is not None}
+    wanted = tile.given()
     row = replace(row, **wanted)
     if "block_n" in wanted and "warps" not in wanted:  # the table's number if it can be, else two for 16 keys
         keeps = row.block_n % 16 or row.block_n % (8 * row.warps) == 0
