@@ -107,7 +107,7 @@ class TorchCall:
     def around(self) -> AbstractContextManager[Any]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        return sdpa_kernel(getattr(SDPBackend, self._backend))  # type: ignore[no-any-return]
+        return sdpa_kernel(getattr(SDPBackend, self._backend))
 
     def call(self) -> Any:
         q, k, v = next(self._turns)

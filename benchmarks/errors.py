@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from benchmarks import facts
@@ -61,14 +62,13 @@ class Arithmetic:
     @property
     def unit(self) -> float:
         """The last place of 1."""
-        dtype = numpy_dtype(self.dtype)
-        return 2.0**-7 if dtype.kind == "V" or self.dtype == "bfloat16" else float(np.finfo(dtype).eps)
+        return float(ml_dtypes.finfo(numpy_dtype(self.dtype)).eps)
 
     @property
     def limits(self) -> tuple[float, float]:
         """The smallest normal number, and the largest one."""
-        special = {"float16": (2.0**-14, 65504.0), "float64": (2.0**-1022, 2.0**1023)}
-        return special.get(self.dtype, (2.0**-126, 2.0**127))
+        info = ml_dtypes.finfo(numpy_dtype(self.dtype))
+        return float(info.smallest_normal), float(info.max)
 
     @property
     def longest(self) -> int:
@@ -171,7 +171,8 @@ class Call:
         x = precision.draw(
             self.data, self.seed, lead, self.rows, self.keys, of.head_dim, numpy_dtype(of.dtype), xp
         )  # fmt: skip
-        if not precision.fits(wide_inputs(x, xp)):
+        arrays = wide_inputs(x, xp)
+        if not precision.fits(arrays):
             return 0
         lens = None
         if self.own_lengths:
@@ -182,14 +183,14 @@ class Call:
         grads = attention_backward(x.dout, *x[:3], out, lse, **options)
         got = {"out": out, **{name: getattr(grads, name) for name in GRADIENTS}}
         families |= {explain(*x[:3], backward=backward, **options).family for backward in (False, True)}
-        self._compare(backend, x, lens, lse, got, worst)
+        self._compare(backend, arrays, lens, lse, got, worst)
         return math.prod(lead)
 
     def _compare(
-        self, backend: Backend, x: Inputs, lens: Any, lse: Any, got: dict[str, Any], worst: dict[str, dict[str, Worst]]
-    ) -> None:
+        self, backend: Backend, arrays: Inputs, lens: Any, lse: Any, got: dict[str, Any],
+        worst: dict[str, dict[str, Worst]],
+    ) -> None:  # fmt: skip
         xp, of = backend.xp, self.of
-        arrays = wide_inputs(x, xp)
         results = {name: wide(y, xp) for name, y in got.items()}
         dtype: Any = np.float64
         if of.dtype == "float64":
@@ -253,7 +254,7 @@ def beside_peers(backend: Backend, name: str, dtype: str) -> dict[str, Any]:
             found[contender] = {
                 result: tuple(map(float, precision.errors(y, true.right[result], true.sizes[result], unit)))
                 for result, y in got.items()
-            }  # type: ignore[misc]
+            }
     return {"data": name, "dtype": dtype, "workload": work.as_dict(), "errors": found, "skipped": skipped}
 
 
